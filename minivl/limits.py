@@ -1,0 +1,28 @@
+"""What is refused: one exception class for every input error, and every limit in one table."""
+import os
+from dataclasses import dataclass
+
+
+class InputError(ValueError):
+    """Something the caller gave cannot be used; the message says what was found and what to do next."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds, checked before the costly work starts. `Limits(picture_pixels=10**9)` raises one of them."""
+    picture_bytes: int = 64 * 2**20        # of one file, URL or data: URL
+    picture_pixels: int = 100_000_000      # width * height, read from the header before decoding
+    aspect_ratio: float = 200.0            # long side / short side; the reference would squeeze it into tiles unasked
+    video_bytes: int = 2 * 2**30           # of one video file
+    video_frames: int = 512                # frames taken from one video
+    pictures: int = 512                    # pictures and frames in one prompt
+    tiles_per_picture: int = 40            # max_num; the reference's own tables go up to 24 (thumbnail not counted)
+    prompt_chars: int = 2_000_000          # before tokenizing; the context length bounds the tokens
+    new_tokens: int = 32_768               # max_new_tokens
+    fetch_seconds: float = 10.0            # a URL: the whole transfer, redirects included
+    redirects: int = 5                     # a URL: followed at most
+
+
+def offline() -> bool:
+    """True when HF_HUB_OFFLINE is set, which forbids all network use: the hub client's variable, read at each call."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

@@ -1,0 +1,83 @@
+"""The parts composed: tiles through the tower, unshuffled, projected, merged into the prompt, decoded.
+
+    pixel_values -> vision_model -> drop CLS -> pixel_unshuffle -> mlp1 -> visual tokens
+    input_ids -> embed_tokens -> visual tokens over the placeholders -> language_model -> logits
+
+B prompts, T tokens, N tiles of all prompts together, S tile side, L visual tokens per tile, D language width.
+Source: InternVL modeling_internvl_chat.py:53-94, 273-291, 400-431 @2410d1d.
+"""
+from functools import partial
+
+import torch
+from torch import nn
+
+from minivl.awq import AWQLinear
+from minivl.config import Config
+from minivl.limits import InputError
+from minivl.pixel_unshuffle import PixelUnshuffle
+from minivl.projector import projector
+from minivl.qwen2 import Qwen2ForCausalLM
+from minivl.vit import InternVisionModel
+
+
+class MiniVL(nn.Module):
+    """The whole model. Attribute names are the released tensor names; `minivl.load` fills it."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        quantization = config.quantization_config
+        linear = partial(AWQLinear, group_size=quantization.group_size) if quantization else nn.Linear
+        self.vision_model = InternVisionModel(config.vision_config)
+        self.pixel_unshuffle = PixelUnshuffle()
+        self.mlp1 = projector(config.vision_config.hidden_size, config.llm_config.hidden_size)
+        self.language_model = Qwen2ForCausalLM(config.llm_config, linear)
+        self.img_context_token_id = None    # the placeholder <IMG_CONTEXT>; `load` sets both from the checkpoint's files
+        self.eos_token_ids = ()             # generation stops at these
+
+    @property
+    def dtype(self):
+        return self.mlp1[0].weight.dtype
+
+    @property
+    def device(self):
+        return self.mlp1[0].weight.device
+
+    def visual_tokens(self, pixel_values):
+        """Normalised float[N, 3, S, S] -> float[N, L, D]."""
+        S, channels = self.config.force_image_size, self.config.vision_config.num_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (channels, S, S):
+            raise InputError(f"pixel_values have shape {tuple(pixel_values.shape)}, the model takes "
+                             f"[tiles, {channels}, {S}, {S}]; make them with minivl.tiling")
+        x = self.vision_model(pixel_values.to(self.device, self.dtype))    # (N, 1+P, C)
+        x = self.pixel_unshuffle(x[:, 1:])                                 # (N, L, 4C), CLS dropped
+        return self.mlp1(x)                                                # (N, L, D)
+
+    def embed(self, input_ids, visual_tokens=None):
+        """int[B, T] and float[N, L, D] -> float[B, T, D]: visual tokens, in order, over the placeholders."""
+        vocabulary = self.config.llm_config.vocab_size
+        if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.is_floating_point():
+            raise InputError(f"input_ids have shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; the model takes "
+                             "integers [prompts, tokens], at least one of each")
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= vocabulary:
+            raise InputError(f"input_ids span {low}..{high}, the vocabulary has ids 0..{vocabulary - 1}; "
+                             "is the tokenizer that of this checkpoint?")
+        x = self.language_model.model.embed_tokens(input_ids.to(self.device))           # (B, T, D)
+        if visual_tokens is None:
+            return x
+        if self.img_context_token_id is None:
+            raise InputError("the id of <IMG_CONTEXT> is not known, the checkpoint has no tokenizer files; "
+                             "set model.img_context_token_id")
+        placeholders = (input_ids == self.img_context_token_id).to(self.device)         # (B, T)
+        wanted, given = int(placeholders.sum()), visual_tokens.shape[0] * visual_tokens.shape[1]
+        if wanted != given:
+            N, L = visual_tokens.shape[:2]
+            raise InputError(f"the prompt has {wanted} <IMG_CONTEXT> placeholders but {N} tiles x {L} give {given} visual "
+                             f"tokens; render the prompt with the same tile counts as the pictures")
+        return x.masked_scatter(placeholders[..., None], visual_tokens.to(x.dtype))
+
+    def forward(self, input_ids, pixel_values=None):
+        """int[B, T], float[N, 3, S, S] -> logits float32[B, T, V]. Differentiable; no cache, no padding."""
+        visual_tokens = None if pixel_values is None else self.visual_tokens(pixel_values)
+        return self.language_model(self.embed(input_ids, visual_tokens))

@@ -1,0 +1,122 @@
+"""The chat template and the picture placeholders: a conversation -> the text (and ids) the decoder reads.
+
+    <|im_start|>system\\n{SYSTEM}<|im_end|>\\n
+    <|im_start|>user\\n<img><IMG_CONTEXT>...</img>\\nWhat is this?<|im_end|>\\n
+    <|im_start|>assistant\\n
+
+One <IMG_CONTEXT> placeholder per visual token: 256 for each tile of 448 px.
+Source: InternVL internvl/conversation.py:238-247, 393-402 and modeling_internvl_chat.py:343-398 @2410d1d.
+Lesson: notebooks/04_prompt_and_tokens.ipynb
+"""
+from __future__ import annotations
+
+from minivl.limits import InputError
+
+# The trained default, part of every prompt: "You are InternVL, in Chinese Shusheng Wanxiang, a multimodal large language
+# model developed jointly by Shanghai AI Laboratory, Tsinghua University and several partners."
+SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
+          "联合开发的多模态大语言模型。")
+IMAGE = "<image>"                   # in a message's text: a picture goes here
+CONTEXT = "<IMG_CONTEXT>"
+ROLES = ("system", "user", "assistant")
+
+
+def render(messages, tiles_per_image=(), system=None, *, tokens_per_tile: int = 256, plain: bool = False) -> str:
+    """The prompt as text. An answer is left open if the last message is the user's.
+
+    `messages`: [{"role": "user", "content": "<image>\\nWhat is this?"}, ...] or the original's history of pairs
+    [(question, answer), ..., (question, None)]. Content may be a list of {"type": "text", "text": ...} and
+    {"type": "image"}. Pictures are taken from `tiles_per_image` (tiles of each, thumbnail included) in order.
+    `system` None: a leading system message, else SYSTEM. `plain`: text is only text, `<image>` is no mark.
+    """
+    return "".join(text for _, text in _segments(messages, tiles_per_image, system, tokens_per_tile, plain))
+
+
+def encode(tokenizer, messages, tiles_per_image=(), system=None, *, tokens_per_tile: int = 256,
+           plain: bool = False) -> list[int]:
+    """The prompt as ids. `plain`: what users wrote becomes ordinary text tokens even where it spells <|im_end|>."""
+    segments = _segments(messages, tiles_per_image, system, tokens_per_tile, plain)
+    if not plain:
+        return tokenizer.encode("".join(text for _, text in segments))
+    ids, run = [], ""
+    for is_token, text in [*segments, (True, "")]:
+        if is_token:        # a run of text is encoded as a whole, with its header: the template's line end belongs to it
+            ids += tokenizer.encode(run, plain=True) + tokenizer.encode(text)
+            run = ""
+        else:
+            run += text
+    return ids
+
+
+def _segments(messages, tiles_per_image, system, tokens_per_tile, plain):
+    """[(is_token, text), ...]: added tokens of the template, and text between them."""
+    messages = [m for item in messages for m in _as_messages(item)]
+    if messages and messages[0]["role"] == "system":
+        if system is not None:
+            raise InputError("a system text is given twice, as `system` and as the first message; give one of them")
+        system, messages = messages[0]["content"], messages[1:]
+    contents = [(m["role"], _split(m["content"], plain)) for m in messages]
+    system = _split(SYSTEM if system is None else system, plain)
+    marks = [part for _, parts in [("system", system), *contents] for part in parts if part is IMAGE]
+    if len(marks) != len(tiles_per_image):
+        raise InputError(f"the messages have {len(marks)} picture marks ({IMAGE}) but {len(tiles_per_image)} pictures are "
+                         f"given; write one {IMAGE} where each picture belongs")
+    if tiles_per_image and any(part is not IMAGE and CONTEXT in part for _, parts in contents + [("", system)]
+                               for part in parts) and not plain:
+        raise InputError(f"a message spells {CONTEXT}, which would take the place of a visual token; remove it, or pass "
+                         "plain=True to treat what users write as text")
+    if any(tiles < 1 for tiles in tiles_per_image):
+        raise InputError(f"tiles per picture are {list(tiles_per_image)}; every picture has at least one")
+    tiles = iter(tiles_per_image)
+
+    def body(parts):
+        for part in parts:
+            if part is IMAGE:
+                yield from [(True, "<img>"), (True, CONTEXT * (tokens_per_tile * next(tiles))), (True, "</img>")]
+            else:
+                yield False, part
+
+    segments = [(True, "<|im_start|>"), (False, "system\n"), *body(system), (True, "<|im_end|>"), (False, "\n")]
+    for role, parts in contents:
+        segments += [(True, "<|im_start|>"), (False, role + "\n"), *body(parts)]
+        if parts:           # an empty message is only its header, as in the original
+            segments += [(True, "<|im_end|>"), (False, "\n")]
+    if contents and contents[-1][0] == "user":
+        segments += [(True, "<|im_start|>"), (False, "assistant\n")]
+    return segments
+
+
+def _as_messages(item) -> list[dict]:
+    if isinstance(item, dict):
+        if item.get("role") not in ROLES:
+            raise InputError(f"a message has role {item.get('role')!r}; roles are {', '.join(ROLES)}")
+        return [{"role": item["role"], "content": item.get("content") or ""}]
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        question, answer = item
+        return ([{"role": "user", "content": question}]
+                + ([] if answer is None else [{"role": "assistant", "content": answer}]))
+    raise InputError(f"a message is a {type(item).__name__}; it must be a dict with role and content, or a pair "
+                     "(question, answer)")
+
+
+def _split(content, plain):
+    """Content -> [text or the mark IMAGE itself, ...] without empty texts."""
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    parts = []
+    for item in content:
+        kind = item.get("type") if isinstance(item, dict) else None
+        if kind == "image":
+            parts.append(IMAGE)
+        elif kind == "text" and isinstance(item.get("text"), str):
+            texts = [item["text"]] if plain else item["text"].split(IMAGE)
+            for i, text in enumerate(texts):
+                parts += [IMAGE] * (i > 0) + [_Text(text)] * bool(text)
+        else:
+            raise InputError(f"message content has an item {str(item)[:60]!r}; items are "
+                             '{"type": "text", "text": ...} and {"type": "image"}')
+    return parts
+
+
+class _Text(str):
+    """A text that is never *the* mark, even if it spells it."""

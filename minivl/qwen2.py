@@ -1,0 +1,191 @@
+"""Qwen2 decoder with a key-value cache: vectors of a prompt -> scores of the next token.
+
+B prompts, T tokens of this call, S tokens seen so far (cache + T), V vocabulary, D width, F FFN width,
+H query heads, K kv heads, G = H / K query heads per kv head, E head dim (D = H * E).
+Source: transformers 4.37.2 models/qwen2/modeling_qwen2.py; Qwen2 arXiv:2407.10671, RoPE arXiv:2104.09864,
+GQA arXiv:2305.13245, SwiGLU arXiv:2002.05202. Lesson: notebooks/05_decoder.ipynb
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class KVCache:
+    """Keys and values of all earlier tokens: per layer two float[B, K, capacity, E], of which `length` are filled.
+
+    `Qwen2Model.forward` appends and advances `length`; `truncate` takes tokens back. Capacity doubles when needed.
+    """
+
+    def __init__(self):
+        self.length = 0         # tokens, the same for every layer between two calls of the model
+        self.layers = {}        # layer index -> [keys, values]
+
+    def append(self, layer: int, k, v):
+        """k, v float[B, K, T, E] of the new tokens -> keys and values of all tokens, float[B, K, S, E]."""
+        end = self.length + k.shape[2]
+        room = self.layers[layer][0].shape[2] if layer in self.layers else 0
+        if end > room:
+            grown = [t.new_empty(t.shape[0], t.shape[1], max(end, 2 * room), t.shape[3]) for t in (k, v)]
+            for new, old in zip(grown, self.layers.get(layer, ())):
+                new[:, :, :self.length] = old[:, :, :self.length]
+            self.layers[layer] = grown
+        for stored, new in zip(self.layers[layer], (k, v)):
+            stored[:, :, self.length:end] = new
+        return [stored[:, :, :end] for stored in self.layers[layer]]
+
+    def truncate(self, length: int):
+        """Forget every token from position `length` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot cut the cache to {length} tokens, it holds {self.length}")
+        self.length = length
+
+
+def rope_tables(positions, head_dim: int, theta: float):
+    """int[B, T] positions counted from 0 -> cos and sin of the angles (radians), each float32[B, 1, T, E].
+
+    Pair i turns by position * theta^(-2i/E). Built in float32 at every call and never stored in the module: a buffer
+    would be rounded when the module is cast to half precision, and a rounded frequency drifts with the position.
+    """
+    pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)   # (E/2)
+    angle = positions[:, None, :, None].float() / theta ** (pair / head_dim)            # (B, 1, T, E/2)
+    angle = torch.cat([angle, angle], dim=-1)                                           # (B, 1, T, E)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """RoPE, split-half: element i pairs with i + E/2, not with i + 1. float[B, H, T, E] -> same shape."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def attention_mask(T: int, S: int, padding, device):
+    """Who sees whom: bool[B or 1, 1, T, S], True = visible; None where plain causal attention says the same.
+
+    The T queries are the last T of S positions. Query t sees key s if s is not later. `padding` int[B] counts the
+    padding tokens at the start of each row, which nobody sees but themselves (a row of the softmax must not be empty).
+    Example T=2, S=4, padding 1:   0 1 1 0
+                                   0 1 1 1
+    """
+    if padding is None and T in (1, S):
+        return None
+    query = torch.arange(S - T, S, device=device)[:, None]                              # (T, 1)
+    key = torch.arange(S, device=device)                                                # (S)
+    mask = (key <= query)[None]                                                         # (1, T, S)
+    if padding is not None:
+        mask = mask & (key >= padding[:, None, None]) | (key == query)                  # (B, T, S)
+    return mask[:, None]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight. The mean and root are a float32 island; the cast back comes *before* the weight."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x):
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Attend(nn.Module):
+    """q float[B, H, T, E], k and v float[B, K, S, E] -> float[B, H, T, E]. A module so that `trace` sees q, k, v.
+
+    Query head h reads kv head h // G. `mask` None: plain causal.
+    """
+
+    def forward(self, q, k, v, mask):
+        causal = mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+
+
+class Attention(nn.Module):
+    """float[B, T, D] -> float[B, T, D]."""
+
+    def __init__(self, config, layer, linear):
+        super().__init__()
+        D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.layer, self.head_dim = layer, D // H
+        self.q_proj = linear(D, D, bias=True)
+        self.k_proj = linear(D, K * self.head_dim, bias=True)
+        self.v_proj = linear(D, K * self.head_dim, bias=True)
+        self.attend = Attend()
+        self.o_proj = linear(D, D, bias=False)
+
+    def forward(self, x, cos, sin, mask, cache):
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for p in (self.q_proj, self.k_proj, self.v_proj))        # (B, H, T, E), 2 x (B, K, T, E)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)                           # 2 x (B, K, S, E)
+        x = self.attend(q, k, v, mask)                                      # (B, H, T, E)
+        return self.o_proj(x.transpose(1, 2).flatten(2))                    # (B, T, D)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), float[B, T, D] -> same shape."""
+
+    def __init__(self, config, linear):
+        super().__init__()
+        D, width = config.hidden_size, config.intermediate_size
+        self.gate_proj = linear(D, width, bias=False)
+        self.up_proj = linear(D, width, bias=False)
+        self.down_proj = linear(width, D, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, F) inside
+
+
+class Layer(nn.Module):
+    """One decoder block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config, layer, linear):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer, linear)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, linear)
+
+    def forward(self, x, cos, sin, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen2Model(nn.Module):
+    """inputs_embeds float[B, T, D] -> normalised hidden states float[B, T, D]."""
+
+    def __init__(self, config, linear):
+        super().__init__()
+        self.head_dim, self.theta = config.hidden_size // config.num_attention_heads, config.rope_theta
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i, linear) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, inputs_embeds, cache=None, padding=None):
+        """`padding` int[B]: how many tokens at the start of each row are padding (counted from the first call on)."""
+        T, start = inputs_embeds.shape[1], cache.length if cache is not None else 0
+        position = torch.arange(start, start + T, device=inputs_embeds.device)[None]    # (1, T)
+        if padding is not None:
+            position = (position - padding[:, None]).clamp(min=0)                       # (B, T), 0 at the first real token
+        cos, sin = (t.to(inputs_embeds.dtype) for t in rope_tables(position, self.head_dim, self.theta))
+        mask = attention_mask(T, start + T, padding, inputs_embeds.device)
+        x = inputs_embeds
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.length = start + T
+        return self.norm(x)
+
+
+class Qwen2ForCausalLM(nn.Module):
+    """Decoder and head. `linear(in, out, bias=)` builds the seven linears of a layer: nn.Linear, or AWQ's."""
+
+    def __init__(self, config, linear=nn.Linear):
+        super().__init__()
+        self.model = Qwen2Model(config, linear)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)     # untied in the whole family
+
+    def forward(self, inputs_embeds, cache=None, padding=None):
+        """float[B, T, D] -> logits float32[B, T, V]."""
+        return self.lm_head(self.model(inputs_embeds, cache, padding)).float()

@@ -1,0 +1,62 @@
+"""Dynamic tiling: a picture of any size -> a grid of square tiles -> pixel_values.
+
+A fixed-size ViT sees only S x S pixels. So the picture is stretched to the best fitting grid of S x S tiles, cut
+along the grid, and, if that gave more than one tile, the whole picture is added once more as a small thumbnail.
+
+N tiles (thumbnail included, always last), S tile side in pixels.
+Source: InternVL internvl/train/dataset.py:813-866 and build_transform :276 @2410d1d; arXiv:2404.16821 section 3.3.
+Lesson: notebooks/01_tiles.ipynb
+"""
+import torch
+from PIL import Image
+
+MEAN = (0.485, 0.456, 0.406)   # ImageNet's, per RGB channel, of pixels scaled to 0..1
+STD = (0.229, 0.224, 0.225)
+
+
+def choose_grid(width: int, height: int, *, min_num: int = 1, max_num: int = 12, tile_size: int = 448):
+    """The (columns, rows) whose aspect ratio is nearest to the picture's, with min_num..max_num tiles.
+
+    On an exact tie the larger grid wins if the picture has more than half of that grid's pixels:
+    600x600 stays 1x1, 640x640 becomes 2x2. Area is asked on ties only: 800x600 is 4x3, an exact fit.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"picture is {width}x{height} pixels; both sides must be at least 1")
+    if not 1 <= min_num <= max_num:
+        raise ValueError(f"min_num {min_num} and max_num {max_num} must satisfy 1 <= min_num <= max_num")
+    # A set, as in the reference: which of two equally large grids is met first is Python's set order there. It
+    # matters only for min_num > 1, e.g. 4 tiles exactly: 5:8 lies just between 1x4 and 2x2.
+    grids = {(i, j) for n in range(min_num, max_num + 1) for i in range(1, n + 1) for j in range(1, n + 1)
+             if min_num <= i * j <= max_num}
+    aspect, best, best_difference = width / height, (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        difference = abs(aspect - columns / rows)
+        if difference < best_difference:
+            best, best_difference = (columns, rows), difference
+        elif difference == best_difference and width * height > 0.5 * tile_size ** 2 * columns * rows:
+            best = (columns, rows)
+    return best
+
+
+def tile(image: Image.Image, *, min_num: int = 1, max_num: int = 12, tile_size: int = 448,
+         use_thumbnail: bool = True) -> list:
+    """RGB picture -> [tile, ...] row by row, then the thumbnail if there is more than one tile."""
+    if image.mode != "RGB":
+        raise ValueError(f"picture has mode {image.mode}; convert it with image.convert('RGB')")
+    columns, rows = choose_grid(*image.size, min_num=min_num, max_num=max_num, tile_size=tile_size)
+    # The aspect ratio is not kept and nothing is padded. Bicubic with Pillow's antialiasing, 8 bits per channel:
+    # a tensor resize gives other pixels.
+    stretched = image.resize((tile_size * columns, tile_size * rows), Image.Resampling.BICUBIC)
+    tiles = [stretched.crop((x, y, x + tile_size, y + tile_size))
+             for y in range(0, tile_size * rows, tile_size) for x in range(0, tile_size * columns, tile_size)]
+    if use_thumbnail and len(tiles) > 1:
+        tiles.append(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
+    return tiles
+
+
+def to_pixel_values(tiles: list) -> torch.Tensor:
+    """[RGB tile, ...] with pixels 0..255 -> normalised float32[N, 3, S, S]."""
+    pixels = [torch.frombuffer(bytearray(t.tobytes()), dtype=torch.uint8).view(t.height, t.width, 3) for t in tiles]
+    x = torch.stack(pixels).permute(0, 3, 1, 2).float() / 255                     # (N, 3, S, S)
+    mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
+    return ((x - mean) / std).contiguous()

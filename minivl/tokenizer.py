@@ -1,0 +1,149 @@
+"""Byte-level BPE, the Qwen2 recipe, through the `tokenizers` library; and text pieces while tokens arrive.
+
+Text -> NFC -> split by a pattern (one digit at a time) -> bytes as printable characters -> merges -> ids.
+Added tokens (<|im_start|>, <img>, ...) are cut out of the text first and get one id each.
+Source: Qwen2Converter and tokenization_qwen2.py of transformers 4.37.2/4.52.4; special flags: InternVL
+internvl/train/constants.py @2410d1d. Lesson: notebooks/04_prompt_and_tokens.ipynb
+"""
+from __future__ import annotations
+
+import codecs
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from minivl.config import read_json
+from minivl.limits import InputError
+
+PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+# Added tokens that stay visible in decoded text; all others are "special" and dropped by skip_special_tokens.
+NOT_SPECIAL = {"<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+               "<|repo_name|>", "<|file_sep|>"}
+REQUIRED = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+
+
+class Tokenizer:
+    """Text <-> ids. `Tokenizer.load(folder)` reads vocab.json, merges.txt and added_tokens.json, or tokenizer.json."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self.backend = backend
+        self.added = {token.content: id for id, token in sorted(backend.get_added_tokens_decoder().items())}
+        self.special_ids = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        missing = [token for token in REQUIRED if token not in self.added]
+        if missing:
+            raise InputError(f"the tokenizer has no {', '.join(missing)}; is added_tokens.json that of an InternVL model?")
+
+    @classmethod
+    def load(cls, folder) -> Tokenizer:
+        """`folder`: of the checkpoint. vocab.json + merges.txt win over tokenizer.json: their recipe is verified."""
+        folder = Path(folder)
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return cls(_qwen2(folder))
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise InputError(f"{folder} has neither vocab.json and merges.txt nor tokenizer.json; copy the tokenizer files "
+                             "of the model there")
+        read_json(path)     # says what is wrong in our words; the library's error is a Rust one
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except InputError:
+            raise
+        except Exception:   # the library raises plain Exception
+            raise InputError(f"{path} is JSON but not a tokenizer; download it again") from None
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+
+    def id(self, token: str) -> int:
+        """Id of one added token or vocabulary entry, e.g. `<|im_end|>`."""
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise InputError(f"the tokenizer has no token {token!r}")
+        return found
+
+    def encode(self, text: str, *, plain: bool = False) -> list[int]:
+        """`plain`: text that spells an added token (`<|im_end|>`) is encoded as the characters it is made of."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"the text holds half a surrogate pair at character {error.start}, which no UTF-8 can hold; "
+                             "remove it") from None
+        if not plain:
+            return self.backend.encode(text).ids
+        pieces = self.backend.pre_tokenizer.pre_tokenize_str(self.backend.normalizer.normalize_str(text))
+        return [token.id for piece, _ in pieces for token in self.backend.model.tokenize(piece)]
+
+    def decode(self, ids, *, skip_special_tokens: bool = True) -> str:
+        """Broken UTF-8 becomes U+FFFD, as everywhere."""
+        ids = [int(i) for i in ids]
+        unknown = [i for i in ids if i < 0 or self.backend.id_to_token(i) is None]
+        if unknown:
+            raise InputError(f"id {unknown[0]} is not in the vocabulary (0..{self.vocab_size - 1})")
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes one token stands for; a character may be spread over several tokens."""
+        token = self.backend.id_to_token(id)
+        if token is None:
+            raise InputError(f"id {id} is not in the vocabulary (0..{self.vocab_size - 1})")
+        if token in self.added or not all(c in self._byte_of for c in token):
+            return token.encode("utf-8")
+        return bytes(self._byte_of[c] for c in token)
+
+    @cached_property
+    def _byte_of(self) -> dict[str, int]:
+        """GPT-2's table: printable bytes stand for themselves, the other 68 for the characters from U+0100 on."""
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [b for b in range(256) if b not in printable]
+        return {**{chr(b): b for b in printable}, **{chr(0x100 + i): b for i, b in enumerate(others)}}
+
+
+class TextStream:
+    """Tokens in, whole characters out: `push` returns the text that is certain, `finish` the rest."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+        self.tokenizer = tokenizer
+        self.skip = tokenizer.special_ids if skip_special_tokens else ()
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id: int) -> str:
+        return "" if id in self.skip else self.decoder.decode(self.tokenizer.token_bytes(id))
+
+    def finish(self) -> str:
+        return self.decoder.decode(b"", final=True)
+
+
+def _qwen2(folder: Path) -> tokenizers.Tokenizer:
+    vocabulary, added = read_json(folder / "vocab.json"), read_json(folder / "added_tokens.json")
+    for name, table in (("vocab.json", vocabulary), ("added_tokens.json", added)):
+        if not isinstance(table, dict) or not all(isinstance(i, int) and i >= 0 for i in table.values()):
+            raise InputError(f"{name} in {folder} must map tokens to ids; download it again")
+    ids = [*vocabulary.values(), *added.values()]
+    if sorted(ids) != list(range(len(ids))):
+        raise InputError(f"vocab.json ({len(vocabulary)} entries) and added_tokens.json ({len(added)}) in {folder} do not "
+                         f"number their tokens 0..{len(ids) - 1} once each; the files do not belong together")
+    try:
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version"):] if line]
+        model = models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, byte_fallback=False)
+    except Exception:       # not UTF-8, a line without two halves, a merge of unknown tokens
+        raise InputError(f"merges.txt in {folder} does not fit vocab.json; download both again") from None
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    for token in sorted(added, key=added.get):      # one by one, in id order: the library numbers them as they come
+        backend.add_tokens([AddedToken(token, normalized=False, special=token not in NOT_SPECIAL)])
+        if backend.token_to_id(token) != added[token]:
+            raise InputError(f"added token {token} got id {backend.token_to_id(token)}, added_tokens.json in {folder} says "
+                             f"{added[token]}; is it in vocab.json too?")
+    return backend
