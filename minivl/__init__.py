@@ -20,8 +20,11 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 from minivl import awq, prompt, tiling  # noqa: E402
 from minivl.checkpoint import load  # noqa: E402
+from minivl.generate import GenerationConfig, generate  # noqa: E402
 from minivl.limits import InputError, Limits  # noqa: E402
 from minivl.media import load_image, load_video  # noqa: E402
 from minivl.model import MiniVL  # noqa: E402
+from minivl.pipeline import (IMAGE_TOKEN, EngineConfig, Picture, Pipeline, Response, Session, pipeline,  # noqa: E402
+                             video_prompt)
 from minivl.tokenizer import Tokenizer  # noqa: E402
 from minivl.trace import trace  # noqa: E402

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from minivl.config import Config, read_json
 from minivl.limits import InputError, offline
@@ -54,7 +55,7 @@ def load(path_or_id, *, revision: str | None = None, device=None, dtype=None) ->
     tensors = open_weights(folder)
     _check(model, tensors, folder)
     state = {}
-    for name in model.state_dict():
+    for name in tqdm(model.state_dict(), desc="loading", unit="tensor", delay=2, leave=False, disable=None):
         tensor = tensors[name].read()
         if tensor.is_floating_point():
             _refuse_non_finite(name, tensor, "the file is damaged; download it again")

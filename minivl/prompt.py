@@ -32,10 +32,18 @@ def render(messages, tiles_per_image=(), system=None, *, tokens_per_tile: int = 
     return "".join(text for _, text in _segments(messages, tiles_per_image, system, tokens_per_tile, plain))
 
 
-def encode(tokenizer, messages, tiles_per_image=(), system=None, *, tokens_per_tile: int = 256,
-           plain: bool = False) -> list[int]:
-    """The prompt as ids. `plain`: what users wrote becomes ordinary text tokens even where it spells <|im_end|>."""
+def encode(tokenizer, messages, tiles_per_image=(), system=None, *, tokens_per_tile: int = 256, plain: bool = False,
+           after: list | None = None) -> list[int]:
+    """The prompt as ids. `plain`: what users wrote becomes ordinary text tokens even where it spells <|im_end|>.
+
+    `after`: the token ids of the answer that this user message follows in a conversation. Then the ids are only those
+    that come after that answer: its end, and the new turn. They equal the tail of the whole conversation's ids.
+    """
     segments = _segments(messages, tiles_per_image, system, tokens_per_tile, plain)
+    if after is not None:
+        turn = segments.index((False, "user\n")) - 1
+        # an empty answer is only its header, as in _segments
+        segments = ([(True, "<|im_end|>"), (False, "\n")] if after else []) + segments[turn:]
     if not plain:
         return tokenizer.encode("".join(text for _, text in segments))
     ids, run = [], ""

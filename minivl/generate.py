@@ -1,0 +1,193 @@
+"""From a prompt to its continuation: prefill, then one token at a time, greedy or sampled, one prompt or a batch.
+
+B prompts, T tokens of the longest prompt, D language width, V vocabulary.
+A batch is padded on the left, so that the last token of every row is a real one; nobody looks at padding and positions
+start at the first real token: each prompt gets what it gets alone.
+Source: LMDeploy v0.6.4 messages.py:81-125 and the sampling order of its TurboMind engine (src/turbomind/layers/
+sampling_layers); top-p arXiv:1904.09751, repetition penalty arXiv:1909.05858. Lesson: notebooks/06_generate.ipynb
+"""
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, fields
+
+import torch
+
+from minivl.limits import InputError, Limits
+from minivl.qwen2 import KVCache
+
+
+@dataclass
+class GenerationConfig:
+    """LMDeploy's fields and defaults. Greedy unless do_sample=True; then sampling values have an effect."""
+    n: int = 1                                  # answers per prompt; only 1
+    max_new_tokens: int = 512
+    do_sample: bool = False
+    top_p: float = 1.0                          # smallest set of tokens with this total probability, (0, 1]
+    top_k: int = 50                             # the k most probable tokens; 0: all
+    min_p: float = 0.0                          # at least min_p times the most probable token's probability, [0, 1]
+    temperature: float = 0.8                    # logits are divided by it, [0, 2]; 0: the most probable token
+    repetition_penalty: float = 1.0             # of every token already in prompt or answer; above 1 discourages
+    ignore_eos: bool = False                    # do not stop at the model's stop tokens
+    random_seed: int | None = None
+    stop_words: list[str] | None = None         # the text ends before the first of them
+    bad_words: list[str] | None = None          # no token that contains one is ever chosen
+    stop_token_ids: list[int] | None = None     # in addition to the model's own
+    bad_token_ids: list[int] | None = None
+    min_new_tokens: int | None = None           # no stop token before
+    skip_special_tokens: bool = True            # in the text
+    logprobs: int | None = None                 # log-probabilities (of the unmodified scores) of that many best tokens
+    response_format: dict | None = None         # not supported
+
+    def __post_init__(self):
+        def require(good, name, rule):
+            if not good:
+                raise InputError(f"GenerationConfig.{name} is {getattr(self, name)!r}; it must be {rule}")
+
+        for name in ("n", "max_new_tokens", "top_k", "min_new_tokens", "logprobs", "random_seed"):
+            value = getattr(self, name)
+            optional = value is None and name in ("min_new_tokens", "logprobs", "random_seed")
+            require(optional or isinstance(value, int) and not isinstance(value, bool), name, "a whole number")
+        for name in ("top_p", "min_p", "temperature", "repetition_penalty"):
+            require(isinstance(getattr(self, name), (int, float)), name, "a number")
+        require(self.n == 1, "n", "1; ask several times with other seeds instead")
+        require(1 <= self.max_new_tokens <= Limits.new_tokens, "max_new_tokens", f"in 1..{Limits.new_tokens}")
+        require(0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        require(self.top_k >= 0, "top_k", "0 (all tokens) or more")
+        require(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
+        require(0 <= self.temperature <= 2, "temperature", "in [0, 2]")
+        require(0 < self.repetition_penalty < float("inf"), "repetition_penalty", "positive; 1 changes nothing")
+        require(self.logprobs is None or self.logprobs >= 1, "logprobs", "1 or more")
+        require(self.response_format is None, "response_format", "None, structured output is not supported")
+        for name in ("stop_words", "bad_words"):
+            words = getattr(self, name) or []
+            require(isinstance(words, (list, tuple)) and all(isinstance(w, str) and w for w in words), name,
+                    "a list of non-empty strings")
+        if not self.do_sample:
+            ignored = [f.name for f in fields(self)
+                       if f.name in ("top_p", "top_k", "min_p", "temperature", "repetition_penalty", "random_seed")
+                       and getattr(self, f.name) != f.default]
+            if ignored:     # LMDeploy ignores them without a word
+                warnings.warn(f"do_sample is False, so decoding is greedy and {', '.join(ignored)} have no effect; set "
+                              "do_sample=True to sample", stacklevel=3)
+
+
+def probabilities(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """float[V] -> float32[V] that sum to 1: temperature, then top-k, then top-p, then min-p, what is left rescaled."""
+    logits = logits.float() / temperature
+    if 0 < top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
+    p = logits.softmax(-1)                                                  # (V)
+    if top_p < 1:
+        ordered, index = p.sort(descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered       # what the more probable tokens have already; 0 for the first: it stays
+        p = p.index_fill(0, index[before > top_p], 0.0)
+    if min_p > 0:
+        p = p.where(p >= min_p * p.max(), 0.0)
+    return p / p.sum()
+
+
+def penalise(logits, ids, penalty: float):
+    """Repetition penalty on float[V]: the scores of the tokens `ids` are divided by it if positive, else multiplied."""
+    ids = torch.tensor(sorted(set(ids)), dtype=torch.long, device=logits.device)
+    seen = logits[ids]
+    return logits.index_copy(0, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
+
+
+class Chooser:
+    """How one prompt picks its next token: penalties, bans, then greedy or a seeded draw."""
+
+    def __init__(self, config: GenerationConfig, prompt_ids, stop_ids=(), banned_ids=()):
+        self.config, self.stop_ids, self.banned_ids = config, sorted(stop_ids), sorted(banned_ids)
+        self.seen, self.count = list(prompt_ids), 0
+        self.generator = torch.Generator()      # on the CPU for every device: the same seed draws the same tokens
+        if config.random_seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(config.random_seed)
+
+    def __call__(self, logits) -> int:
+        """Logits float32[V] of one prompt -> token id."""
+        c = self.config
+        banned = self.banned_ids + (self.stop_ids if self.count < (c.min_new_tokens or 0) else [])
+        if c.do_sample and c.repetition_penalty != 1:
+            logits = penalise(logits, self.seen, c.repetition_penalty)
+        if banned:
+            logits = logits.index_fill(0, torch.tensor(banned, device=logits.device), float("-inf"))
+        if c.do_sample and c.temperature > 0:
+            p = probabilities(logits.cpu(), temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, min_p=c.min_p)
+            token = int(torch.multinomial(p, 1, generator=self.generator))
+        else:
+            token = int(logits.argmax())
+        self.seen.append(token)
+        self.count += 1
+        return token
+
+
+@torch.inference_mode()
+def steps(model, inputs_embeds, choosers, *, cache=None, padding=None):
+    """Prefill float[B, T, D], then forever: yields (tokens: B ids, logits float32[B, V] they were chosen from).
+
+    The caller stops. At each yield the cache holds everything but the tokens just yielded.
+    """
+    language, cache, count = model.language_model, cache or KVCache(), 0
+    x = inputs_embeds
+    while True:
+        hidden = language.model(x, cache, padding)                          # (B, T, D), then (B, 1, D)
+        logits = language.lm_head(hidden[:, -1]).float()                    # (B, V); only the last position is needed
+        if not bool(torch.isfinite(logits).all()):
+            raise InputError(f"the model computed NaN or infinite scores for new token {count + 1} in {model.dtype}; load it "
+                             "with dtype='bfloat16' or 'float32', or check the weights with `python -m weights_tools.inspect`")
+        tokens = [choose(row) for choose, row in zip(choosers, logits)]
+        yield tokens, logits
+        x = language.model.embed_tokens(torch.tensor(tokens, device=hidden.device)[:, None])    # (B, 1, D)
+        count += 1
+
+
+def left_pad(rows: list) -> tuple:
+    """Tensors [1, t, ...] of different lengths t -> [B, T, ...] filled with 0 on the left, and int[B] padding.
+
+    padding is None where all are of one length: the plain causal path, without a mask.
+    """
+    T = max(row.shape[1] for row in rows)
+    padding = torch.tensor([T - row.shape[1] for row in rows], device=rows[0].device)
+    padded = [torch.cat([row.new_zeros(1, T - row.shape[1], *row.shape[2:]), row], dim=1) for row in rows]
+    return torch.cat(padded), padding if bool(padding.any()) else None
+
+
+@torch.inference_mode()
+def generate(model, input_ids, pixel_values=None, *, max_new_tokens: int, ignore_eos: bool = False,
+             config: GenerationConfig | None = None):
+    """Token ids of the continuation: int[T] -> int[n]; int[B, T] -> int[B, n]; a list of id lists -> a list of id lists.
+
+    Ends after the model's stop token (included) or max_new_tokens; a finished row of a tensor repeats its stop token.
+    pixel_values: normalised float[N, 3, S, S], tiles of all prompts in order. `config`: sampling; default greedy.
+    """
+    tensor = isinstance(input_ids, torch.Tensor)
+    rows = (input_ids if tensor and input_ids.ndim == 2 else input_ids[None]).tolist() if tensor else list(input_ids)
+    if not rows or not all(len(row) for row in rows):
+        raise InputError("input_ids are empty; there must be at least one prompt, and one token in each")
+    config = config or GenerationConfig(max_new_tokens=max_new_tokens)
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    ids, padding = left_pad([torch.tensor([row]) for row in rows])          # (B, T)
+    room = model.config.llm_config.max_position_embeddings
+    if ids.shape[1] + max_new_tokens > room:
+        raise InputError(f"{ids.shape[1]} prompt tokens + {max_new_tokens} new ones exceed the model's {room} positions")
+    stop = set() if ignore_eos else {*model.eos_token_ids, *(config.stop_token_ids or [])}
+    visual = None if pixel_values is None else model.visual_tokens(pixel_values)
+    x = model.embed(ids, visual)                                            # (B, T, D)
+    padding = None if padding is None else padding.to(x.device)
+    choosers = [Chooser(config, row, stop, config.bad_token_ids or []) for row in rows]
+    answers = [[] for _ in rows]
+    for count, (tokens, _) in enumerate(steps(model, x, choosers, padding=padding), start=1):
+        for answer, token in zip(answers, tokens):
+            if not (answer and answer[-1] in stop):
+                answer.append(token)
+        if count == max_new_tokens or all(answer[-1] in stop for answer in answers):
+            break
+    if not tensor:
+        return answers
+    n = max(map(len, answers))
+    result = torch.tensor([answer + answer[-1:] * (n - len(answer)) for answer in answers])
+    return result if input_ids.ndim == 2 else result[0]
