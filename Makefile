@@ -1,0 +1,28 @@
+# `make help` lists the targets. Everything runs in .venv/, built by `make setup`.
+PYTHON ?= python3
+# Where pip takes torch from besides the default index, e.g. on Linux without a GPU, for a much smaller download:
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+PY := .venv/bin/python
+
+.PHONY: help setup demo test clean
+
+help:           ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+setup: .venv/ready  ## the virtual environment .venv/ with everything needed
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "minivl needs Python 3.10 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e ".[dev,video]"
+	@touch .venv/ready
+
+demo: setup     ## a small model answers a question about a picture
+	@$(PY) -m weights_tools.demo
+
+test: setup     ## all tests
+	$(PY) -m pytest
+
+clean:          ## removes .venv/
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,160 @@
+"""The command line: python -m minivl chat PICTURE... [-p PROMPT]."""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+
+from minivl import (EngineConfig, GenerationConfig, InputError, Picture, load_video, pipeline, video_prompt)
+
+HELP = """\
+Ask about pictures.
+
+  python -m minivl chat --model FOLDER tiger.jpeg -p "describe this image"     one answer
+  python -m minivl chat --model FOLDER tiger.jpeg                              a conversation
+  echo "what is this?" | python -m minivl chat --model FOLDER tiger.jpeg       the prompt from a pipe
+
+In a conversation: /add PICTURE brings a picture to your next message, /new starts over, /quit ends (as does Ctrl-D).
+Ctrl-C stops an answer."""
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(prog="python -m minivl", description="InternVL2.5 in plain PyTorch.")
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chat = commands.add_parser("chat", help="ask about pictures", description=HELP,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    chat.add_argument("pictures", nargs="*", metavar="PICTURE", help="path, URL or data: URL; none for a text-only question")
+    chat.add_argument("-p", "--prompt", help="the question; without it, a conversation (or the prompt from a pipe)")
+    chat.add_argument("--system", metavar="TEXT", help="replaces the trained system message")
+    chat.add_argument("--json", action="store_true", help="print the whole response as one JSON object")
+
+    model = chat.add_argument_group("model")
+    model.add_argument("-m", "--model", required=True, metavar="FOLDER|HUB_ID",
+                       help="a checkpoint folder, or a hub id such as OpenGVLab/InternVL2_5-4B-MPO-AWQ (downloads it)")
+    model.add_argument("--revision", help="branch, tag or commit of a hub id")
+    model.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps (untested)")
+    model.add_argument("--dtype", choices=["float32", "float16", "bfloat16"],
+                       help="of the computation; default float32 on cpu, elsewhere float16 for AWQ and bfloat16 otherwise")
+    model.add_argument("--session-len", type=int, metavar="TOKENS", help="longest conversation; default all the model can")
+
+    look = chat.add_argument_group("pictures and video")
+    look.add_argument("--max-tiles", type=int, metavar="N", help="most tiles of a picture, thumbnail not counted (default: "
+                      "the model's, 12); fewer are faster, more read smaller print")
+    look.add_argument("--video", metavar="FILE|FOLDER", help="video file, animated GIF/WebP/PNG, or folder of frames")
+    look.add_argument("--segments", type=int, default=8, metavar="N", help="frames taken from the video (default 8)")
+    look.add_argument("--bound", type=float, nargs=2, metavar=("START", "END"), help="part of the video, seconds")
+    look.add_argument("--fps", type=float, help="frames per second of a folder of frames (needed for --bound)")
+    look.add_argument("--plain-text", action="store_true",
+                      help="treat the prompt as text even where it spells <|im_end|> or <image>")
+
+    write = chat.add_argument_group("answer")
+    write.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default 512")
+    write.add_argument("--sample", action="store_true", help="draw tokens instead of always taking the most probable")
+    write.add_argument("--temperature", type=float, help="with --sample: default 0.8")
+    write.add_argument("--top-k", type=int, metavar="K", help="with --sample: default 50, 0 for all")
+    write.add_argument("--top-p", type=float, metavar="P", help="with --sample: default 1.0")
+    write.add_argument("--min-p", type=float, metavar="P", help="with --sample: default 0.0")
+    write.add_argument("--repetition-penalty", type=float, metavar="X", help="with --sample: default 1.0")
+    write.add_argument("--seed", type=int, help="with --sample: the same seed gives the same answer")
+    return main
+
+
+def main(argv=None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return chat(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:         # the reader of a pipe went away, e.g. `| head`
+        sys.stderr.close()
+        return 0
+
+
+def chat(args) -> int:
+    values = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+                  repetition_penalty=args.repetition_penalty, random_seed=args.seed)
+    values = {name: value for name, value in values.items() if value is not None}
+    if values and not args.sample:
+        raise InputError(f"--{', --'.join(values).replace('_', '-').replace('random-seed', 'seed')} has an effect only with "
+                         "--sample; without it the most probable token is always taken")
+    if args.json and args.prompt is None and sys.stdin.isatty():
+        raise InputError("--json prints one answer; give the question with -p")
+    gen_config = GenerationConfig(max_new_tokens=args.max_new_tokens, do_sample=args.sample, **values)
+    pictures = [Picture(source, args.max_tiles) for source in args.pictures]
+    video = None if args.video is None else load_video(args.video, num_segments=args.segments,
+                                                       bound=args.bound and tuple(args.bound), fps=args.fps)
+    pipe = pipeline(args.model, EngineConfig(session_len=args.session_len, device=args.device, dtype=args.dtype,
+                                             revision=args.revision, plain_text=args.plain_text))
+
+    def message(text: str, pictures: list, first: bool):
+        """What a person typed, with the pictures and frames that go along."""
+        if first and video:
+            if pictures:
+                raise InputError("give pictures or a video, not both in one message; /add the picture to a later one")
+            text, pictures = video_prompt(text, video)
+        elif len(pictures) > 1 and not args.plain_text and "<IMAGE_TOKEN>" not in text and "<image>" not in text:
+            text = "".join(f"Image-{i}: <IMAGE_TOKEN>\n" for i in range(1, len(pictures) + 1)) + text
+        if not (first and args.system is not None):
+            return text, pictures
+        return [{"role": "system", "content": args.system},
+                {"role": "user", "content": [{"type": "text", "text": text},
+                                             *({"type": "image_data", "image_data": {"data": p}} for p in pictures)]}]
+
+    session = pipe.session()
+    if args.prompt is not None or not sys.stdin.isatty():
+        text = args.prompt if args.prompt is not None else sys.stdin.read().strip()
+        answer(pipe, session, message(text, pictures, True), gen_config, quiet=args.json)
+        if args.json:
+            print(json.dumps(asdict(session.response), ensure_ascii=False))
+        return 0
+
+    print("Ask away. /add PICTURE, /new, /quit; Ctrl-C stops an answer.", file=sys.stderr)
+    waiting = list(pictures)
+    while True:
+        try:
+            text = input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return 0
+        if text in ("/quit", "/exit"):
+            return 0
+        if text == "/new":
+            session, waiting = pipe.session(), list(pictures)
+        elif text.startswith("/add "):
+            waiting.append(Picture(text[5:].strip(), args.max_tiles))
+        elif text:
+            try:
+                answer(pipe, session, message(text, waiting, not session.history), gen_config)
+                waiting = []
+            except InputError as error:         # the conversation goes on as it was
+                print(f"error: {error}", file=sys.stderr)
+                waiting = waiting if not session.history else []
+            except KeyboardInterrupt:
+                print("\n(stopped; this turn is forgotten)", file=sys.stderr)
+
+
+def answer(pipe, session, message, gen_config, quiet=False):
+    """Streams one answer to the terminal, and its speed to stderr if that is one."""
+    start, first = time.perf_counter(), None
+    for text in pipe.stream(message, gen_config, session):
+        first = first or time.perf_counter()
+        if not quiet:
+            print(text, end="", flush=True)
+    end, count = time.perf_counter(), session.response.generate_token_len
+    if not quiet:
+        print()
+        if sys.stderr.isatty():
+            first = first or end
+            rate = f", {(count - 1) / (end - first):.1f} tokens/s" if count > 1 and end > first else ""
+            print(f"[{session.response.input_token_len} tokens read, first text after {first - start:.1f} s, "
+                  f"{count} tokens written{rate}]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

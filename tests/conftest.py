@@ -1,0 +1,36 @@
+"""Shared by all tests: where the golden data lies, and tiny checkpoints made on the spot."""
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")    # no test may reach the hub
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARED = Path(__file__).parents[2] / "shared"    # the full golden data, real vocabulary and pictures, where they exist
+
+
+def shared(path: str) -> Path:
+    """A file of the full golden data, or a skip."""
+    if not (SHARED / path).exists():
+        pytest.skip(f"the full golden data ({path}) is not beside this checkout")
+    return SHARED / path
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder of a tiny random AWQ checkpoint with its tokenizer."""
+    from weights_tools.synthesize import synthesize
+    return synthesize(tmp_path_factory.mktemp("tiny") / "awq", "tiny", awq=True)
+
+
+@pytest.fixture(scope="session")
+def pipe(tiny):
+    from minivl import pipeline
+    return pipeline(tiny)
