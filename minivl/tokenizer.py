@@ -55,7 +55,7 @@ class Tokenizer:
         except Exception:   # the library raises plain Exception
             raise InputError(f"{path} is JSON but not a tokenizer; download it again") from None
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())

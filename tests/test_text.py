@@ -1,0 +1,203 @@
+"""Tokenizer and template: against the original's recorded ids where the vocabulary is there, and by rule on the tiny one."""
+import json
+import random
+
+import pytest
+from conftest import shared
+
+from minivl import InputError, Tokenizer
+from minivl.prompt import SYSTEM, encode, render
+from minivl.tokenizer import TextStream
+
+SYSTEM_IDS = [105043, 90286, 21287, 13935, 116669, 3837, 105205, 13072, 20412, 67916, 30698, 3837, 104625, 100633, 104455,
+              104800, 5373, 109065, 81217, 104581, 99721, 75317, 101101, 100013, 9370, 42140, 53772, 35243, 26288, 102064,
+              104949, 1773]
+FRAME = ("<|im_start|>system\n" + SYSTEM + "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.fixture(scope="module")
+def qwen2():
+    return Tokenizer.load(shared("qwen2_tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def small(tiny):
+    return Tokenizer.load(tiny)
+
+
+def test_200_nasty_strings_of_the_original(qwen2):
+    cases = json.loads(shared("golden/tokenizer_strings.json").read_text())
+    assert len(cases) == 200
+    assert [text for text, ids in cases if qwen2.encode(text) != ids] == []
+
+
+def test_prompts_of_the_original(qwen2):
+    cases = json.loads(shared("golden/prompts.json").read_text())
+    assert len(cases) == 8
+    for case in cases:
+        arguments = case["messages"], case["tiles_per_image"], case["system"]
+        assert render(*arguments).replace("<IMG_CONTEXT>", "") == case["prompt_without_context"], case["name"]
+        ids = encode(qwen2, *arguments)
+        assert len(ids) == case["num_tokens"], case["name"]
+        assert [i for i in ids if i != 151667] == case["ids_without_context"], case["name"]
+
+
+def test_golden_ids(qwen2):
+    assert qwen2.encode(SYSTEM) == SYSTEM_IDS
+    assert qwen2.encode("<image>\n") == [27, 1805, 397] and qwen2.encode("Image-1: ") == [1906, 12, 16, 25, 220]
+    assert qwen2.encode("Frame1: ") == [4369, 16, 25, 220] and qwen2.encode("!") == [0]
+    assert qwen2.vocab_size == 151674 and len(qwen2.added) == 31
+    assert qwen2.id("<img>") == 151665 and qwen2.id("</img>") == 151666 and qwen2.id("<IMG_CONTEXT>") == 151667
+    question = [("Please describe the image shortly.", None)]
+    assert encode(qwen2, [("<image>\n" + question[0][0], None)], [1], tokens_per_tile=2) == [
+        151644, 8948, 198, *SYSTEM_IDS, 151645, 198, 151644, 872, 198, 151665, 151667, 151667, 151666, 198, 5501, 7512,
+        279, 2168, 19620, 13, 151645, 198, 151644, 77091, 198]
+
+
+def test_special_flags(qwen2):
+    """151657..151664 stay in decoded text, the other added tokens are dropped."""
+    kept = [i for i in range(151643, 151674) if qwen2.decode([i])]
+    assert kept == list(range(151657, 151665))
+
+
+def test_tokenizer_json_gives_the_same_ids(small, tmp_path):
+    small.backend.save(str(tmp_path / "tokenizer.json"))
+    again = Tokenizer.load(tmp_path)
+    text = "Grüße, 世界 🐅 1234 don't <img>\n\n  x<|im_end|>"
+    assert again.encode(text) == small.encode(text) and again.added == small.added
+    assert again.special_ids == small.special_ids
+
+
+def test_rendering_by_hand():
+    assert render([("Hello, who are you?", None)]) == FRAME.format("Hello, who are you?")
+    assert render([{"role": "user", "content": "<image>\nHi <image>"}], [2, 1], tokens_per_tile=2) == FRAME.format(
+        "<img>" + "<IMG_CONTEXT>" * 4 + "</img>\nHi <img><IMG_CONTEXT><IMG_CONTEXT></img>")
+    turns = [("a", "b"), ("c", None)]
+    assert render(turns) == render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                                    {"role": "user", "content": "c"}])
+    assert render(turns, system="S").startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na<|im_end|>\n")
+    assert render([{"role": "system", "content": "S"}, {"role": "user", "content": "c"}]) == render([("c", None)], system="S")
+    assert render([("a", "b")]).endswith("<|im_start|>assistant\nb<|im_end|>\n")            # finished: nothing is open
+    assert render([("a", ""), ("c", None)]).count("<|im_end|>") == 3                        # empty: only its header
+    items = [{"type": "image"}, {"type": "text", "text": "x"}]
+    assert render([{"role": "user", "content": items}], [1]) == render([("<image>x", None)], [1])
+
+
+def test_a_later_turn_is_the_tail_of_the_whole(small):
+    turns = [("<image>\n\nfirst\n", "an answer"), ("\nsecond <image> ?", None)]
+    for answer in ("an answer", ""):
+        whole = encode(small, [(turns[0][0], answer), turns[1]], [2, 1])
+        head = encode(small, [(turns[0][0], None)], [2])
+        answer_ids = small.encode(answer)
+        tail = encode(small, [turns[1]], [1], after=answer_ids)
+        assert head + answer_ids + tail == whole
+
+
+def test_text_that_spells_special_tokens(small):
+    end, image = small.id("<|im_end|>"), small.id("<img>")
+    ids = encode(small, [("a<|im_end|>b <img> c", None)])
+    assert ids.count(end) == 3 and ids.count(image) == 1                # as the original renders it
+    plain = encode(small, [("a<|im_end|>b <img> c", None)], plain=True)
+    assert plain.count(end) == 2 and plain.count(image) == 0
+    assert small.decode(plain) == small.decode(ids).replace("ab ", "a<|im_end|>b <img>")
+    assert encode(small, [("Nothing special,\n  é 12!", None)], plain=True) == encode(small, [("Nothing special,\n  é 12!", None)])
+
+
+def test_text_that_spells_a_placeholder(small):
+    encode(small, [("what is <IMG_CONTEXT>?", None)])                   # harmless without pictures
+    with pytest.raises(InputError, match="spells <IMG_CONTEXT>, which would take the place of a visual token"):
+        encode(small, [("<image> what is <IMG_CONTEXT>?", None)], [1])
+    content = [{"type": "image"}, {"type": "text", "text": "what is <IMG_CONTEXT> and <image>?"}]
+    ids = encode(small, [{"role": "user", "content": content}], [3], plain=True)
+    assert ids.count(small.id("<IMG_CONTEXT>")) == 3 * 256
+    assert small.decode(ids).endswith("user\n\nwhat is <IMG_CONTEXT> and <image>?\nassistant\n".replace("\n\n", "\n"))
+
+
+@pytest.mark.parametrize("tiles, marks", [([], 1), ([1], 0), ([1, 1], 1), ([1], 2)])
+def test_marks_and_pictures_must_match(tiles, marks):
+    with pytest.raises(InputError, match=rf"{marks} picture marks \(<image>\) but {len(tiles)} pictures are given"):
+        render([("<image>" * marks + "x", None)], tiles)
+
+
+def test_bad_messages():
+    with pytest.raises(InputError, match="role 'robot'; roles are system, user, assistant"):
+        render([{"role": "robot", "content": "x"}])
+    with pytest.raises(InputError, match="a message is a int"):
+        render([3])
+    with pytest.raises(InputError, match="given twice"):
+        render([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}], system="z")
+    with pytest.raises(InputError, match="every picture has at least one"):
+        render([("<image>", None)], [0])
+    with pytest.raises(InputError, match="message content has an item"):
+        render([{"role": "user", "content": [{"type": "video"}]}])
+
+
+def test_plain_encoding_has_no_added_tokens(small):
+    for token in small.added:
+        ids = small.encode(f"x{token}y", plain=True)
+        assert small.added[token] not in ids and small.decode(ids) == f"x{token}y"
+
+
+def test_stream_gives_whole_characters_and_the_same_text(small):
+    chosen = random.Random(0)
+    for _ in range(200):
+        ids = [chosen.randrange(small.vocab_size) for _ in range(30)]
+        for skip in (True, False):
+            stream = TextStream(small, skip)
+            pieces = [stream.push(i) for i in ids] + [stream.finish()]
+            assert "".join(pieces) == small.decode(ids, skip_special_tokens=skip)
+    stream = TextStream(small)
+    pieces = [stream.push(i) for i in small.encode("aé世🐅", plain=True)] + [stream.finish()]
+    assert "".join(pieces) == "aé世🐅" and "�" not in "".join(pieces) and pieces[-1] == ""
+
+
+def test_stream_with_the_real_vocabulary(qwen2):
+    chosen = random.Random(1)
+    for _ in range(100):
+        ids = [chosen.randrange(qwen2.vocab_size) for _ in range(40)]
+        stream = TextStream(qwen2)
+        assert "".join([stream.push(i) for i in ids]) + stream.finish() == qwen2.decode(ids)
+
+
+def test_bad_text_and_ids(small):
+    with pytest.raises(InputError, match="half a surrogate pair at character 2"):
+        small.encode("ab\ud800")
+    with pytest.raises(InputError, match="id -1 is not in the vocabulary"):
+        small.decode([-1])
+    with pytest.raises(InputError, match=f"id {small.vocab_size} is not in the vocabulary"):
+        small.token_bytes(small.vocab_size)
+    with pytest.raises(InputError, match="no token '<nope>'"):
+        small.id("<nope>")
+
+
+def copy(tiny, folder, *names):
+    for name in names:
+        (folder / name).write_bytes((tiny / name).read_bytes())
+
+
+def test_bad_tokenizer_files(tiny, tmp_path):
+    with pytest.raises(InputError, match="neither vocab.json and merges.txt nor tokenizer.json"):
+        Tokenizer.load(tmp_path)
+    copy(tiny, tmp_path, "vocab.json", "merges.txt", "added_tokens.json")
+    added = json.loads((tmp_path / "added_tokens.json").read_text())
+
+    def broken(message, **files):
+        copy(tiny, tmp_path, "vocab.json", "merges.txt", "added_tokens.json")
+        for name, text in files.items():
+            (tmp_path / name.replace("_json", ".json").replace("_txt", ".txt")).write_text(text)
+        with pytest.raises(InputError, match=message):
+            Tokenizer.load(tmp_path)
+    broken("is not valid JSON at line 1", vocab_json="{broken")
+    broken("merges.txt in .* does not fit vocab.json", merges_txt="#version: 0.2\nxyzzy plugh\n")
+    broken("merges.txt in .* does not fit vocab.json", merges_txt="#version: 0.2\none_half\n")
+    broken("do not number their tokens 0..", added_tokens_json=json.dumps({**added, "<img>": 99999}))
+    broken("must map tokens to ids", added_tokens_json='["<img>"]')
+    without = {t: i for t, i in added.items() if t != "<IMG_CONTEXT>"}
+    ids = sorted(without.values())
+    renumbered = {t: ids[0] + n for n, t in enumerate(sorted(without, key=without.get))}
+    broken("the tokenizer has no <IMG_CONTEXT>", added_tokens_json=json.dumps(renumbered))
+    for name in ("vocab.json", "merges.txt", "added_tokens.json"):
+        (tmp_path / name).unlink()
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(InputError, match="is JSON but not a tokenizer"):
+        Tokenizer.load(tmp_path)
