@@ -313,22 +313,23 @@ def test_half_precision_computes_finite_logits(form, made):
 
 
 def test_values_are_of_a_sane_scale():
-    """Real widths, so that the rule is seen and not the luck of a tiny tensor: std is 1/sqrt(fan in), less on branches."""
+    """Real widths, so that the rule shows and not the luck of a tiny tensor: std 1/sqrt(fan in), less on branches."""
     like = {n: torch.empty(1, *shape, device="meta")[0] for n, shape in {
         "mlp.gate_proj.weight": (1000, 2048), "mlp.down_proj.weight": (500, 11008), "mlp1.0.weight": (4096,),
         "model.norm.weight": (2048,), "attn.qkv.bias": (3072,), "ls1": (1024,)}.items()}
     at = "language_model.model.layers.0."
-    values = {n: random_tensor(at + n if not n.startswith("mlp1") else n, t, seed=0, layers=36) for n, t in like.items()}
-    assert values["mlp.gate_proj.weight"].std() == pytest.approx(2048 ** -0.5, rel=0.02)
-    assert values["mlp.down_proj.weight"].std() == pytest.approx(11008 ** -0.5 / 72 ** 0.5, rel=0.02)
+    values = {n: random_tensor(n if n == "mlp1.0.weight" else at + n, t, seed=0, layers=36) for n, t in like.items()}
+    std, mean = ({n: float(getattr(t, what)()) for n, t in values.items()} for what in ("std", "mean"))
+    assert std["mlp.gate_proj.weight"] == pytest.approx(2048 ** -0.5, rel=0.02)
+    assert std["mlp.down_proj.weight"] == pytest.approx(11008 ** -0.5 / 72 ** 0.5, rel=0.02)
     for norm in ("mlp1.0.weight", "model.norm.weight"):
-        assert values[norm].mean() == pytest.approx(1, abs=0.02) and values[norm].std() == pytest.approx(0.1, rel=0.1)
-    assert values["attn.qkv.bias"].std() == pytest.approx(0.02, rel=0.1)
+        assert mean[norm] == pytest.approx(1, abs=0.02) and std[norm] == pytest.approx(0.1, rel=0.1)
+    assert std["attn.qkv.bias"] == pytest.approx(0.02, rel=0.1)
     assert 0.1 <= values["ls1"].min() < 0.12 and 0.98 < values["ls1"].max() <= 1
     int4 = {t: random_tensor(f"{at}mlp.down_proj.{t}", torch.empty(shape, dtype=dtype, device="meta"), seed=0, layers=36)
             for t, shape, dtype in [("qweight", (11008, 32), torch.int32), ("qzeros", (86, 32), torch.int32),
                                     ("scales", (86, 256), torch.float16)]}
-    assert dequantize(**int4).std() == pytest.approx(11008 ** -0.5 / 72 ** 0.5, rel=0.03)
+    assert float(dequantize(**int4).std()) == pytest.approx(11008 ** -0.5 / 72 ** 0.5, rel=0.03)
     assert int4["qweight"].min() < -2**30 and int4["qweight"].max() > 2**30      # the sign bit is used as well
     assert int4["scales"].dtype == torch.float16
 
@@ -551,20 +552,20 @@ class Hub:
     def __init__(self, folder, monkeypatch):
         self.folder, self.calls = Path(folder), []
         for name in ("HfApi", "hf_hub_download", "snapshot_download", "try_to_load_from_cache"):
-            monkeypatch.setattr(huggingface_hub, name, self.checked(getattr(huggingface_hub, name), getattr(self, name)))
+            monkeypatch.setattr(huggingface_hub, name, self.checked(getattr(huggingface_hub, name)))
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
-    def checked(self, real, fake):
-        """`fake`, after the real function's signature has taken the arguments."""
+    def checked(self, real):
+        """Our method of that name, after the real function's signature has taken the arguments."""
         def call(*args, **kwargs):
             bound = signatures.signature(real).bind(*args, **kwargs)
             self.calls.append((real.__name__, dict(bound.arguments)))
-            return fake(**bound.arguments)
+            return getattr(self, real.__name__)(**bound.arguments)
         return call
 
     def HfApi(self):
         api = huggingface_hub.hf_api.HfApi()
-        return SimpleNamespace(**{name: self.checked(getattr(api, name), getattr(self, name)) for name in (
+        return SimpleNamespace(**{name: self.checked(getattr(api, name)) for name in (
             "model_info", "list_repo_files", "parse_safetensors_file_metadata")})
 
     def model_info(self, repo_id, revision=None, files_metadata=False):
@@ -663,7 +664,7 @@ def test_dry_run_only_lists(hub, tmp_path, capsys):
 
 def test_download_refusals(hub, made, tmp_path, monkeypatch):
     played = hub("awq-shards")
-    monkeypatch.setattr(played, "snapshot_download", lambda **_: pytest.fail("must not download"))
+    played.snapshot_download = lambda **_: pytest.fail("must not download")
     with monkeypatch.context() as m:
         m.setattr(download.shutil, "disk_usage", lambda _: SimpleNamespace(free=300_000))
         with pytest.raises(InputError, match=r"Org/name needs 0.001 GB more, .* has 0.000 GB free; .*--to"):
@@ -680,22 +681,21 @@ def test_download_refusals(hub, made, tmp_path, monkeypatch):
         download.download("Org/name")
 
 
-def test_download_that_differs_from_the_hub(hub, tmp_path, monkeypatch):
+def test_download_that_differs_from_the_hub(hub, tmp_path):
     played = hub("awq-bin")
-    honest = played.snapshot_download
+    honest, cut = played.snapshot_download, 0
 
-    def damaged(cut=0, **arguments):
-        folder = Path(honest(**arguments))
-        data = bytearray((folder / "pytorch_model.bin").read_bytes())
+    def damaged(**arguments):
+        path = Path(honest(**arguments)) / "pytorch_model.bin"
+        data = bytearray(path.read_bytes())
         data[5000] ^= 1
-        (folder / "pytorch_model.bin").write_bytes(data[:len(data) - cut])
-        return folder
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", damaged)
+        path.write_bytes(data[:len(data) - cut])
+        return str(path.parent)
+    played.snapshot_download = damaged
     digest = hashlib.sha256((played.folder / "pytorch_model.bin").read_bytes()).hexdigest()
     with pytest.raises(InputError, match=f"pytorch_model.bin has sha256 .*, on the hub it is {digest}; .*delete"):
         download.download("Org/name", to=tmp_path / "to")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: damaged(cut=9, **{
-        "repo_id": args[0], **kwargs}))
+    cut = 9
     size = (played.folder / "pytorch_model.bin").stat().st_size
     with pytest.raises(InputError, match=f"has {size - 9} bytes in .*, on the hub {size}"):
         download.download("Org/name", to=tmp_path / "to2")
@@ -706,7 +706,7 @@ def test_download_that_differs_from_the_hub(hub, tmp_path, monkeypatch):
     ("RevisionNotFoundError", "no revision 'v1'"), ("LocalEntryNotFoundError", "cannot be reached"),
     ("ConnectionError", r"\(ConnectionError: no route\); check the network")])
 @pytest.mark.parametrize("tool", [download.download, inspect.inspect])
-def test_hub_errors_become_words(name, message, tool, hub, monkeypatch):
+def test_hub_errors_become_words(name, message, tool, hub):
     played = hub("awq")
     kind = getattr(huggingface_hub.errors, name, ConnectionError)
     error = kind("no route") if kind is ConnectionError else kind.__new__(kind)     # its real constructor wants a response
@@ -794,7 +794,7 @@ def test_real_client_against_a_local_hub(made, tmp_path):
 
 # ---- command lines --------------------------------------------------------------------------------------------------
 
-def test_commands_end_in_one_line(tmp_path, made, capsys):
+def test_commands_end_in_one_line(tmp_path, capsys):
     assert weights_tools.run(lambda: synthesize.main([str(tmp_path / "x"), "--awq", "--shard-gb", "0.0003"])) == 0
     assert re.search(r"x: tiny AWQ, random weights of seed 0, 0\.001 GB, [\d.]+ s\n$", capsys.readouterr().out)
     assert weights_tools.run(lambda: synthesize.main([str(tmp_path / "x")])) == 2

@@ -1,0 +1,172 @@
+"""Sampling against loops, batches against singles, and what generate refuses."""
+import math
+import warnings
+
+import pytest
+import torch
+from test_shapes import build
+
+import minivl
+from minivl import GenerationConfig, InputError
+from minivl.generate import Chooser, left_pad, penalise, probabilities, steps
+from minivl.qwen2 import KVCache
+
+
+def slow_probabilities(logits, temperature, top_k, top_p, min_p):
+    """By the words: scale; keep the k best; keep the best until they hold p; keep at least min_p of the best; rescale."""
+    ranked = sorted(((value / temperature, i) for i, value in enumerate(logits.tolist())), reverse=True)
+    ranked = ranked[:top_k] if top_k else ranked
+    total = sum(math.exp(v) for v, _ in ranked)
+    kept, before = {}, 0.0
+    for value, i in ranked:
+        p = math.exp(value) / total
+        if before > top_p:
+            break
+        kept[i], before = p, before + p
+    best = max(kept.values())
+    kept = {i: p for i, p in kept.items() if p >= min_p * best}
+    return torch.tensor([kept.get(i, 0.0) / sum(kept.values()) for i in range(len(logits))])
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+@pytest.mark.parametrize("top_k", [0, 1, 5, 500])
+@pytest.mark.parametrize("top_p", [1.0, 0.7, 1e-6])
+@pytest.mark.parametrize("min_p", [0.0, 0.2, 1.0])
+def test_filters_against_the_slow_spec(temperature, top_k, top_p, min_p):
+    logits = torch.randn(40) * 2
+    got = probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert torch.allclose(got, slow_probabilities(logits, temperature, top_k, top_p, min_p), atol=1e-5)
+
+
+def test_order_of_the_filters_matters():
+    """top-p is taken of what top-k left (rescaled), not of the whole distribution."""
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    assert (probabilities(logits, top_k=2, top_p=0.5) > 0).tolist() == [True, False, False, False]    # 0.57 > 0.5
+    assert (probabilities(logits, top_p=0.5) > 0).tolist() == [True, True, False, False]
+
+
+def test_repetition_penalty_by_hand():
+    logits = torch.tensor([2.0, -2.0, 1.0, 3.0])
+    assert penalise(logits, [0, 1, 0], 2.0).tolist() == [1.0, -4.0, 1.0, 3.0]
+    assert logits.tolist() == [2.0, -2.0, 1.0, 3.0]
+
+
+def test_chooser():
+    logits = torch.tensor([0.0, 3.0, 2.0, 1.0])
+    assert Chooser(GenerationConfig(), [])(logits) == 1
+    assert Chooser(GenerationConfig(min_new_tokens=1), [], stop_ids=[1])(logits) == 2
+    late = Chooser(GenerationConfig(min_new_tokens=1), [], stop_ids=[1])
+    assert [late(logits), late(logits)] == [2, 1]
+    assert Chooser(GenerationConfig(), [], banned_ids=[1, 2])(logits) == 3
+    assert Chooser(GenerationConfig(do_sample=True, temperature=0), [])(logits) == 1
+    repeated = Chooser(GenerationConfig(do_sample=True, top_k=1, repetition_penalty=1.6), [])
+    assert [repeated(logits) for _ in range(3)] == [1, 2, 1]       # 3/1.6 < 2, then 2/1.6 < 3/1.6
+
+
+def test_seeded_draws_repeat_and_follow_the_distribution():
+    logits = torch.tensor([0.1, 0.2, 0.7]).log()
+    config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, random_seed=3)
+
+    def draws(count):
+        chooser = Chooser(config, [])
+        return [chooser(logits) for _ in range(count)]
+    first = draws(3000)
+    assert first == draws(3000)
+    for i, p in enumerate((0.1, 0.2, 0.7)):
+        assert first.count(i) / 3000 == pytest.approx(p, abs=0.03)
+    other = Chooser(GenerationConfig(do_sample=True, temperature=1.0, top_k=0, random_seed=4), [])
+    assert first[:100] != [other(logits) for _ in range(100)]
+
+
+def test_sampling_values_without_do_sample_warn():
+    with pytest.warns(UserWarning, match="do_sample is False, so decoding is greedy and top_p, top_k have no effect"):
+        GenerationConfig(top_k=40, top_p=0.8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GenerationConfig(top_k=40, top_p=0.8, do_sample=True)
+        GenerationConfig(max_new_tokens=5)
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"n": 2}, "n is 2; it must be 1"), ({"top_p": 0.0}, r"in \(0, 1\]"), ({"top_p": 1.1}, r"in \(0, 1\]"),
+    ({"top_k": -1}, "0 .all tokens. or more"), ({"temperature": 2.5}, r"in \[0, 2\]"), ({"min_p": -0.1}, r"in \[0, 1\]"),
+    ({"max_new_tokens": 0}, "in 1..32768"), ({"max_new_tokens": 10 ** 6}, "in 1..32768"),
+    ({"max_new_tokens": 1.5}, "a whole number"), ({"repetition_penalty": 0}, "positive"), ({"temperature": "hot"}, "a number"),
+    ({"top_p": float("nan")}, r"in \(0, 1\]"), ({"stop_words": "x"}, "a list of non-empty strings"),
+    ({"stop_words": [""]}, "a list of non-empty strings"), ({"response_format": {}}, "not supported"),
+    ({"logprobs": 0}, "1 or more")])
+def test_bad_generation_configs(values, message):
+    with pytest.raises(InputError, match=message):
+        GenerationConfig(do_sample=True, **values)
+
+
+PROMPTS = [[1, 2, 3, 4, 5], [9, 70, 70, 70, 70, 8, 7, 6, 5], [11], [20, 70, 70, 70, 70, 30]]
+
+
+@pytest.mark.parametrize("awq", [False, True])
+def test_a_batch_gives_each_prompt_what_it_gets_alone(awq):
+    model, pixels = build(awq=awq), torch.randn(2, 3, 28, 28)
+    own = [None, pixels[:1], None, pixels[1:]]
+    alone = [minivl.generate(model, [p], x, max_new_tokens=8, ignore_eos=True)[0] for p, x in zip(PROMPTS, own)]
+    assert minivl.generate(model, PROMPTS, pixels, max_new_tokens=8, ignore_eos=True) == alone
+    assert len({tuple(a) for a in alone}) == 4
+    with torch.no_grad():       # and the same scores at every step, not only the same winners
+        rows = [model.embed(torch.tensor([p]), None if x is None else model.visual_tokens(x)) for p, x in zip(PROMPTS, own)]
+        x, padding = left_pad(rows)
+        assert padding.tolist() == [4, 0, 8, 3]
+        fixed = [[int(t) for t in a] for a in alone]
+        together = steps(model, x, [lambda _, a=iter(a): next(a) for a in fixed], padding=padding)
+        single = [steps(model, row, [lambda _, a=iter(a): next(a)]) for row, a in zip(rows, fixed)]
+        for _ in range(8):
+            logits = next(together)[1]
+            for i, s in enumerate(single):
+                want = next(s)[1][0]
+                assert (logits[i] - want).norm() / want.norm() < 1e-5
+
+
+def test_chunked_prefill_with_padding_equals_prefill():
+    model = build()
+    with torch.no_grad():
+        rows = [model.embed(torch.tensor([p])) for p in ([1, 2, 3, 4, 5, 6, 7], [8, 9, 10])]
+        x, padding = left_pad(rows)
+        whole = model.language_model(x, KVCache(), padding)
+        for cuts in ([2, 5], [5, 2], [3, 1, 3], [1] * 7):
+            cache = KVCache()
+            parts = torch.cat([model.language_model(part, cache, padding) for part in x.split(cuts, dim=1)], 1)
+            for row, pad in enumerate(padding):
+                a, b = parts[row, pad:], whole[row, pad:]
+                assert (a - b).norm() / b.norm() < 1e-5, cuts
+        alone = model.language_model(rows[1])[0]
+        assert (whole[1, 4:] - alone).norm() / alone.norm() < 1e-5
+
+
+def test_stop_tokens_and_tensor_forms():
+    model = build()
+    prompt = torch.tensor([1, 2, 3])
+    free = minivl.generate(model, prompt, max_new_tokens=9, ignore_eos=True).tolist()
+    model.eos_token_ids = (free[2],)
+    first = free.index(free[2])
+    assert minivl.generate(model, prompt, max_new_tokens=9).tolist() == free[:first + 1]
+    both = torch.tensor([[1, 2, 3], [7, 5, 6]])
+    out = minivl.generate(model, both, max_new_tokens=9)
+    lists = minivl.generate(model, both.tolist(), max_new_tokens=9)
+    assert lists[0] == free[:first + 1] and out[0].tolist()[:first + 1] == lists[0]
+    assert set(out[0].tolist()[first:]) == {free[2]}
+    assert minivl.generate(model, prompt, max_new_tokens=9, ignore_eos=True).tolist() == free
+
+
+def test_generate_refuses():
+    model = build()
+    with pytest.raises(InputError, match="input_ids are empty"):
+        minivl.generate(model, [[]], max_new_tokens=1)
+    with pytest.raises(InputError, match="90 prompt tokens . 10 new ones exceed the model's 99 positions"):
+        minivl.generate(model, torch.ones(90, dtype=torch.long), max_new_tokens=10)
+    with pytest.raises(InputError, match="max_new_tokens is 0"):
+        minivl.generate(model, torch.tensor([1]), max_new_tokens=0)
+
+
+def test_nan_scores_are_an_error():
+    model = build()
+    model.language_model.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(InputError, match="NaN or infinite scores for new token 1 in torch.float32; load it with dtype="):
+        minivl.generate(model, torch.tensor([1, 2]), max_new_tokens=3)
