@@ -165,12 +165,13 @@ def open_weights(folder) -> dict[str, StoredTensor]:
     weight_map = read_json(folder / first).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f"{first} in {folder} has no weight_map of tensor names to file names; download it again")
-    tensors = {}
-    for file in sorted(set(weight_map.values())):
+    tensors, files = {}, sorted(set(weight_map.values()))
+    for file in files:
         if Path(file).name != file or file.startswith("."):
             raise InputError(f"{first} points outside its folder: {file!r}; do not use this checkpoint")
         if not (folder / file).is_file():
             raise InputError(f"{folder} lacks the shard {file} that {first} names; download it again")
+    for file in files:
         for name, tensor in open_file(folder / file).items():
             if weight_map.get(name) != file:
                 raise InputError(f"{file} holds {name}, which {first} places in {weight_map.get(name, 'no file')}; the "

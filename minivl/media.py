@@ -118,15 +118,15 @@ def _check_size(width, height, name, limits):
 
 
 @contextlib.contextmanager
-def _translated(name, problem):
-    """Turn whatever a decoding library raises into an InputError that says `problem`, without the library's text.
+def _translated(name, problem, bugs=()):
+    """Turn whatever a decoding library raises (but `bugs`) into an InputError that says `problem`, not its own text.
 
     Every Exception, because damaged files make Pillow raise almost anything (OSError, SyntaxError, struct.error,
     KeyError, ...), and without the text, because Pillow's holds memory addresses. Keep library calls only inside.
     """
     try:
         yield
-    except InputError:
+    except (InputError, *bugs):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         # Pillow's own guard, process-wide, and lower than a raised Limits.picture_pixels: not ours to change.
@@ -195,7 +195,7 @@ def _data_url_bytes(url, limits):
     head, comma, payload = url.partition(",")
     if not comma or not re.fullmatch("data:image/[^;]*(;[^;]*)*;base64", head[:200], re.IGNORECASE):
         raise InputError("a data: URL must start with data:image/...;base64, and then hold the picture in base64")
-    _check_bytes(len(payload) // 4 * 3 - payload.count("="), limits.picture_bytes, "picture_bytes", "the data: URL")
+    _check_bytes(len(payload) * 3 // 4 - payload.count("="), limits.picture_bytes, "picture_bytes", "the data: URL")
     try:
         return base64.b64decode("".join(payload.split()), validate=True)
     except ValueError:
@@ -250,7 +250,10 @@ def _follow(url, deadline, limits, allowed, live):
         if location is None:
             return body
         secure = url[:6].lower() == "https:"
-        url = urllib.parse.urljoin(url, location)
+        try:
+            url = urllib.parse.urljoin(url, location)
+        except ValueError:
+            raise InputError(f"{_show_url(url)} redirects to something that is not a valid URL; check it") from None
         if secure and url[:5].lower() == "http:":
             raise InputError(f"{_show_url(first)} redirects from https to unprotected http, which is refused; "
                              "use a URL that stays on https")
@@ -270,16 +273,18 @@ def _get(url, deadline, limits, allowed, live):
     port = (443 if secure else 80) if port is None else port
     try:
         # Environment proxies (http_proxy) are not used: a proxy would resolve the name again, past the check.
-        sock = _connect(host, port, deadline, allowed, live, name)
-        if secure:
-            context = ssl.create_default_context()
-            live[:] = [context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)]
-            live[0].do_handshake()
-            connection = http.client.HTTPSConnection(host, port, context=context)
-        else:
-            connection = http.client.HTTPConnection(host, port)
-        connection.sock = live[0]       # connected to the very address checked; http.client then does not resolve
-        with contextlib.closing(connection):
+        with contextlib.ExitStack() as stack:
+            sock = stack.enter_context(_connect(host, port, deadline, allowed, live, name))
+            if secure:
+                context = ssl.create_default_context()
+                sock = stack.enter_context(context.wrap_socket(sock, server_hostname=host,
+                                                               do_handshake_on_connect=False))
+                live[:] = [sock]
+                sock.do_handshake()
+                connection = http.client.HTTPSConnection(host, port, context=context)
+            else:
+                connection = http.client.HTTPConnection(host, port)
+            connection.sock = sock      # connected to the very address checked; http.client then does not resolve
             target = urllib.parse.quote(parts.path or "/", safe=_URL_SAFE)
             if parts.query:
                 target += "?" + urllib.parse.quote(parts.query, safe=_URL_SAFE)
@@ -381,8 +386,8 @@ def _is_public(text):
         packed = address.packed
         if address.ipv4_mapped or packed[:12] == bytes.fromhex("0064ff9b") + bytes(8):     # NAT64, RFC 6052
             address = ipaddress.IPv4Address(packed[12:])        # the IPv4 address really meant is the last 4 bytes
-        elif packed[0] >> 5 != 1 or packed[:2] == b"\x20\x02" or packed[:4] == b"\x20\x01\0\0":
-            return False    # 2000::/3 holds all public addresses; in it, 6to4 and Teredo wrap IPv4 and are long dead
+        elif packed[0] >> 5 != 1 or packed[:2] == b"\x20\x02":
+            return False    # all public addresses begin with the bits 001; 2002:: (6to4) wraps IPv4 and is long dead
     # is_global alone is not enough: it is true for multicast, and before Python 3.12 for 192.0.0.0/24.
     return address.is_global and not address.is_multicast and address.packed[:3] not in (b"\xc0\0\0", b"\xc0\x58\x63")
 
@@ -643,18 +648,20 @@ def _opened_video(path, name, limits):
     # open another one. max_pixels stops a stream larger than its container says; generous, as codecs round sizes up.
     options = {"max_pixels": str(2 * limits.picture_pixels + 2**20)}
     rules = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
+    # Before PyAV 19, titles that are not UTF-8 are an error unless told otherwise; since then it cannot be told.
+    texts = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+    bugs = (TypeError, AttributeError, NameError)       # not what damaged files cause, but a change of PyAV
     with contextlib.ExitStack() as stack:
         with _translated(name, "cannot be opened as a video: it is cut short, damaged, or not MP4, MOV, MKV, WebM, "
-                               "AVI, MPEG, FLV, OGG or ASF; convert it to MP4"):
+                               "AVI, MPEG, FLV, OGG or ASF; convert it to MP4", bugs):
             file = stack.enter_context(open(path, "rb"))
-            container = stack.enter_context(av.open(file, mode="r", options=options, container_options=rules,
-                                                    metadata_errors="replace"))
+            container = stack.enter_context(av.open(file, mode="r", options=options, container_options=rules, **texts))
             stream = container.streams.best("video")
-        if stream is None:
-            raise InputError(f"{name} holds no video stream; give a video or a picture")
-        with _translated(name, "the video is cut short, damaged, or in a codec this PyAV cannot read; save it again"):
+        if stream is None or stream.codec_context is None:
+            raise InputError(f"{name} holds no video stream in a codec this PyAV can read; save it again as H.264")
+        with _translated(name, "the video is cut short or damaged; save or download it again", bugs):
             stream.codec_context.options = options
             width, height = stream.codec_context.width, stream.codec_context.height
             if width and height:        # else unknown until the first frame is decoded, which is checked as well
                 _check_size(width, height, name, limits)
-            yield container, stream
+            yield container, stream     # what the caller demuxes and decodes is translated as well

@@ -426,6 +426,8 @@ def test_deep_greyscale_is_clipped_with_a_warning(mode, format, values):
         assert found in (mode, "I")         # Pillow 10.0 reads 16-bit PNG as I
         with pytest.warns(UserWarning, match=re.escape(f"up to {values[-1]:g} are cut off at 255 (mode {found})")):
             assert pixels(source) == [(v, v, v) for v in (0, 100, 255, 255, 255)]
+    with pytest.warns(UserWarning, match="up to 256 are cut off"):
+        load_image(Image.frombytes(mode, (5, 1), struct.pack(code, 0, 1, 100, 254, 256)))
     image = Image.frombytes(mode, (5, 1), struct.pack(code, 0, 1, 100, 254, 255))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -1075,7 +1077,17 @@ def test_still_pictures_are_videos_of_one_frame(tmp_path):
         assert len(load_video(tmp_path / "x", num_segments=3)) == 3
     for format in ("TIFF", "MPO"):                      # further pages and previews are not frames
         (tmp_path / "x").write_bytes(encoded(red, format, save_all=True, append_images=[blue]))
-        assert all(frame.getpixel((4, 4))[0] > 250 for frame in load_video(tmp_path / "x", num_segments=2))
+        assert all(frame.getpixel((4, 4))[0] > 250 for frame in load_video(tmp_path / "x", num_segments=100))
+
+
+def test_animation_that_grows(tmp_path):
+    """The second frame of this GIF is larger than the canvas its header announces; Pillow grows the canvas."""
+    small, large = (encoded(noise(size, size).quantize(256), "GIF") for size in (8, 64))
+    (tmp_path / "x.gif").write_bytes(small[:-1] + large[13 + 3 * 256:])
+    assert load_video(tmp_path / "x.gif", num_segments=1, limits=Limits(picture_pixels=64))[0].size == (8, 8)
+    assert load_video(tmp_path / "x.gif", num_segments=100)[-1].size == (64, 64)
+    with refused("frame 1", "64x64 = 4096 pixels", "4095"):
+        load_video(tmp_path / "x.gif", num_segments=100, limits=Limits(picture_pixels=4095))
 
 
 def test_animation_limits(tmp_path):
@@ -1118,10 +1130,11 @@ def test_load_video_bad_sources(tmp_path):
 
 # ---- load_video: containers --------------------------------------------------------------------------------------
 
-def write_video(path, frames, codec="mpeg4", container=None, patch=lambda data: data):
+def write_video(path, frames, codec="mpeg4", container=None, title="", patch=lambda data: data):
     """Ten frames per second; `patch` may change the bytes of each packet."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w", options=container or {}) as output:
+        output.metadata["title"] = title
         stream = output.add_stream(codec, rate=10)
         stream.width, stream.height = frames[0].size
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
@@ -1208,14 +1221,24 @@ def test_video_limits(tmp_path, monkeypatch):
         load_video(path)
 
 
-def test_video_size_that_the_container_hides(tmp_path):
-    """The size in the MP4 header is made small; the frames themselves are still checked."""
-    path = write_video(tmp_path / "x.mp4", [noise(320, 240)] * 3, "mjpeg")
+def test_video_that_changes_size(tmp_path):
+    """The container and the first frames are small; every later frame is checked as well."""
+    order = iter(range(6))
+    large = encoded(noise(320, 240), "JPEG")
+    path = write_video(tmp_path / "x.mkv", [noise(64, 48)] * 6, "mjpeg",
+                       patch=lambda data: large if next(order) == 4 else data)
+    sizes = [frame.size for frame in load_video(path, num_segments=100)]
+    assert sizes == [(320, 240) if index == 4 else (64, 48) for index in every(6)]
+    with refused("frame 4 of", "320x240 = 76800 pixels", "70000"):
+        load_video(path, num_segments=100, limits=Limits(picture_pixels=70_000))
+
+
+def test_video_title_that_is_not_utf8(tmp_path):
+    path = write_video(tmp_path / "x.mkv", grey_frames(5, (64, 48)), title="\u00e9\u00e9")
     data = path.read_bytes()
-    assert data.count(struct.pack(">HH", 320, 240)) >= 1
-    path.write_bytes(data.replace(struct.pack(">HH", 320, 240), struct.pack(">HH", 32, 24)))
-    with refused("76800 pixels", "70000"):
-        load_video(path, limits=Limits(picture_pixels=70_000))
+    assert data.count(b"\xc3\xa9\xc3\xa9") == 1
+    path.write_bytes(data.replace(b"\xc3\xa9\xc3\xa9", b"\xe9\xe9\xe9\xe9"))
+    assert levels(load_video(path, num_segments=100)) == every(5)
 
 
 def test_video_damaged(tmp_path):
@@ -1239,6 +1262,15 @@ def test_video_damaged(tmp_path):
     path.write_bytes(b"only words, many of them" * 100)
     with refused("x.mp4", "cannot be opened as a video", "MP4"):
         load_video(path)
+
+
+def test_video_with_one_damaged_frame(tmp_path):
+    order = iter(range(10))
+    path = write_video(tmp_path / "x.mkv", [noise(64, 48, seed) for seed in range(10)],
+                       patch=lambda data: data[:len(data) // 2] if next(order) == 5 else data)
+    with refused("frame 5 of", "is damaged"):
+        load_video(path, num_segments=100)
+    assert len(load_video(path, num_segments=100, bound=(0, 0.4))) == 100       # frames 0 to 4 only
 
 
 def test_video_without_a_video_stream(tmp_path):
@@ -1266,6 +1298,9 @@ def test_playlists_cannot_open_other_files(tmp_path):
         path.write_text(text)
         with refused("evil.mp4", "cannot be opened as a video"):
             load_video(path)
+    path.write_bytes(b"YUV4MPEG2 W2 H2 F10:1 C420jpeg\nFRAME\n" + b"\x80" * 6)        # harmless, but not listed
+    with refused("evil.mp4", "cannot be opened as a video"):
+        load_video(path)
     # The danger is real: without the rules of media.py, ffmpeg follows the playlist.
     path.write_text(playlist[0])
     path.rename(tmp_path / "evil.m3u8")
