@@ -586,6 +586,19 @@ def test_second_address_is_tried(monkeypatch):
         assert fetch(f"http://two.example:{port}/", allow_hosts=["two.example"]) == b"x"
 
 
+def test_silent_address_leaves_time_for_the_next(monkeypatch):
+    waits = []
+
+    def connect(self, _target):
+        waits.append(self.gettimeout())
+        raise TimeoutError
+    monkeypatch.setattr(socket, "getaddrinfo", answers({"two.example": ["8.8.8.8", "8.8.4.4"]}))
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    with refused("connection failed"):
+        fetch("http://two.example/", limits=Limits(fetch_seconds=8))
+    assert waits == pytest.approx([4, 8], abs=0.5)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "127.1", "017700000001", "[::1]",
                                   "[::ffff:127.0.0.1]", "0", "localhost."])
 def test_spellings_of_this_machine(host):

@@ -1,0 +1,146 @@
+"""The command line as a person uses it: one answer, a pipe, a conversation on a terminal, Ctrl-C."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN
+from PIL import Image
+
+import minivl
+from minivl.__main__ import main
+from minivl.tokenizer import TextStream
+
+TIGER = str(GOLDEN / "tiger.jpeg")
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+
+
+def answer(tiny, *pictures, text="what?", n=8):
+    pipe = minivl.pipeline(tiny)
+    return pipe((text, list(pictures)), minivl.GenerationConfig(max_new_tokens=n))
+
+
+def test_one_answer(tiny, capsys):
+    assert main(["chat", "-m", str(tiny), TIGER, "-p", "what?", "--max-new-tokens", "8"]) == 0
+    out = capsys.readouterr()
+    assert out.out == answer(tiny, TIGER).text + "\n" and out.err == ""
+
+
+def test_json(tiny, capsys):
+    assert main(["chat", "-m", str(tiny), TIGER, "-p", "what?", "--max-new-tokens", "8", "--json"]) == 0
+    got, want = json.loads(capsys.readouterr().out), answer(tiny, TIGER)
+    assert got["text"] == want.text and got["token_ids"] == want.token_ids and got["finish_reason"] == want.finish_reason
+
+
+def test_fewer_tiles_several_pictures_and_system(tiny, capsys):
+    def tokens(*arguments):
+        assert main(["chat", "-m", str(tiny), "-p", "what?", "--max-new-tokens", "2", "--json", *arguments]) == 0
+        return json.loads(capsys.readouterr().out)["input_token_len"]
+    assert tokens(TIGER) - tokens(TIGER, "--max-tiles", "1") == 6 * 4
+    numbered = answer(tiny, TIGER, TIGER, text="Image-1: <IMAGE_TOKEN>\nImage-2: <IMAGE_TOKEN>\nwhat?").input_token_len
+    assert tokens(TIGER, TIGER) == numbered
+    assert tokens(TIGER, "--system", "Be brief.") < tokens(TIGER)
+
+
+def test_sampling_options(tiny, capsys):
+    def text(*arguments):
+        assert main(["chat", "-m", str(tiny), "-p", "hello", "--max-new-tokens", "12", *arguments]) == 0
+        return capsys.readouterr().out
+    draw = ["--sample", "--temperature", "1.8", "--top-k", "0"]
+    assert text(*draw, "--seed", "1") == text(*draw, "--seed", "1") != text(*draw, "--seed", "2")
+    assert text("--sample", "--top-k", "1") == text()
+    assert main(["chat", "-m", str(tiny), "-p", "x", "--temperature", "1", "--seed", "3"]) == 2
+    assert "--temperature, --seed has an effect only with --sample" in capsys.readouterr().err
+
+
+def test_video(tiny, tmp_path, capsys):
+    frames = [Image.new("RGB", (60, 60), (i * 20, 0, 0)) for i in range(10)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    assert main(["chat", "-m", str(tiny), "--video", str(tmp_path / "a.gif"), "--segments", "4", "-p", "what?", "--json",
+                 "--max-new-tokens", "2"]) == 0
+    four = json.loads(capsys.readouterr().out)["input_token_len"]
+    text, pictures = minivl.video_prompt("what?", minivl.load_video(tmp_path / "a.gif", num_segments=4))
+    assert minivl.pipeline(tiny)((text, pictures), minivl.GenerationConfig(max_new_tokens=2)).input_token_len == four
+    assert main(["chat", "-m", str(tiny), "--video", str(tmp_path / "a.gif"), TIGER, "-p", "what?"]) == 2
+    assert "pictures or a video, not both" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["missing.png", "-p", "x"], "missing.png"), (["-p", ""], "the prompt is empty"),
+    ([TIGER, "-p", "x", "--max-tiles", "99"], "max_num is 99"), (["-p", "x", "--video", "none.gif"], "none.gif")])
+def test_errors_are_one_line_and_exit_2(tiny, capsys, arguments, message):
+    assert main(["chat", "-m", str(tiny), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and "Traceback" not in err and err.count("\n") == 1
+
+
+def test_missing_model(capsys):
+    assert main(["chat", "-m", "does/not/exist", "-p", "x"]) == 2
+    assert "error: does/not/exist does not exist" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        main(["chat", "-p", "x"])
+    assert error.value.code == 2
+
+
+def test_help_reads_well(capsys):
+    with pytest.raises(SystemExit):
+        main(["chat", "--help"])
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("one answer", "a conversation", "/add PICTURE", "--max-tiles", "--video", "--json"))
+
+
+def test_prompt_from_a_pipe(tiny):
+    run = subprocess.run([sys.executable, "-m", "minivl", "chat", "-m", str(tiny), TIGER, "--max-new-tokens", "8"],
+                         input="what?\n", capture_output=True, text=True, cwd=Path(minivl.__file__).parents[1])
+    assert run.returncode == 0 and run.stdout == answer(tiny, TIGER).text + "\n", run.stderr
+
+
+def test_conversation(tiny, terminal, monkeypatch, capsys):
+    lines = iter(["what?", "", "and now?", "/add nowhere.png", "see this", f"/add {TIGER}", "see this", "/new", "what?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    assert main(["chat", "-m", str(tiny), TIGER, "--max-new-tokens", "8"]) == 0
+    out, err = capsys.readouterr()
+    pipe, short = minivl.pipeline(tiny), minivl.GenerationConfig(max_new_tokens=8)
+    session, want = None, []
+    for prompt in (("what?", TIGER), "and now?", ("see this", TIGER)):
+        session = pipe.chat(prompt, session, short)
+        want.append(session.response.text)
+    assert out == "".join(t + "\n" for t in [*want, want[0]])
+    assert "error: " in err and "nowhere.png" in err
+
+
+def test_ctrl_c_during_an_answer_forgets_the_turn(tiny, terminal, monkeypatch, capsys):
+    lines = iter(["hello", "hello", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    original, calls = TextStream.push, []
+
+    def push(self, id):
+        calls.append(id)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, id)
+    monkeypatch.setattr(TextStream, "push", push)
+    assert main(["chat", "-m", str(tiny), "--max-new-tokens", "8"]) == 0
+    out, err = capsys.readouterr()
+    assert "(stopped; this turn is forgotten)" in err
+    assert out.endswith(minivl.pipeline(tiny)("hello", minivl.GenerationConfig(max_new_tokens=8)).text + "\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_ctrl_c_of_one_answer_ends_cleanly(tiny):
+    run = subprocess.Popen([sys.executable, "-u", "-m", "minivl", "chat", "-m", str(tiny), TIGER, "-p", "what?", "--sample",
+                            "--max-new-tokens", "30000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           cwd=Path(minivl.__file__).parents[1], start_new_session=True)
+    assert run.stdout.read(1)           # the answer has begun
+    time.sleep(0.2)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and b"stopped" in err and b"Traceback" not in err
