@@ -19,7 +19,14 @@ setup: .venv/ready  ## the virtual environment .venv/ with everything needed
 	@touch .venv/ready
 
 demo: setup     ## a small model answers a question about a picture
-	@$(PY) -m weights_tools.demo
+	@echo
+	@echo "A tiny model with RANDOM weights, made on the spot: what it writes is nonsense, the way there is the real one."
+	@$(PY) -m weights_tools.synthesize build/tiny --size tiny --awq --overwrite
+	@echo
+	@echo "tests/golden/tiger.jpeg> describe this image"
+	@$(PY) -m minivl chat -m build/tiny tests/golden/tiger.jpeg -p "describe this image" --max-new-tokens 24
+	@echo
+	@echo "Your own: .venv/bin/python -m minivl chat -m build/tiny PICTURE     The 4B model: see README.md"
 
 test: setup     ## all tests
 	$(PY) -m pytest

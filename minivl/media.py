@@ -23,7 +23,7 @@ import warnings
 
 from PIL import Image
 
-from .limits import InputError, Limits
+from minivl.limits import InputError, Limits, offline
 
 # What Pillow may open. Its other plug-ins are left out: some start programs (EPS: Ghostscript), few are well tested.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -204,6 +204,9 @@ def _data_url_bytes(url, limits):
 
 # ---- the network -------------------------------------------------------------------------------------------------
 
+_URL_SAFE = "%/:=&?~#+!$,;'@()*[]"      # stays as written in path and query, besides letters, digits and _.-
+
+
 def fetch(url, *, limits=Limits(), allow_hosts=()):
     """The bytes behind an http(s) URL; the only code that uses the network. Raises InputError.
 
@@ -213,9 +216,9 @@ def fetch(url, *, limits=Limits(), allow_hosts=()):
     """
     if not isinstance(url, str):
         raise InputError(f"a URL must be a str, not a {type(url).__name__}")
-    if isinstance(allow_hosts, str):    # ("localhost") is a str: each of its letters would be an allowed host
-        raise InputError(f"allow_hosts must be a list or tuple of host names, not the str {allow_hosts!r}")
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if not isinstance(allow_hosts, (list, tuple, set, frozenset)):      # ("localhost") without a comma is a str
+        raise InputError(f"allow_hosts must be a list or tuple of host names, not {allow_hosts!r}")
+    if offline():
         raise InputError(f"{_show_url(url)} is not fetched: HF_HUB_OFFLINE is set; unset it or give a local file")
     # A worker thread, because socket timeouts bound each wait and not the whole: resolving a name has no timeout at
     # all, and a server sending one byte per second never meets one. At the deadline its socket is shut from here.
@@ -304,9 +307,6 @@ def _get(url, deadline, limits, allowed, live):
         raise InputError(f"{name}: the server's answer is not valid HTTP; download the file yourself") from None
 
 
-_URL_SAFE = "%/:=&?~#+!$,;'@()*[]"      # what stays as written in path and query: only non-ASCII letters are escaped
-
-
 def _check_url(url):
     """Split a URL to be fetched; refuse what a careful client does not send."""
     name = _show_url(url)
@@ -388,7 +388,8 @@ def _is_public(text):
             address = ipaddress.IPv4Address(packed[12:])        # the IPv4 address really meant is the last 4 bytes
         elif packed[0] >> 5 != 1 or packed[:2] == b"\x20\x02":
             return False    # all public addresses begin with the bits 001; 2002:: (6to4) wraps IPv4 and is long dead
-    # is_global alone is not enough: it is true for multicast, and before Python 3.12 for 192.0.0.0/24.
+    # is_global alone is not enough: it is true for multicast and 192.88.99.0/24 (6to4 again), and in older Pythons
+    # for 192.0.0.0/24.
     return address.is_global and not address.is_multicast and address.packed[:3] not in (b"\xc0\0\0", b"\xc0\x58\x63")
 
 
@@ -485,10 +486,7 @@ def load_video(source, *, num_segments=8, bound=None, fps=None, limits=Limits(),
     _check_choice(1.0 if fps is None else fps, num_segments, bound, limits)     # before opening anything
 
     def choose(total, rate):
-        if total < 1:
-            raise InputError(f"{name} holds no frames (0): nothing was given, or the video is cut short")
-        if total > _TOTAL_FRAMES:
-            raise InputError(f"{name} has {total} frames or more, the limit is {_TOTAL_FRAMES}; cut the video")
+        _check_total(total, name)
         return frame_indices(total - 1, rate if fps is None else fps, num_segments, bound, limits=limits)
 
     if isinstance(source, (list, tuple)):
@@ -513,6 +511,14 @@ def load_video(source, *, num_segments=8, bound=None, fps=None, limits=Limits(),
         return _animation_frames(_read_file(path, name, limits), choose, bound is not None and fps is None, name,
                                  limits)
     return _container_frames(path, choose, name, limits)
+
+
+def _check_total(total, name):
+    """Raise InputError for a video without frames, or with too many to walk through."""
+    if total < 1:
+        raise InputError(f"{name} holds no frames (0): nothing was given, or the video is cut short")
+    if total > _TOTAL_FRAMES:
+        raise InputError(f"{name} has {total} frames or more, the limit is {_TOTAL_FRAMES}; cut the video")
 
 
 def _collect(frames, name, limits):
@@ -568,7 +574,7 @@ def _animation_frames(data, choose, need_rate, name, limits):
 
     rate = None
     if need_rate:
-        choose(total, 1.0)      # for its check of total only, before walking that many frames
+        _check_total(total, name)
         duration = 0.0          # milliseconds
         for index in range(total):
             go_to(index)

@@ -194,7 +194,7 @@ def test_totals_of_the_released_sizes(size, parameters, tensors, tensors_awq, gb
 
 
 def released_names(layers: int, vision_layers: int, small_tower: bool, awq: bool) -> set[str]:
-    """FACTS 2.1 and 2.4, spelled out."""
+    """The names of the released files, spelled out."""
     names = {"vision_model.embeddings." + n for n in ("class_embedding", "patch_embedding.weight",
                                                       "patch_embedding.bias", "position_embedding")}
     per_layer = ["norm1.weight", "norm2.weight", "attn.qkv.weight", "attn.proj.weight", "attn.proj.bias",
@@ -219,7 +219,7 @@ def test_names_are_the_released_ones(size, layers, vision_layers, small, awq):
 
 def test_shapes_of_the_4b_awq_layers():
     tensors = meta_tensors(config_json("4B", awq=True))
-    for module, qweight, qzeros, scales, bias in [      # FACTS 2.4
+    for module, qweight, qzeros, scales, bias in [      # as released
             ("self_attn.q_proj", [2048, 256], [16, 256], [16, 2048], [2048]),
             ("self_attn.k_proj", [2048, 32], [16, 32], [16, 256], [256]),
             ("self_attn.v_proj", [2048, 32], [16, 32], [16, 256], [256]),
@@ -326,13 +326,19 @@ def test_values_are_of_a_sane_scale():
     assert std["mlp.down_proj.weight"] == pytest.approx(11008 ** -0.5 / 72 ** 0.5, rel=0.02)
     for norm in ("mlp1.0.weight", "model.norm.weight"):
         assert mean[norm] == pytest.approx(1, abs=0.02) and std[norm] == pytest.approx(0.1, rel=0.1)
+    for name in ("vision_model.encoder.layers.0.attn.proj.weight", "vision_model.encoder.layers.0.mlp.fc2.weight",
+                 at + "self_attn.o_proj.weight"):
+        branch = random_tensor(name, torch.empty(500, 1024, device="meta"), seed=0, layers=24)
+        assert float(branch.std()) == pytest.approx(1024 ** -0.5 / 48 ** 0.5, rel=0.02)
     assert std["attn.qkv.bias"] == pytest.approx(0.02, rel=0.1)
     assert 0.1 <= values["ls1"].min() < 0.12 and 0.98 < values["ls1"].max() <= 1
     like = {"qweight": torch.empty(11008, 32, dtype=torch.int32, device="meta"),
             "qzeros": torch.empty(86, 32, dtype=torch.int32, device="meta"),
             "scales": torch.empty(86, 256, dtype=torch.float16, device="meta")}
     int4 = {n: random_tensor(f"{at}mlp.down_proj.{n}", t, seed=0, layers=36) for n, t in like.items()}
-    assert float(dequantize(**int4).std()) == pytest.approx(11008 ** -0.5 / 72 ** 0.5, rel=0.03)
+    weight = dequantize(**int4)
+    assert float(weight.std()) == pytest.approx(11008 ** -0.5 / 72 ** 0.5, rel=0.02)
+    assert abs(float(weight.mean())) < 0.01 * weight.std()      # a common mean would grow from layer to layer
     assert int4["qweight"].min() < -2**30 and int4["qweight"].max() > 2**30      # the sign bit is used as well
     assert int4["scales"].dtype == torch.float16
 
@@ -406,7 +412,7 @@ def test_real_vocabulary_is_checked_and_copied(tmp_path, monkeypatch, made):
 
 
 def test_small_files_have_the_released_lengths():
-    for size, length, ids in [("4B", 129, [151644, 151645, 151643]), ("38B", 117, [151644, 151645])]:   # FACTS 4.6, 3.6
+    for size, length, ids in [("4B", 129, [151644, 151645, 151643]), ("38B", 117, [151644, 151645])]:
         small = synthesize._generation_and_preprocessor(size, config_json(size))
         assert json.loads(small["generation_config.json"])["eos_token_id"] == ids
         assert (len(small["generation_config.json"]), len(small["preprocessor_config.json"])) == (length, 287)

@@ -1,0 +1,30 @@
+"""Tools around a checkpoint's files: make one (synthesize), look into one (inspect), fetch one (download).
+
+    python -m weights_tools.synthesize OUT --size tiny      random weights in the exact released format
+    python -m weights_tools.inspect FOLDER_OR_HUB_ID        every tensor, who takes it, sums, and whether they fit
+    python -m weights_tools.download HUB_ID                 the files that minivl reads, compared with the hub's sha256
+
+`files` writes them: weights_tools.files.save_checkpoint.
+"""
+import os
+import sys
+import warnings
+
+# As minivl/__init__.py does, for modules that import torch before minivl.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+
+
+def run(main) -> int:
+    """`main()` as a command: what the user can correct is one line on stderr and exit code 2, Ctrl-C is code 130."""
+    from minivl.limits import InputError
+    try:
+        return main()
+    except (InputError, OSError) as error:
+        if isinstance(error, BrokenPipeError):      # `... | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or the exit's flush would fail again
+            return 141
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

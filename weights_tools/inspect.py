@@ -1,0 +1,241 @@
+"""Every tensor of a checkpoint: name, dtype, shape, bytes, file, and the module of minivl that takes it. Then the sums.
+
+Reads headers only: of a folder, of one .safetensors file, or of a repository on the hub without fetching its weights.
+(A pickled .bin has no header: it cannot be read from afar, and in a folder its checksums are verified on the way.)
+
+    stored    numbers as they lie in the file; an int4 word is one number
+    weights   what the model was trained with: eight for each int4 word, none for the scales and zero points around them
+
+Exit code 0: names, shapes and dtypes fit config.json, or there is nothing to compare. 1: they do not. 2: not readable.
+"""
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from tqdm import tqdm
+
+from minivl.checkpoint import DTYPES, choose_files, find, open_weights, safetensors_header
+from minivl.config import Config, read_json
+from minivl.limits import InputError, offline
+from minivl.model import MiniVL
+from weights_tools import run
+from weights_tools.download import hub_errors
+
+PARTS = {   # part -> how its tensors' names begin; InternLM2 decoders have other names for embeddings and head
+    "vision_model": ("vision_model.",),
+    "mlp1": ("mlp1.",),
+    "embeddings": ("language_model.model.embed_tokens.", "language_model.model.tok_embeddings."),
+    "decoder layers": ("language_model.model.layers.",),
+    "norm and head": ("language_model.model.norm.", "language_model.lm_head.", "language_model.output."),
+    "other": ("",),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One line of the listing."""
+    name: str
+    dtype: str          # "float16", "int32", ...
+    shape: tuple
+    bytes: int
+    file: str
+    module: str | None  # class of the module that takes it; None: no module of this model does, or the model is unknown
+
+    @property
+    def stored(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def weights(self) -> int:
+        """See the module's docstring."""
+        if self.name.endswith((".qzeros", ".scales")):
+            return 0
+        return self.stored * (8 if self.name.endswith(".qweight") else 1)
+
+    @property
+    def part(self) -> str:
+        return next(part for part, starts in PARTS.items() if self.name.startswith(starts))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `inspect` found; `problems` has the keys missing, unexpected, misshapen, dtype."""
+    source: str
+    tensors: list[Tensor]
+    problems: dict[str, list[str]] | None       # None: not compared, and `note` says why
+    note: str | None = None
+
+
+def inspect(path_or_id, *, revision: str | None = None) -> Report:
+    """Headers of a folder, a .safetensors file or a hub id, compared with the model that config.json describes."""
+    path = Path(os.path.expanduser(path_or_id))
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise InputError(f"{path} is not a .safetensors file; give that, or the folder of a checkpoint")
+        tensors = _headers(path.parent, [path.name])
+        config, whole = path.parent / "config.json", False
+    elif path.is_dir() or offline():
+        folder = find(path_or_id, revision=revision)
+        files = choose_files(os.listdir(folder))
+        shards = [file for file in files if file.endswith(".safetensors")]
+        tensors = _headers(folder, shards) if shards else {
+            name: (t.dtype, t.shape, t.file.name) for name, t in open_weights(folder).items()}
+        config, whole = folder / "config.json", True
+    else:
+        tensors, config = _remote(os.fspath(path_or_id), revision)
+        whole = True
+    model, note = None, "no config.json beside it: no module column, nothing compared"
+    if config.is_file():
+        try:
+            with torch.device("meta"):
+                model, note = MiniVL(Config.from_json(read_json(config))), None
+        except InputError as error:
+            note = f"no module column, nothing compared: {error}"
+    wanted = model.state_dict() if model else {}
+
+    def module(name):
+        return type(model.get_submodule(name.rpartition(".")[0])).__name__ if name in wanted else None
+
+    rows = [Tensor(name, str(dtype).removeprefix("torch."), tuple(shape), math.prod(shape) * dtype.itemsize, file,
+                   module(name)) for name, (dtype, shape, file) in tensors.items()]
+    order = {name: i for i, name in enumerate(wanted)}      # that of the model: a file sorts by dtype
+    rows.sort(key=lambda row: order.get(row.name, len(order)))
+    if model and not whole:
+        note = "one file of a checkpoint: tensors of other files are not missed"
+    return Report(os.fspath(path_or_id), rows, compare(wanted, tensors, whole) if model else None, note)
+
+
+def compare(wanted: dict[str, torch.Tensor], tensors: dict[str, tuple], whole: bool = True) -> dict[str, list[str]]:
+    """What minivl.load would refuse. `wanted`: the model's tensors, `tensors`: name -> (dtype, shape, file)."""
+    both = [name for name in wanted if name in tensors]
+    return {
+        "missing": [f"{n} {list(wanted[n].shape)}" for n in wanted if n not in tensors and whole],
+        "unexpected": [f"{n} {list(shape)} in {file}" for n, (_, shape, file) in tensors.items() if n not in wanted],
+        "misshapen": [f"{n} is {list(tensors[n][1])} in {tensors[n][2]}, {list(wanted[n].shape)} in the model"
+                      for n in both if tuple(tensors[n][1]) != tuple(wanted[n].shape)],
+        # Any float is taken for any other: the loader converts. Words of int4 must be what they are.
+        "dtype": [f"{n} is {tensors[n][0]} in {tensors[n][2]}, the model takes {wanted[n].dtype}" for n in both
+                  if tensors[n][0] != wanted[n].dtype
+                  and not (tensors[n][0].is_floating_point and wanted[n].is_floating_point())],
+    }
+
+
+def _headers(folder: Path, files: list[str]) -> dict[str, tuple]:
+    """name -> (dtype, shape, file) from the headers of safetensors files; no tensor is read."""
+    tensors = {}
+    for file in files:
+        for name, (dtype, shape, *_) in safetensors_header(folder / file)[0].items():
+            _add(tensors, name, dtype, shape, file)
+    return tensors
+
+
+def _remote(hub_id: str, revision: str | None) -> tuple[dict[str, tuple], Path]:
+    """The same of a repository on the hub, by range requests; and its config.json, which is small and is fetched."""
+    if hub_id.count("/") != 1 or hub_id.startswith((".", "/")):
+        raise InputError(f"{hub_id} does not exist; give a folder, a .safetensors file, or a hub id like "
+                         "OpenGVLab/InternVL2_5-4B-MPO-AWQ")
+    with hub_errors(hub_id, revision):
+        api = huggingface_hub.HfApi()
+        names = api.list_repo_files(hub_id, revision=revision)
+        shards = [name for name in choose_files(names) if name.endswith(".safetensors")]
+        if not shards:
+            raise InputError(f"{hub_id} holds its weights as pickled .bin files, whose list of tensors cannot be read "
+                             "remotely; run `python -m weights_tools.download` first, or try --revision refs/pr/1, "
+                             "which often holds a safetensors form")
+        tensors = {}
+        for file in tqdm(shards, desc="headers", unit="file", disable=None):
+            for name, info in api.parse_safetensors_file_metadata(hub_id, file, revision=revision).tensors.items():
+                _add(tensors, name, info.dtype, info.shape, file)
+        config = (huggingface_hub.hf_hub_download(hub_id, "config.json", revision=revision)
+                  if "config.json" in names else "")
+    return tensors, Path(config)
+
+
+def _add(tensors: dict, name: str, dtype: str, shape, file: str):
+    if name in tensors:
+        raise InputError(f"{name} is in {tensors[name][2]} and in {file}; the files are of different checkpoints, "
+                         "delete those that the index does not name")
+    if dtype not in DTYPES:
+        raise InputError(f"{file}: {name} has dtype {dtype}; known are {', '.join(DTYPES)}")
+    tensors[name] = DTYPES[dtype], tuple(shape), file
+
+
+# ---- output ---------------------------------------------------------------------------------------------------------
+
+def totals(tensors: list[Tensor]) -> dict[str, dict[str, int]]:
+    """Per part and in total: tensors, stored, weights, of these int4, and bytes."""
+    groups = {part: [t for t in tensors if t.part == part] for part in PARTS}
+    return {part: {"tensors": len(group),
+                   "stored": sum(t.stored for t in group),
+                   "weights": sum(t.weights for t in group),
+                   "int4": sum(t.weights for t in group if t.name.endswith(".qweight")),
+                   "bytes": sum(t.bytes for t in group)}
+            for part, group in {**groups, "total": tensors}.items() if group or part != "other"}
+
+
+def as_json(report: Report, shown: list[Tensor], summary: bool) -> str:
+    data = {"source": report.source, "note": report.note, "fits": _fits(report), "problems": report.problems,
+            "shown": len(shown), "of": len(report.tensors), "totals": totals(shown)}
+    if not summary:
+        data["tensors"] = [{**asdict(t), "stored": t.stored, "weights": t.weights, "part": t.part} for t in shown]
+    return json.dumps(data, indent=1)
+
+
+def as_text(report: Report, shown: list[Tensor], summary: bool) -> str:
+    lines = []
+    if not summary:
+        rows = [(t.name, t.dtype, str(list(t.shape)), f"{t.bytes:,}", t.module or "-", t.file) for t in shown]
+        lines += _table([("tensor", "dtype", "shape", "bytes", "taken by", "file"), *rows], right=(3,)) + [""]
+    sums = [(part, *(f"{n:,}" for n in row.values())) for part, row in totals(shown).items()]
+    lines += _table([("part", "tensors", "stored", "weights", "of these int4", "bytes"), *sums], right=range(1, 6))
+    lines.append("stored: numbers in the files. weights: eight for each int4 word, none for scales and zero points.")
+    if len(shown) < len(report.tensors):
+        lines.append(f"sums are of the {len(shown)} tensors that match, of {len(report.tensors)}")
+    if report.note:
+        lines.append(f"note: {report.note}")
+    if report.problems is not None:
+        for kind, names in report.problems.items():
+            lines += [f"{kind}: {name}" for name in names]
+        wrong = sum(map(len, report.problems.values()))
+        lines.append(f"does not fit config.json: {wrong} problems" if wrong else "fits config.json")
+    return "\n".join(lines)
+
+
+def _fits(report: Report) -> bool | None:
+    return None if report.problems is None else not any(report.problems.values())
+
+
+def _table(rows, right=()) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(f"{cell:{'>' if i in right else '<'}{widths[i]}}" for i, cell in enumerate(row)).rstrip()
+            for row in rows]
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m weights_tools.inspect", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="PATH_OR_HUB_ID", help="folder, .safetensors file, or hub id")
+    parser.add_argument("--revision", metavar="R", help="of a hub id: branch, tag or commit (default main)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--filter", metavar="GLOB", help="only tensors whose name matches, such as '*.layers.0.*'")
+    parser.add_argument("--summary", action="store_true", help="only the sums, not every tensor")
+    options = parser.parse_args(argv)
+    report = inspect(options.source, revision=options.revision)
+    shown = [t for t in report.tensors if options.filter is None or fnmatch.fnmatchcase(t.name, options.filter)]
+    if not shown:
+        raise InputError(f"none of the {len(report.tensors)} tensors matches {options.filter!r}; try '*.layers.0.*'")
+    print((as_json if options.json else as_text)(report, shown, options.summary))
+    return 1 if _fits(report) is False else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,290 @@
+"""Random weights in the exact released format: names, shapes, dtypes and files of a real checkpoint, no download.
+
+    size -> config.json -> MiniVL on `meta` (names and shapes) -> one random tensor per name -> files.save_checkpoint
+
+A tensor depends on the seed and its name alone, so files of either format and any number of shards hold the same ones.
+The scales keep activations near 1 through all layers: answers are nonsense, but finite nonsense in float16 too.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+import tokenizers
+import torch
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+from minivl.awq import pack
+from minivl.config import Config
+from minivl.limits import InputError
+from minivl.model import MiniVL
+from minivl.prompt import SYSTEM
+from minivl.tokenizer import PATTERN, Tokenizer
+from weights_tools import run
+from weights_tools.files import check_free_of_weights, save_checkpoint
+
+VIT_300M = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+            "norm_type": "layer_norm", "qkv_bias": True, "qk_normalization": False, "image_size": 448}
+VIT_6B = {"hidden_size": 3200, "intermediate_size": 12800, "num_hidden_layers": 45, "num_attention_heads": 25,
+          "norm_type": "rms_norm", "qkv_bias": False, "qk_normalization": True, "image_size": 448}
+VIT_TINY = {**VIT_300M, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "image_size": 56}       # 4 x 4 patches, 4 visual tokens
+
+
+def _qwen(name, hidden_size, intermediate_size, layers, heads, kv_heads, vocab_size=151674):
+    return {"_name_or_path": name, "hidden_size": hidden_size, "intermediate_size": intermediate_size,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+            "vocab_size": vocab_size}
+
+
+SIZES = {   # vision_config, llm_config
+    "tiny": (VIT_TINY, _qwen("tiny", 128, 256, 3, 4, 2, vocab_size=600)),
+    "1B": (VIT_300M, _qwen("Qwen/Qwen2.5-0.5B-Instruct", 896, 4864, 24, 14, 2)),
+    "4B": (VIT_300M, _qwen("Qwen/Qwen2.5-3B-Instruct", 2048, 11008, 36, 16, 2)),
+    "38B": (VIT_6B, _qwen("Qwen/Qwen2.5-32B-Instruct", 5120, 27648, 64, 40, 8)),
+    "78B": (VIT_6B, _qwen("Qwen/Qwen2.5-72B-Instruct", 8192, 29568, 80, 64, 8)),
+}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+# The released sub-configs are full dumps of such settings, which a reader of config.json must pass over.
+LEGACY = {"_attn_implementation_autoset": True, "bad_words_ids": None, "chunk_size_feed_forward": 0, "do_sample": False,
+          "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "length_penalty": 1.0, "num_beams": 1, "pruned_heads": {},
+          "output_attentions": False, "return_dict": True, "temperature": 1.0, "top_k": 50, "typical_p": 1.0}
+ADDED_TOKENS = (    # their order is their ids, after the vocabulary: 151643..151673 in the released files
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
+    "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>",
+    "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
+CHUNK = 2**22           # random numbers at a time: they stay in the CPU's cache on their way to half precision
+# Zero points 6..9 have the mean 7.5 of q in 0..15. With 7..9 every weight is a little negative on average, and a common
+# mean of the activations then grows from layer to layer: to 60 times their size in 36 layers.
+ZEROS = range(6, 10)
+INT4_STD = math.sqrt((16**2 - 1) / 12 + (len(ZEROS)**2 - 1) / 12)       # of q - z, both uniform
+
+
+def synthesize(out, size: str = "tiny", *, awq: bool = False, format: str = "safetensors", shard_gb: float = 2.0,
+               tokenizer=None, seed: int = 0, dtype: str | None = None, group_size: int = 128,
+               config_quirk: str = "llm", overwrite: bool = False) -> Path:
+    """Write a whole checkpoint of random weights to the folder `out` and return it.
+
+    `tokenizer`: folder with the Qwen2 vocabulary, needed by every size but tiny. `shard_gb`: most 10^9 bytes in a file.
+    `dtype` "float16" or "bfloat16" of all that is not int4; None: float16 with `awq`, else bfloat16, as released.
+    `config_quirk` "top": quantization_config where third-party copies have it, not inside llm_config.
+    """
+    config = config_json(size, awq=awq, dtype=dtype, group_size=group_size, config_quirk=config_quirk)
+    if not 0 < shard_gb < 1e6:
+        raise InputError(f"shards of {shard_gb} GB cannot be; the released files have at most 2")
+    if size == "tiny" and tokenizer is not None:
+        raise InputError("the tiny size has a tokenizer of its own with 600 tokens; leave --tokenizer out")
+    out = Path(out)
+    check_free_of_weights(out, overwrite)
+    small = {"config.json": _json(config), **_generation_and_preprocessor(size, config),
+             **(tiny_tokenizer() if size == "tiny" else _copied_tokenizer(size, tokenizer, config))}
+    wanted = meta_tensors(config)
+    layers = {"vision_model": config["vision_config"]["num_hidden_layers"],
+              "language_model": config["llm_config"]["num_hidden_layers"], "mlp1": 1}
+
+    def make(name):
+        return random_tensor(name, wanted[name], seed=seed, layers=layers[name.split(".")[0]], group_size=group_size)
+
+    save_checkpoint(wanted, out, make=make, format=format, shard_bytes=int(shard_gb * 1e9), overwrite=overwrite)
+    for name, text in small.items():
+        (out / name).write_bytes(text.encode("utf-8"))      # bytes: no line ends of another system in merges.txt
+    return out
+
+
+# ---- config.json and its neighbours ---------------------------------------------------------------------------------
+
+def config_json(size: str, *, awq: bool = False, dtype: str | None = None, group_size: int = 128,
+                config_quirk: str = "llm") -> dict:
+    """config.json of one size as a dict, with the keys of the released files."""
+    if size not in SIZES:
+        raise InputError(f"size {size!r} is not one of {', '.join(SIZES)}")
+    dtype = dtype or ("float16" if awq else "bfloat16")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if config_quirk not in ("llm", "top"):
+        raise InputError(f"config quirk {config_quirk!r} is not one of llm, top")
+    if not awq and (config_quirk != "llm" or group_size != 128):
+        raise InputError("the config quirk and the group size belong to quantization_config, which only AWQ files "
+                         "have; add --awq or leave them out")
+    vision, llm = SIZES[size]
+    widths = llm["hidden_size"], llm["intermediate_size"]
+    if group_size < 1 or any(width % group_size for width in widths):
+        raise InputError(f"group size {group_size} must divide the in features of every decoder linear, {widths[0]} "
+                         f"and {widths[1]} for {size}; the released files have 128")
+    ids = {token: llm["vocab_size"] - len(ADDED_TOKENS) + i for i, token in enumerate(ADDED_TOKENS)}
+    block = {"quantization_config": {"bits": 4, "group_size": group_size, "quant_method": "awq", "version": "gemm",
+                                     "zero_point": True}} if awq else {}
+    return {
+        "_commit_hash": None, "_name_or_path": f"InternVL2_5-{size}-random", "architectures": ["InternVLChatModel"],
+        "downsample_ratio": 0.5, "dynamic_image_size": True, "force_image_size": vision["image_size"],
+        "llm_config": {
+            **LEGACY, **llm, "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0,
+            "attn_implementation": "eager", "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
+            "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 32768, "max_window_layers": 70,
+            "model_type": "qwen2", "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
+            "sliding_window": 32768, "tie_word_embeddings": False, "torch_dtype": dtype,
+            "use_cache": not awq,           # calibration switched it off before saving; it says nothing about inference
+            "use_sliding_window": False, **(block if config_quirk == "llm" else {})},
+        "max_dynamic_patch": 12, "min_dynamic_patch": 1, "model_type": "internvl_chat", "pad2square": False,
+        "ps_version": "v2", **(block if config_quirk == "top" else {}), "select_layer": -1, "template": "internvl2_5",
+        "tie_word_embeddings": False, "torch_dtype": dtype, "transformers_version": None, "use_backbone_lora": 0,
+        "use_llm_lora": 0, "use_thumbnail": True,
+        "vision_config": {
+            **LEGACY, **vision, "architectures": ["InternVisionModel"], "attention_dropout": 0.0, "drop_path_rate": 0.0,
+            "dropout": 0.0, "hidden_act": "gelu", "initializer_factor": 0.1, "initializer_range": 1e-10,
+            "layer_norm_eps": 1e-06, "model_type": "intern_vit_6b",        # this name stands in both towers' configs
+            "num_channels": 3, "patch_size": 14, "torch_dtype": dtype, "use_flash_attn": True},
+    }
+
+
+def _generation_and_preprocessor(size: str, config: dict) -> dict[str, str]:
+    first = config["llm_config"]["vocab_size"] - len(ADDED_TOKENS)
+    ends = [first + 1, first + 2] + [first] * (size != "38B")      # the released 38B file does not list <|endoftext|>
+    side = config["force_image_size"]
+    return {
+        "generation_config.json": _json({"_from_model_config": True, "eos_token_id": ends,
+                                         "transformers_version": "4.45.1"}),
+        "preprocessor_config.json": _json({
+            "crop_size": side, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+            "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225], "resample": 3, "size": side})}
+
+
+def _json(data: dict) -> str:
+    return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+# ---- tokenizer ------------------------------------------------------------------------------------------------------
+
+TRAINING_TEXT = """\
+A picture is cut into tiles. Each tile is cut into patches, and every patch becomes a vector. The vision tower lets
+every patch look at every other patch, layer after layer. Then four neighbouring patches become one visual token, and
+the projector carries it into the language of the decoder. There it takes the place of a placeholder in the prompt,
+between the words of the question. The decoder reads the prompt from left to right and writes the answer, one token at
+a time. What do you see in this image? There is a red square on the left and a blue circle on the right. Please
+describe the picture shortly. How many green triangles are there? There are three small triangles and one large yellow
+star. Which colour is the circle above the square? It is white. Read the number in the picture: 0 1 2 3 4 5 6 7 8 9.
+The answer is no. Is the black cat under the table or behind the chair? I can't see a cat, but there's a dog with a
+ball in front of it.
+"""
+
+
+def tiny_tokenizer() -> dict[str, str]:
+    """vocab.json, merges.txt, added_tokens.json of a byte-level BPE trained here: 256 bytes, 313 merges, 31 added."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    size = SIZES["tiny"][1]["vocab_size"] - len(ADDED_TOKENS)
+    # All 256 bytes first: whatever the text, there is a token for it.
+    backend.train_from_iterator(
+        [TRAINING_TEXT, "system\nuser\nassistant\nImage-1: Frame1: ", SYSTEM],
+        trainers.BpeTrainer(vocab_size=size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+                            show_progress=False))
+    model = json.loads(backend.to_str())["model"]
+    vocabulary = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return {"vocab.json": json.dumps(vocabulary, ensure_ascii=False) + "\n",
+            "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
+            "added_tokens.json": _json({token: size + i for i, token in enumerate(ADDED_TOKENS)})}
+
+
+def _copied_tokenizer(size: str, folder, config: dict) -> dict[str, str]:
+    if folder is None:
+        raise InputError(f"size {size} needs the real Qwen2 vocabulary ({', '.join(TOKENIZER_FILES)}, as in every "
+                         "released checkpoint of the family); give its folder with --tokenizer")
+    missing = [name for name in TOKENIZER_FILES if not (Path(folder) / name).is_file()]
+    if missing:
+        raise InputError(f"{folder} lacks {', '.join(missing)}; --tokenizer takes a folder with "
+                         f"{', '.join(TOKENIZER_FILES)}")
+    found, wanted = Tokenizer.load(folder).vocab_size, config["llm_config"]["vocab_size"]
+    if found != wanted:
+        raise InputError(f"the tokenizer in {folder} has {found} tokens, size {size} has {wanted}; take the one of an "
+                         "InternVL2.5 checkpoint with a Qwen2 decoder")
+    return {name: (Path(folder) / name).read_bytes().decode("utf-8") for name in TOKENIZER_FILES}
+
+
+# ---- tensors --------------------------------------------------------------------------------------------------------
+
+def meta_tensors(config: dict) -> dict[str, torch.Tensor]:
+    """name -> tensor without values, but with the shape and dtype it has in the files: what config.json implies."""
+    dtype = DTYPES[config["torch_dtype"]]
+    with torch.device("meta"):
+        return MiniVL(Config.from_json(config)).to(dtype).state_dict()      # .to leaves the int32 words as they are
+
+
+def random_tensor(name: str, like: torch.Tensor, *, seed: int, layers: int, group_size: int = 128) -> torch.Tensor:
+    """Random values in the shape and dtype of `like`. `layers`: of its part, which scale down the residual branches."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    out = torch.empty(like.shape, dtype=like.dtype)
+    if name.endswith(".qweight"):       # eight numbers 0..15 a word: any word is good, signed as stored
+        return out.random_(-2**31, 2**31, generator=generator)
+    if name.endswith(".qzeros"):
+        return pack(torch.randint(ZEROS.start, ZEROS.stop, (like.shape[0], 8 * like.shape[1]), generator=generator))
+    # 2 * layers branches are added to the residual stream; so scaled, they all together add about one
+    branch = (2 * layers) ** -0.5 if re.search(r"\.(o_proj|down_proj|attn\.proj|fc2)\.", name) else 1.0
+    if name.endswith(".scales"):        # [I/g, O]
+        std = branch * (like.shape[0] * group_size) ** -0.5
+        return out.copy_(std / INT4_STD * torch.empty(like.shape).uniform_(0.8, 1.2, generator=generator))
+    if re.search(r"\.ls[12]$", name):
+        return out.copy_(torch.empty(like.shape).uniform_(0.1, 1.0, generator=generator))
+    mean, std = 0.0, 0.02               # biases
+    if re.search(r"norm\d?\.weight$|^mlp1\.0\.weight$", name):
+        mean, std = 1.0, 0.1
+    elif name.endswith("_embedding"):   # of positions and CLS: small next to the patches, large enough to matter
+        std = 0.2
+    elif name.endswith("embed_tokens.weight"):
+        std = 0.65                      # as the visual tokens: the projector's GELU leaves 0.65 of a unit normal
+    elif like.ndim > 1:
+        std = branch * math.prod(like.shape[1:]) ** -0.5
+    flat, buffer = out.view(-1), torch.empty(min(CHUNK, out.numel()))
+    for start in range(0, len(flat), CHUNK):
+        part = flat[start:start + CHUNK]
+        part.copy_(buffer[:len(part)].normal_(mean, std, generator=generator))
+    return out
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m weights_tools.synthesize", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", metavar="OUT", help="folder to write; made if it does not exist")
+    parser.add_argument("--size", choices=SIZES, default="tiny",
+                        help="tiny (default, under 2 MB), or the shapes of a released model: on disk about 1.9, 7.4, "
+                             "77 and 157 GB for 1B, 4B, 38B and 78B, with --awq 1.3, 3.3, 31 and 53 GB")
+    parser.add_argument("--awq", action="store_true", help="int4 decoder linears, as the -AWQ releases have")
+    parser.add_argument("--format", choices=["safetensors", "bin"], default="safetensors",
+                        help="bin: pickled pytorch_model*.bin, as the -AWQ releases have (default safetensors)")
+    parser.add_argument("--shard-gb", type=float, default=2.0, metavar="GB",
+                        help="most 10^9 bytes of tensors in one file (default %(default)s)")
+    parser.add_argument("--tokenizer", metavar="FOLDER",
+                        help="folder with vocab.json, merges.txt and added_tokens.json of Qwen2 (all sizes but tiny)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same tensors (default %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES,
+                        help="of all that is not int4 (default float16 with --awq, else bfloat16)")
+    parser.add_argument("--group-size", type=int, default=128, metavar="N",
+                        help="--awq: in features that share a scale and a zero point (default %(default)s)")
+    parser.add_argument("--config-quirk", choices=["llm", "top"], default="llm",
+                        help="--awq: where in config.json quantization_config is (default %(default)s, as released)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the weights that OUT already holds")
+    options = vars(parser.parse_args(argv))
+    start = time.perf_counter()
+    folder = synthesize(**options)
+    size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
+    print(f"{folder}: {options['size']}{' AWQ' if options['awq'] else ''}, random weights of seed {options['seed']}, "
+          f"{size / 1e9:.3f} GB, {time.perf_counter() - start:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
