@@ -16,6 +16,7 @@ import os
 import re
 import zipfile
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,31 +100,49 @@ def choose_files(names) -> list[str]:
 
 def _download(hub_id: str, revision: str | None) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import (GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError,
-                                        RevisionNotFoundError)
-    at = f"{hub_id}" + (f" at revision {revision}" if revision else "")
-    try:
-        if offline():
-            folder = Path(huggingface_hub.snapshot_download(hub_id, revision=revision, local_files_only=True))
-        else:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    if not offline():
+        with hub_errors(hub_id, revision):
             files = huggingface_hub.HfApi().list_repo_files(hub_id, revision=revision)
-            folder = Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=choose_files(files)))
-    except GatedRepoError:
-        raise InputError(f"{at} is gated on the hub; accept its terms there and log in with `hf auth login`") from None
-    except RevisionNotFoundError:
-        raise InputError(f"{hub_id} has no revision {revision!r} on the hub; try `main` or a commit id") from None
-    except RepositoryNotFoundError:
-        raise InputError(f"there is no {hub_id} on the hub (and no local folder of that name), or it is private and you are "
-                         "not logged in") from None
-    except LocalEntryNotFoundError:
-        raise InputError(f"{at} is not in the local cache and offline mode is set; unset HF_HUB_OFFLINE once to download "
-                         "it, or give a local folder") from None
-    except InputError:
+            return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=choose_files(files)))
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        # The client calls a snapshot incomplete because README and code, which we never fetch, are not there. Use what
+        # is; a missing shard is still named when the weights are opened.
+        if getattr(error, "snapshot_path", None) is None:
+            raise InputError(f"{_at(hub_id, revision)} is not in the local cache and offline mode is set; unset "
+                             "HF_HUB_OFFLINE once to download it, or give a local folder") from None
+        return Path(error.snapshot_path)
+
+
+@contextmanager
+def hub_errors(hub_id: str, revision: str | None):
+    """What the hub client raises inside, as an InputError that says what to do."""
+    from huggingface_hub import errors
+    at = _at(hub_id, revision)
+    try:
+        yield
+    except (InputError, TypeError, AttributeError, NameError):     # the last three: our mistakes, not the network's
         raise
+    except errors.GatedRepoError:
+        raise InputError(f"{at} is gated on the hub; accept its terms there and log in with `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise InputError(f"{hub_id} has no revision {revision!r} on the hub; try `main` or a commit id") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(f"there is no {hub_id} on the hub (and no local folder of that name), or it is private and "
+                         "you are not logged in") from None
+    except errors.LocalEntryNotFoundError:
+        raise InputError(f"the hub cannot be reached and {at} is not in the local cache; check the network and run "
+                         "again, finished files are kept") from None
     except Exception as error:      # the hub client passes on whatever its HTTP library raises
-        raise InputError(f"could not download {at} ({type(error).__name__}); check the network and run again, finished "
+        reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        raise InputError(f"could not read {at} from the hub ({reason}); check the network and run again, finished "
                          "files are kept") from None
-    return folder
+
+
+def _at(hub_id: str, revision: str | None) -> str:
+    return hub_id + (f" at revision {revision}" if revision else "")
 
 
 def _dtype(dtype, device: torch.device, config: Config) -> torch.dtype:

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -136,11 +135,14 @@ def test_ctrl_c_during_an_answer_forgets_the_turn(tiny, terminal, monkeypatch, c
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_ctrl_c_of_one_answer_ends_cleanly(tiny):
-    run = subprocess.Popen([sys.executable, "-u", "-m", "minivl", "chat", "-m", str(tiny), TIGER, "-p", "what?", "--sample",
+    endless = ("import sys, minivl\n"
+               "sys.modules['minivl.generate'].Chooser.__call__ = lambda self, logits: 40\n"      # never a stop token
+               "from minivl.__main__ import main\n"
+               "sys.exit(main(sys.argv[1:]))")
+    run = subprocess.Popen([sys.executable, "-u", "-c", endless, "chat", "-m", str(tiny), TIGER, "-p", "what?",
                             "--max-new-tokens", "30000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                            cwd=Path(minivl.__file__).parents[1], start_new_session=True)
     assert run.stdout.read(1)           # the answer has begun
-    time.sleep(0.2)
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 130 and b"stopped" in err and b"Traceback" not in err

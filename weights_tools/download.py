@@ -11,15 +11,13 @@ import hashlib
 import os
 import shutil
 import sys
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import errors
 from tqdm import tqdm
 
-from minivl.checkpoint import choose_files
+from minivl.checkpoint import choose_files, hub_errors
 from minivl.limits import InputError, offline
 from weights_tools import run
 from weights_tools.files import WEIGHT_FILE, weight_files
@@ -106,30 +104,6 @@ def sha256(path) -> str:
             digest.update(chunk)
             bar.update(len(chunk))
     return digest.hexdigest()
-
-
-@contextmanager
-def hub_errors(hub_id: str, revision: str | None):
-    """What the hub client raises inside, as an InputError that says what to do."""
-    at = hub_id + (f" at revision {revision}" if revision else "")
-    try:
-        yield
-    except (InputError, TypeError, AttributeError, NameError):     # the last three: our mistakes, not the network's
-        raise
-    except errors.GatedRepoError:
-        raise InputError(f"{at} is gated on the hub; accept its terms there and log in with `hf auth login`") from None
-    except errors.RevisionNotFoundError:
-        raise InputError(f"{hub_id} has no revision {revision!r} on the hub; try `main` or a commit id") from None
-    except errors.RepositoryNotFoundError:
-        raise InputError(f"there is no {hub_id} on the hub (and no local folder of that name), or it is private and "
-                         "you are not logged in") from None
-    except errors.LocalEntryNotFoundError:
-        raise InputError(f"the hub cannot be reached and {at} is not in the local cache; check the network and run "
-                         "again, finished files are kept") from None
-    except Exception as error:      # the hub client passes on whatever its HTTP library raises
-        reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-        raise InputError(f"could not read {at} from the hub ({reason}); check the network and run again, finished "
-                         "files are kept") from None
 
 
 def _list(files: list[RemoteFile], place: Path, what: str):

@@ -23,12 +23,11 @@ import huggingface_hub
 import torch
 from tqdm import tqdm
 
-from minivl.checkpoint import DTYPES, choose_files, find, open_weights, safetensors_header
+from minivl.checkpoint import DTYPES, choose_files, find, hub_errors, open_weights, safetensors_header
 from minivl.config import Config, read_json
 from minivl.limits import InputError, offline
 from minivl.model import MiniVL
 from weights_tools import run
-from weights_tools.download import hub_errors
 
 PARTS = {   # part -> how its tensors' names begin; InternLM2 decoders have other names for embeddings and head
     "vision_model": ("vision_model.",),
