@@ -196,7 +196,7 @@ class Pipeline:
             raise InputError(f"the prompt has {held + len(ids)} tokens and leaves no room for an answer in a context of "
                              f"{self.room}; use fewer or smaller pictures (max_num), a shorter text, or a larger session_len")
         return _Turn(ids, [tile for block in blocks for tiles in block for tile in tiles], gen_config,
-                     min(gen_config.max_new_tokens, self.room - held - len(ids)))
+                     min(gen_config.max_new_tokens, self.room - held - len(ids)), held)
 
     def _messages(self, prompt) -> list[dict]:
         """A prompt in any of its forms -> [{"role", "content": [items]}, ...] with items text, image_url or image_data."""
@@ -297,6 +297,9 @@ class Pipeline:
             for _, text in self._run([answer]):
                 yield text
             return answer.response()
+        if session.cache is None or len(session.ids) != turn.held:
+            raise InputError("the session went on or was closed before this stream was read; read a stream to its end "
+                             "before the next turn")
         before = session.cache.length
         try:
             for _, text in self._run([answer], session):
@@ -355,6 +358,7 @@ class _Turn:
     tiles: list
     config: GenerationConfig
     max_new_tokens: int
+    held: int               # tokens of the session that it follows
 
 
 class _Answer:

@@ -276,6 +276,19 @@ def test_a_failed_or_abandoned_turn_leaves_the_session_as_it_was(pipe):
     assert pipe.chat("why?", session, SHORT).response.token_ids == want
 
 
+def test_a_stream_read_too_late_is_refused(pipe):
+    session = pipe.chat("hello", gen_config=SHORT)
+    late, closed = pipe.stream("one", SHORT, session), pipe.stream("two", SHORT, session)
+    pipe.chat("three", session, SHORT)
+    ids = list(session.ids)
+    with pytest.raises(InputError, match="the session went on or was closed before this stream was read"):
+        next(late)
+    session.close()
+    with pytest.raises(InputError, match="went on or was closed"):
+        next(closed)
+    assert session.ids == ids and len(session.history) == 2
+
+
 def test_two_sessions_do_not_mix(pipe):
     a, b = pipe.chat("hello", gen_config=SHORT), pipe.chat(("what?", TIGER), gen_config=SHORT)
     a, b = pipe.chat("go on", a, SHORT), pipe.chat("why?", b, SHORT)

@@ -1,0 +1,67 @@
+"""What the README says is run or recomputed: its Python, its memory table, its files and its commands."""
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+import minivl
+from minivl.config import Config
+from weights_tools.synthesize import config_json
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_examples_run(tiny, monkeypatch, capsys):
+    """With the tiny checkpoint in place of the 4B one, whose tiles are 56 pixels."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 2
+    for module in ("minivl.pipeline", "minivl.checkpoint"):
+        monkeypatch.setattr(sys.modules[module], "find", lambda name, revision=None: tiny)
+    monkeypatch.chdir(ROOT)
+    for block in blocks:
+        exec(compile(block.replace("max_num=1)", "max_num=1, tile_size=56)"), "README.md", "exec"), {})
+    assert "torch.Size([1, 17, 64]) torch.Size([1, 4, 128])" in capsys.readouterr().out
+
+
+def weights(size, awq):
+    """(bytes in the file, bytes in memory with float32 compute)"""
+    with torch.device("meta"):
+        state = minivl.MiniVL(Config.from_json(config_json(size, awq=awq))).state_dict()
+    kept = sum(t.nbytes if not t.is_floating_point() else 2 * t.numel() for n, t in state.items()
+               if n.endswith((".qweight", ".qzeros", ".scales")))
+    floats = sum(t.numel() for n, t in state.items() if not n.endswith((".qweight", ".qzeros", ".scales")))
+    return kept + 2 * floats, kept + 4 * floats
+
+
+def test_memory_table():
+    rows = [[c.strip() for c in line.strip("|\n").split("|")] for line in README.splitlines() if re.match(r"\| \d+B \|", line)]
+    assert [row[0] for row in rows] == ["1B", "4B", "38B", "78B"]
+    for size, _, file, cpu, gpu, *awq in rows:
+        numbers = [f"{n / 1e9:.2f}" for n in weights(size, False)]
+        assert [file, cpu, gpu] == [*numbers, numbers[0]], size
+        if size != "1B":
+            numbers = [f"{n / 1e9:.2f}" for n in weights(size, True)]
+            assert awq == [*numbers, numbers[0]], size
+    llm = config_json("4B")["llm_config"]
+    cache = 2 * llm["num_hidden_layers"] * llm["num_key_value_heads"] * 128 * 4
+    assert f"{cache / 1e3:.0f} kB a token" in README
+
+
+def test_reading_order_names_every_file():
+    named = set(re.findall(r"^\| `((?:minivl|weights_tools)/\w+\.py)`", README, re.M))
+    there = {f"{folder}/{path.name}" for folder in ("minivl", "weights_tools") for path in (ROOT / folder).glob("*.py")}
+    assert named == {name for name in there if not name.endswith("__init__.py")}
+
+
+def test_commands_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"^make (\w+)", README, re.M)) == {"demo", "test"} <= targets
+    for module in set(re.findall(r"python -m (\S+)", README)):
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists() or (ROOT / module / "__main__.py").exists(), module
+
+
+def test_limits_are_all_in_one_table():
+    for name in ("picture_bytes", "picture_pixels", "aspect_ratio", "tiles_per_picture", "pictures", "prompt_chars", "new_tokens"):
+        assert hasattr(minivl.Limits(), name)
