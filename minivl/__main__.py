@@ -25,7 +25,8 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chat = commands.add_parser("chat", help="ask about pictures", description=HELP,
                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    chat.add_argument("pictures", nargs="*", metavar="PICTURE", help="path, URL or data: URL; none for a text-only question")
+    chat.add_argument("pictures", nargs="*", metavar="PICTURE",
+                      help="path, URL or data: URL; none for a text-only question")
     chat.add_argument("-p", "--prompt", help="the question; without it, a conversation (or the prompt from a pipe)")
     chat.add_argument("--system", metavar="TEXT", help="replaces the trained system message")
     chat.add_argument("--json", action="store_true", help="print the whole response as one JSON object")
@@ -36,12 +37,14 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--revision", help="branch, tag or commit of a hub id")
     model.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps (untested)")
     model.add_argument("--dtype", choices=["float32", "float16", "bfloat16"],
-                       help="of the computation; default float32 on cpu, elsewhere float16 for AWQ and bfloat16 otherwise")
-    model.add_argument("--session-len", type=int, metavar="TOKENS", help="longest conversation; default all the model can")
+                       help="of the computation; default float32 on cpu, elsewhere float16 for AWQ, else bfloat16")
+    model.add_argument("--session-len", type=int, metavar="TOKENS",
+                       help="longest conversation; default all the model can")
 
     look = chat.add_argument_group("pictures and video")
-    look.add_argument("--max-tiles", type=int, metavar="N", help="most tiles of a picture, thumbnail not counted (default: "
-                      "the model's, 12); fewer are faster, more read smaller print")
+    look.add_argument("--max-tiles", type=int, metavar="N",
+                      help="most tiles of a picture, thumbnail not counted (default: the model's, 12); fewer are faster, "
+                           "more read smaller print")
     look.add_argument("--video", metavar="FILE|FOLDER", help="video file, animated GIF/WebP/PNG, or folder of frames")
     look.add_argument("--segments", type=int, default=8, metavar="N", help="frames taken from the video (default 8)")
     look.add_argument("--bound", type=float, nargs=2, metavar=("START", "END"), help="part of the video, seconds")
@@ -81,8 +84,8 @@ def chat(args) -> int:
                   repetition_penalty=args.repetition_penalty, random_seed=args.seed)
     values = {name: value for name, value in values.items() if value is not None}
     if values and not args.sample:
-        raise InputError(f"--{', --'.join(values).replace('_', '-').replace('random-seed', 'seed')} has an effect only with "
-                         "--sample; without it the most probable token is always taken")
+        names = ", ".join("--" + name.replace("random_", "").replace("_", "-") for name in values)
+        raise InputError(f"{names} has an effect only with --sample; without it the most probable token is always taken")
     if args.json and args.prompt is None and sys.stdin.isatty():
         raise InputError("--json prints one answer; give the question with -p")
     gen_config = GenerationConfig(max_new_tokens=args.max_new_tokens, do_sample=args.sample, **values)

@@ -88,7 +88,7 @@ def find(path_or_id, *, revision: str | None = None) -> Path:
 
 
 def choose_files(names) -> list[str]:
-    """Of all file names of a repository, those that `load` reads (shards matched by pattern, before the index is read)."""
+    """Of all file names of a repository, those that `load` reads; shards by their pattern, the index is not read yet."""
     names = set(names)
     first = next((w for w in WEIGHT_FILES if w in names), None)
     if first is None:
@@ -104,7 +104,8 @@ def _download(hub_id: str, revision: str | None) -> Path:
     if not offline():
         with hub_errors(hub_id, revision):
             files = huggingface_hub.HfApi().list_repo_files(hub_id, revision=revision)
-            return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=choose_files(files)))
+            return Path(huggingface_hub.snapshot_download(hub_id, revision=revision,
+                                                          allow_patterns=choose_files(files)))
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError as error:
@@ -177,7 +178,8 @@ def open_weights(folder) -> dict[str, StoredTensor]:
     folder = Path(folder)
     first = next((w for w in WEIGHT_FILES if (folder / w).is_file()), None)
     if first is None:
-        raise InputError(f"{folder} has no weights; expected one of {', '.join(WEIGHT_FILES)}. Is the download complete?")
+        raise InputError(f"{folder} has no weights; expected one of {', '.join(WEIGHT_FILES)}. "
+                         "Is the download complete?")
     open_file = _open_safetensors if "safetensors" in first else _open_pickle
     if not first.endswith(".index.json"):
         return open_file(folder / first)
@@ -218,7 +220,8 @@ def safetensors_header(path, size: int | None = None, data: bytes | None = None)
             data += f.read(length) if length <= min(MAX_HEADER, size) else b""
     length = int.from_bytes(data[:8], "little")
     if size < 8 or length > MAX_HEADER or 8 + length > size:
-        raise InputError(f"{bad}its first 8 bytes announce a header of {length} bytes, the file has {size}; download it again")
+        raise InputError(f"{bad}its first 8 bytes announce a header of {length} bytes, the file has {size}; "
+                         "download it again")
     try:
         header = json.loads(data[8:8 + length])
         metadata = header.pop("__metadata__", {})
@@ -234,15 +237,16 @@ def safetensors_header(path, size: int | None = None, data: bytes | None = None)
             raise InputError(f"{path.name}: {name} has dtype {dtype}; known are {', '.join(DTYPES)}")
         bytes_needed = math.prod(shape) * DTYPES[dtype].itemsize
         if begin != end or stop - begin != bytes_needed:
-            raise InputError(f"{bad}{name} ({dtype} {list(shape)}, {bytes_needed} bytes) is said to lie at {begin}..{stop}, "
-                             f"but {last} ends at {end}; the header was altered or damaged, download it again")
+            raise InputError(f"{bad}{name} ({dtype} {list(shape)}, {bytes_needed} bytes) is said to lie at "
+                             f"{begin}..{stop}, but {last} ends at {end}; the header was altered or damaged, "
+                             "download it again")
         if 8 + length + stop > size:
-            raise InputError(f"{bad}it ends at byte {size}, inside {name}, which needs bytes up to {8 + length + stop}; "
-                             "the file was cut short, download it again")
+            raise InputError(f"{bad}it ends at byte {size}, inside {name}, which needs bytes up to "
+                             f"{8 + length + stop}; the file was cut short, download it again")
         end, last = stop, name
     if 8 + length + end != size:
-        raise InputError(f"{bad}{size - 8 - length - end} bytes follow its last tensor {last}; the file was padded or is "
-                         "another one, download it again")
+        raise InputError(f"{bad}{size - 8 - length - end} bytes follow its last tensor {last}; the file was padded or "
+                         "is another one, download it again")
     return entries, metadata, 8 + length
 
 
@@ -258,13 +262,13 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _verify_sha256(path: Path, entries: dict, metadata: dict, start: int):
-    """Files written by weights_tools carry a digest of each tensor; released files do not (the hub has one of the file)."""
+    """Files written by weights_tools carry a digest of each tensor; released files do not (the hub has the file's)."""
     if "sha256" not in metadata:
         return
     try:
         digests = dict(json.loads(metadata["sha256"]))
     except (ValueError, TypeError):
-        raise InputError(f"{path.name}: its list of sha256 digests is corrupt; make or download the file again") from None
+        raise InputError(f"{path.name}: its list of sha256 digests is corrupt; make or download it again") from None
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
         for name, (_, _, begin, end) in entries.items():
             with view[start + begin:start + end] as part:
@@ -274,16 +278,17 @@ def _verify_sha256(path: Path, entries: dict, metadata: dict, start: int):
 
 
 def _open_pickle(path: Path) -> dict[str, StoredTensor]:
-    """pytorch_model.bin: a zip of one pickle and one record per tensor. Only tensors are unpickled, nothing is called."""
+    """pytorch_model.bin: a zip of one pickle and a record per tensor. Only tensors are unpickled, nothing is called."""
     again = "download it again"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:      # pickle, zip and runtime errors, with pages of advice to switch the check off
         if "weights_only" in str(error) or "Unpickler" in str(error) or "Unsupported" in type(error).__name__:
-            raise InputError(f"{path.name} holds more than tensors (its pickle asks for other code); refused, nothing of it "
-                             "was run. Do not use this checkpoint") from None
+            raise InputError(f"{path.name} holds more than tensors (its pickle asks for other code); refused, nothing of "
+                             "it was run. Do not use this checkpoint") from None
         raise InputError(f"{path.name} is not a whole PyTorch file (a zip of tensors); {again}") from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor)
+                                              for k, v in state.items()):
         raise InputError(f"{path.name} does not hold a dict of names and tensors; {again}")
     _verify_crc(path, list(state))
     for name, tensor in state.items():
@@ -356,10 +361,10 @@ def _token_ids(folder: Path, config: Config):
         added = {t.get("content"): t.get("id") for t in read_json(folder / "tokenizer.json").get("added_tokens", [])}
     largest = max((i for i in added.values() if isinstance(i, int)), default=0)
     if largest >= vocabulary:
-        raise InputError(f"the tokenizer has ids up to {largest}, the model's vocab_size is {vocabulary}; tokenizer and "
-                         "weights are of different models")
-    # The released generation_config.json lists <|im_end|>, <|im_start|> and <|endoftext|>; the original's chat() stops at
-    # <|im_end|> alone. The union is safe: none of them can be part of an answer.
+        raise InputError(f"the tokenizer has ids up to {largest}, the model's vocab_size is {vocabulary}; tokenizer "
+                         "and weights are of different models")
+    # The released generation_config.json lists <|im_end|>, <|im_start|> and <|endoftext|>; the original's chat() stops
+    # at <|im_end|> alone. The union is safe: none of them can be part of an answer.
     eos = {added["<|im_end|>"]} if "<|im_end|>" in added else set()
     sources = [read_json(folder / "config.json")["llm_config"]]
     if (folder / "generation_config.json").is_file():

@@ -80,7 +80,7 @@ def probabilities(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     p = logits.softmax(-1)                                                  # (V)
     if top_p < 1:
         ordered, index = p.sort(descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered       # what the more probable tokens have already; 0 for the first: it stays
+        before = ordered.cumsum(-1) - ordered       # what the more probable ones have already; 0 for the first: it stays
         p = p.index_fill(0, index[before > top_p], 0.0)
     if min_p > 0:
         p = p.where(p >= min_p * p.max(), 0.0)
@@ -136,8 +136,9 @@ def steps(model, inputs_embeds, choosers, *, cache=None, padding=None):
         hidden = language.model(x, cache, padding)                          # (B, T, D), then (B, 1, D)
         logits = language.lm_head(hidden[:, -1]).float()                    # (B, V); only the last position is needed
         if not bool(torch.isfinite(logits).all()):
-            raise InputError(f"the model computed NaN or infinite scores for new token {count + 1} in {model.dtype}; load it "
-                             "with dtype='bfloat16' or 'float32', or check the weights with `python -m weights_tools.inspect`")
+            raise InputError(f"the model computed NaN or infinite scores for new token {count + 1} in {model.dtype}; load "
+                             "it with dtype='bfloat16' or 'float32', or check the weights with "
+                             "`python -m weights_tools.inspect`")
         tokens = [choose(row) for choose, row in zip(choosers, logits)]
         yield tokens, logits
         x = language.model.embed_tokens(torch.tensor(tokens, device=hidden.device)[:, None])    # (B, 1, D)
@@ -158,7 +159,7 @@ def left_pad(rows: list) -> tuple:
 @torch.inference_mode()
 def generate(model, input_ids, pixel_values=None, *, max_new_tokens: int, ignore_eos: bool = False,
              config: GenerationConfig | None = None):
-    """Token ids of the continuation: int[T] -> int[n]; int[B, T] -> int[B, n]; a list of id lists -> a list of id lists.
+    """Token ids of the continuation: int[T] -> int[n]; int[B, T] -> int[B, n]; a list of id lists -> a list of them.
 
     Ends after the model's stop token (included) or max_new_tokens; a finished row of a tensor repeats its stop token.
     pixel_values: normalised float[N, 3, S, S], tiles of all prompts in order. `config`: sampling; default greedy.
@@ -173,7 +174,8 @@ def generate(model, input_ids, pixel_values=None, *, max_new_tokens: int, ignore
     ids, padding = left_pad([torch.tensor([row]) for row in rows])          # (B, T)
     room = model.config.llm_config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > room:
-        raise InputError(f"{ids.shape[1]} prompt tokens + {max_new_tokens} new ones exceed the model's {room} positions")
+        raise InputError(f"{ids.shape[1]} prompt tokens + {max_new_tokens} new ones exceed the model's {room} positions; "
+                         "shorten the prompt or ask for fewer")
     stop = set() if ignore_eos else {*model.eos_token_ids, *(config.stop_token_ids or [])}
     visual = None if pixel_values is None else model.visual_tokens(pixel_values)
     x = model.embed(ids, visual)                                            # (B, T, D)

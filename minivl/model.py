@@ -32,7 +32,7 @@ class MiniVL(nn.Module):
         self.pixel_unshuffle = PixelUnshuffle()
         self.mlp1 = projector(config.vision_config.hidden_size, config.llm_config.hidden_size)
         self.language_model = Qwen2ForCausalLM(config.llm_config, linear)
-        self.img_context_token_id = None    # the placeholder <IMG_CONTEXT>; `load` sets both from the checkpoint's files
+        self.img_context_token_id = None    # the placeholder <IMG_CONTEXT>; `load` sets both from the files
         self.eos_token_ids = ()             # generation stops at these
 
     @property
@@ -57,8 +57,8 @@ class MiniVL(nn.Module):
         """int[B, T] and float[N, L, D] -> float[B, T, D]: visual tokens, in order, over the placeholders."""
         vocabulary = self.config.llm_config.vocab_size
         if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.is_floating_point():
-            raise InputError(f"input_ids have shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; the model takes "
-                             "integers [prompts, tokens], at least one of each")
+            raise InputError(f"input_ids have shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; the model "
+                             "takes integers [prompts, tokens], at least one of each")
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= vocabulary:
             raise InputError(f"input_ids span {low}..{high}, the vocabulary has ids 0..{vocabulary - 1}; "
@@ -73,8 +73,8 @@ class MiniVL(nn.Module):
         wanted, given = int(placeholders.sum()), visual_tokens.shape[0] * visual_tokens.shape[1]
         if wanted != given:
             N, L = visual_tokens.shape[:2]
-            raise InputError(f"the prompt has {wanted} <IMG_CONTEXT> placeholders but {N} tiles x {L} give {given} visual "
-                             f"tokens; render the prompt with the same tile counts as the pictures")
+            raise InputError(f"the prompt has {wanted} <IMG_CONTEXT> placeholders but {N} tiles x {L} give {given} "
+                             "visual tokens; render the prompt with the same tile counts as the pictures")
         return x.masked_scatter(placeholders[..., None], visual_tokens.to(x.dtype))
 
     def forward(self, input_ids, pixel_values=None):

@@ -29,7 +29,7 @@ from minivl.qwen2 import KVCache
 from minivl.tokenizer import TextStream, Tokenizer
 
 IMAGE_TOKEN = "<IMAGE_TOKEN>"       # in a prompt's text: a picture goes here (LMDeploy's word for prompt.IMAGE)
-DETAIL = {"low": 6, "medium": 12, "high": 24}   # OpenAI's `detail` -> most tiles; anything else: the model's own default
+DETAIL = {"low": 6, "medium": 12, "high": 24}   # OpenAI's `detail` -> most tiles; else the model's own default
 TILES_AT_ONCE = 8                   # through the vision tower; bounds its memory
 
 
@@ -102,11 +102,11 @@ class Pipeline:
         self.model, self.tokenizer, self.config = model, tokenizer, config or EngineConfig()
         vocabulary, room = model.config.llm_config.vocab_size, model.config.llm_config.max_position_embeddings
         if tokenizer.vocab_size > vocabulary:
-            raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is {vocabulary}; "
-                             "they are of different models")
+            raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is "
+                             f"{vocabulary}; they are of different models")
         if model.img_context_token_id != tokenizer.id(template.CONTEXT):
-            raise InputError(f"the model takes id {model.img_context_token_id} for {template.CONTEXT}, the tokenizer has "
-                             f"{tokenizer.id(template.CONTEXT)}; they are of different models")
+            raise InputError(f"the model takes id {model.img_context_token_id} for {template.CONTEXT}, the tokenizer "
+                             f"has {tokenizer.id(template.CONTEXT)}; they are of different models")
         self.room = room if self.config.session_len is None else self.config.session_len
         if not 1 <= self.room <= room:
             raise InputError(f"session_len {self.room} must be in 1..{room}, the positions of this model")
@@ -117,8 +117,9 @@ class Pipeline:
     def __call__(self, prompts, gen_config=None):
         """One prompt -> Response; a list of prompts -> [Response, ...].
 
-        A prompt is a text, (text, picture), (text, [pictures]) or OpenAI-style messages (a list of dicts). A picture is a
-        PIL image, a path, a URL, a data: URL, bytes, or Picture(any of them, max_num=). `gen_config`: one, or one each.
+        A prompt is a text, (text, picture), (text, [pictures]) or OpenAI-style messages (a list of dicts). A picture is
+        a PIL image, a path, a URL, a data: URL, bytes, or Picture(any of them, max_num=). `gen_config`: one, or one
+        for each prompt.
         """
         if not isinstance(prompts, list) or prompts and all(isinstance(message, dict) for message in prompts):
             return self([prompts], gen_config)[0]
@@ -126,7 +127,8 @@ class Pipeline:
             raise InputError("the list of prompts is empty; give at least one prompt")
         configs = gen_config if isinstance(gen_config, (list, tuple)) else [gen_config] * len(prompts)
         if len(configs) != len(prompts):
-            raise InputError(f"{len(configs)} generation configs are given for {len(prompts)} prompts; give one, or one each")
+            raise InputError(f"{len(configs)} generation configs are given for {len(prompts)} prompts; give one, or one "
+                             "for each")
         # All prompts are read and checked before any is run: a bad one costs nothing that was done for the others.
         turns = [self._read(p, c) for p, c in zip(prompts, configs)]
         responses, size = [], self.config.max_batch_size
@@ -186,20 +188,21 @@ class Pipeline:
         blocks = [[self._tiles(picture) for picture in block] for block in pictures]
         later = session is not None and bool(session.ids)
         if later and len(messages) > 1:
-            raise InputError(f"a later turn of a session is one user message, got {len(messages)} messages; the session "
-                             "remembers the earlier ones")
+            raise InputError(f"a later turn of a session is one user message, got {len(messages)} messages; the "
+                             "session remembers the earlier ones")
         ids = template.encode(self.tokenizer, messages, [sum(map(len, block)) for block in blocks], system,
                               tokens_per_tile=self.model.config.num_image_token, plain=self.config.plain_text,
                               after=session.response.token_ids if later else None)
         held = len(session.ids) if later else 0
         if held + len(ids) >= self.room:
             raise InputError(f"the prompt has {held + len(ids)} tokens and leaves no room for an answer in a context of "
-                             f"{self.room}; use fewer or smaller pictures (max_num), a shorter text, or a larger session_len")
+                             f"{self.room}; use fewer or smaller pictures (max_num), a shorter text, or a larger "
+                             "session_len")
         return _Turn(ids, [tile for block in blocks for tiles in block for tile in tiles], gen_config,
                      min(gen_config.max_new_tokens, self.room - held - len(ids)), held)
 
     def _messages(self, prompt) -> list[dict]:
-        """A prompt in any of its forms -> [{"role", "content": [items]}, ...] with items text, image_url or image_data."""
+        """A prompt in any of its forms -> [{"role", "content": [items]}, ...]; items: text, image_url or image_data."""
         if isinstance(prompt, str):
             prompt = (prompt, [])
         if isinstance(prompt, tuple):
@@ -208,15 +211,16 @@ class Pipeline:
                                  f"({', '.join(type(part).__name__ for part in prompt)})")
             text, pictures = prompt
             pictures = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
-            prompt = [{"role": "user", "content": [{"type": "text", "text": text},
-                                                   *({"type": "image_data", "image_data": {"data": p}} for p in pictures)]}]
+            items = [{"type": "image_data", "image_data": {"data": picture}} for picture in pictures]
+            prompt = [{"role": "user", "content": [{"type": "text", "text": text}, *items]}]
         if not isinstance(prompt, list):
-            raise InputError(f"a prompt is a {type(prompt).__name__}; give a text, (text, picture), (text, [pictures]) or a "
-                             "list of messages")
+            raise InputError(f"a prompt is a {type(prompt).__name__}; give a text, (text, picture), (text, [pictures]) or "
+                             "a list of messages")
         messages = []
         for message in prompt:
             if not isinstance(message, dict) or message.get("role") not in template.ROLES:
-                raise InputError(f"a message must be a dict with role {', '.join(template.ROLES)}, got {str(message)[:80]!r}")
+                raise InputError(f"a message must be a dict with role {', '.join(template.ROLES)}, got "
+                                 f"{str(message)[:80]!r}")
             content = message.get("content")
             if isinstance(content, str):
                 content = [{"type": "text", "text": content}]
@@ -233,8 +237,8 @@ class Pipeline:
     def _content(self, items: list[dict]) -> tuple:
         """Items of one message -> (items for the template, [pictures of each mark]).
 
-        One text: its marks place the pictures; without marks they stand before it, all in one <img></img> pair, as LMDeploy
-        0.6.4 does. Several texts: everything in the order given, a line end after each picture.
+        One text: its marks place the pictures; without marks they stand before it, all in one <img></img> pair, as
+        LMDeploy 0.6.4 does. Several texts: everything in the order given, a line end after each picture.
         """
         texts, pictures = [], []
         for item in items:
@@ -250,8 +254,9 @@ class Pipeline:
         text, plain = "".join(texts), self.config.plain_text
         if plain or not (IMAGE_TOKEN in text or template.IMAGE in text):
             if len(pictures) > 1 and not plain:
-                warnings.warn(f"{len(pictures)} pictures without {IMAGE_TOKEN} in the text share one <img></img> pair; number "
-                              f"them for better answers: 'Image-1: {IMAGE_TOKEN}\\nImage-2: {IMAGE_TOKEN}\\n...'", stacklevel=5)
+                warnings.warn(f"{len(pictures)} pictures without {IMAGE_TOKEN} in the text share one <img></img> pair; "
+                              f"number them for better answers: 'Image-1: {IMAGE_TOKEN}\\nImage-2: {IMAGE_TOKEN}\\n...'",
+                              stacklevel=5)
             front = [{"type": "image"}, {"type": "text", "text": "\n"}] if pictures else []
             return front + [{"type": "text", "text": text}], [pictures] if pictures else []
         text = text.replace(f"<img>{IMAGE_TOKEN}</img>", IMAGE_TOKEN)
@@ -265,16 +270,16 @@ class Pipeline:
                 content.append({"type": "text", "text": part})
         marks = text.count(IMAGE_TOKEN) + text.count(template.IMAGE)
         if marks != len(pictures):
-            raise InputError(f"the text has {marks} picture marks ({IMAGE_TOKEN} or {template.IMAGE}) but {len(pictures)} "
-                             "pictures are given; write one mark for each picture, or none at all")
+            raise InputError(f"the text has {marks} picture marks ({IMAGE_TOKEN} or {template.IMAGE}) but "
+                             f"{len(pictures)} pictures are given; write one mark for each picture, or none at all")
         return content, blocks
 
     def _checked(self, content):
         """Several texts with pictures in between: marks in the texts would be ambiguous."""
-        if not self.config.plain_text and any(IMAGE_TOKEN in item.get("text", "") or template.IMAGE in item.get("text", "")
-                                              for item in content):
-            raise InputError(f"a message has several texts and a mark {IMAGE_TOKEN} or {template.IMAGE} in one of them; use "
-                             "one text with marks, or several without")
+        texts = [item.get("text", "") for item in content]
+        if not self.config.plain_text and any(IMAGE_TOKEN in text or template.IMAGE in text for text in texts):
+            raise InputError(f"a message has several texts and a mark {IMAGE_TOKEN} or {template.IMAGE} in one of them; "
+                             "use one text with marks, or several without")
         return content
 
     def _tiles(self, picture: Picture) -> list:
@@ -416,7 +421,8 @@ def _picture(item: dict) -> Picture:
     value = item.get(kind) if kind in ("image_url", "image_data") else None
     if kind == "image_url" and isinstance(value, dict) and "url" in value:
         detail = value.get("detail")
-        return Picture(value["url"], value.get("max_dynamic_patch", DETAIL.get(detail) if isinstance(detail, str) else None))
+        most = DETAIL.get(detail) if isinstance(detail, str) else None
+        return Picture(value["url"], value.get("max_dynamic_patch", most))
     if kind == "image_data" and isinstance(value, dict) and "data" in value:
         data = value["data"]
         return data if isinstance(data, Picture) else Picture(data)

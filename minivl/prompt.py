@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from minivl.limits import InputError
 
-# The trained default, part of every prompt: "You are InternVL, in Chinese Shusheng Wanxiang, a multimodal large language
-# model developed jointly by Shanghai AI Laboratory, Tsinghua University and several partners."
+# The trained default, part of every prompt: "You are InternVL, in Chinese Shusheng Wanxiang, a multimodal large
+# language model developed jointly by Shanghai AI Laboratory, Tsinghua University and several partners."
 SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
           "联合开发的多模态大语言模型。")
 IMAGE = "<image>"                   # in a message's text: a picture goes here
@@ -48,7 +48,7 @@ def encode(tokenizer, messages, tiles_per_image=(), system=None, *, tokens_per_t
         return tokenizer.encode("".join(text for _, text in segments))
     ids, run = [], ""
     for is_token, text in [*segments, (True, "")]:
-        if is_token:        # a run of text is encoded as a whole, with its header: the template's line end belongs to it
+        if is_token:        # a run of text is encoded as a whole, with its header: "user\n" + "\nHi" has one token \n\n
             ids += tokenizer.encode(run, plain=True) + tokenizer.encode(text)
             run = ""
         else:
@@ -67,12 +67,12 @@ def _segments(messages, tiles_per_image, system, tokens_per_tile, plain):
     system = _split(SYSTEM if system is None else system, plain)
     marks = [part for _, parts in [("system", system), *contents] for part in parts if part is IMAGE]
     if len(marks) != len(tiles_per_image):
-        raise InputError(f"the messages have {len(marks)} picture marks ({IMAGE}) but {len(tiles_per_image)} pictures are "
-                         f"given; write one {IMAGE} where each picture belongs")
+        raise InputError(f"the messages have {len(marks)} picture marks ({IMAGE}) but {len(tiles_per_image)} pictures "
+                         f"are given; write one {IMAGE} where each picture belongs")
     if tiles_per_image and any(part is not IMAGE and CONTEXT in part for _, parts in contents + [("", system)]
                                for part in parts) and not plain:
-        raise InputError(f"a message spells {CONTEXT}, which would take the place of a visual token; remove it, or pass "
-                         "plain=True to treat what users write as text")
+        raise InputError(f"a message spells {CONTEXT}, which would take the place of a visual token; remove it, or "
+                         "treat what users write as text with plain=True (in a pipeline: EngineConfig(plain_text=True))")
     if any(tiles < 1 for tiles in tiles_per_image):
         raise InputError(f"tiles per picture are {list(tiles_per_image)}; every picture has at least one")
     tiles = iter(tiles_per_image)

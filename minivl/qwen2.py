@@ -167,7 +167,7 @@ class Qwen2Model(nn.Module):
         T, start = inputs_embeds.shape[1], cache.length if cache is not None else 0
         position = torch.arange(start, start + T, device=inputs_embeds.device)[None]    # (1, T)
         if padding is not None:
-            position = (position - padding[:, None]).clamp(min=0)                       # (B, T), 0 at the first real token
+            position = (position - padding[:, None]).clamp(min=0)                       # (B, T), 0 at the first real one
         cos, sin = (t.to(inputs_embeds.dtype) for t in rope_tables(position, self.head_dim, self.theta))
         mask = attention_mask(T, start + T, padding, inputs_embeds.device)
         x = inputs_embeds

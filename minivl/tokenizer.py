@@ -35,7 +35,8 @@ class Tokenizer:
         self.special_ids = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
         missing = [token for token in REQUIRED if token not in self.added]
         if missing:
-            raise InputError(f"the tokenizer has no {', '.join(missing)}; is added_tokens.json that of an InternVL model?")
+            raise InputError(f"the tokenizer has no {', '.join(missing)}; "
+                             "is added_tokens.json that of an InternVL model?")
 
     @classmethod
     def load(cls, folder) -> Tokenizer:
@@ -45,8 +46,8 @@ class Tokenizer:
             return cls(_qwen2(folder))
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise InputError(f"{folder} has neither vocab.json and merges.txt nor tokenizer.json; copy the tokenizer files "
-                             "of the model there")
+            raise InputError(f"{folder} has neither vocab.json and merges.txt nor tokenizer.json; copy the tokenizer "
+                             "files of the model there")
         read_json(path)     # says what is wrong in our words; the library's error is a Rust one
         try:
             return cls(tokenizers.Tokenizer.from_file(str(path)))
@@ -72,8 +73,8 @@ class Tokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise InputError(f"the text holds half a surrogate pair at character {error.start}, which no UTF-8 can hold; "
-                             "remove it") from None
+            raise InputError(f"the text holds half a surrogate pair at character {error.start}, which no UTF-8 can "
+                             "hold; remove it") from None
         if not plain:
             return self.backend.encode(text).ids
         pieces = self.backend.pre_tokenizer.pre_tokenize_str(self.backend.normalizer.normalize_str(text))
@@ -126,8 +127,8 @@ def _qwen2(folder: Path) -> tokenizers.Tokenizer:
             raise InputError(f"{name} in {folder} must map tokens to ids; download it again")
     ids = [*vocabulary.values(), *added.values()]
     if sorted(ids) != list(range(len(ids))):
-        raise InputError(f"vocab.json ({len(vocabulary)} entries) and added_tokens.json ({len(added)}) in {folder} do not "
-                         f"number their tokens 0..{len(ids) - 1} once each; the files do not belong together")
+        raise InputError(f"vocab.json ({len(vocabulary)} entries) and added_tokens.json ({len(added)}) in {folder} do "
+                         f"not number their tokens 0..{len(ids) - 1} once each; the files do not belong together")
     try:
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version"):] if line]
@@ -144,6 +145,6 @@ def _qwen2(folder: Path) -> tokenizers.Tokenizer:
     for token in sorted(added, key=added.get):      # one by one, in id order: the library numbers them as they come
         backend.add_tokens([AddedToken(token, normalized=False, special=token not in NOT_SPECIAL)])
         if backend.token_to_id(token) != added[token]:
-            raise InputError(f"added token {token} got id {backend.token_to_id(token)}, added_tokens.json in {folder} says "
-                             f"{added[token]}; is it in vocab.json too?")
+            raise InputError(f"added token {token} got id {backend.token_to_id(token)}, added_tokens.json in {folder} "
+                             f"says {added[token]}; is it in vocab.json too?")
     return backend

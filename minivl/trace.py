@@ -25,7 +25,8 @@ class Trace(dict):
         self.history.setdefault(name, []).append(tensor)
 
     def __missing__(self, name):
-        raise KeyError(f"no stage {name!r} was recorded; recorded are: {', '.join(self) or 'none, run the model first'}")
+        raise KeyError(f"no stage {name!r} was recorded; recorded are: "
+                       f"{', '.join(self) or 'none, run the model first'}")
 
 
 class trace:

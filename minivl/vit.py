@@ -36,7 +36,8 @@ class Embeddings(nn.Module):
             return self.position_embedding
         grid = self.position_embedding[:, 1:].float().reshape(1, side, side, C).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)    # (1, C, rows, columns)
-        return torch.cat([self.position_embedding[:, :1], grid.flatten(2).transpose(1, 2).to(self.position_embedding)], 1)
+        grid = grid.flatten(2).transpose(1, 2).to(self.position_embedding.dtype)                # (1, P, C)
+        return torch.cat([self.position_embedding[:, :1], grid], dim=1)
 
 
 class RMSNorm(nn.Module):
@@ -53,7 +54,7 @@ class RMSNorm(nn.Module):
 
 
 class Attend(nn.Module):
-    """Every patch looks at every patch: q, k, v float[N, H, 1+P, E] -> same shape. A module so that `trace` sees q, k, v."""
+    """Every patch looks at every patch: q, k, v float[N, H, 1+P, E] -> same shape. A module so that `trace` sees them."""
 
     def forward(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v)      # softmax(q k^T / sqrt(E)) v, no mask
