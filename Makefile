@@ -31,5 +31,5 @@ demo: setup     ## a small model answers a question about a picture
 test: setup     ## all tests
 	$(PY) -m pytest
 
-clean:          ## removes .venv/
+clean:          ## removes .venv/ and build/
 	rm -rf .venv build *.egg-info

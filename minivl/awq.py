@@ -16,7 +16,7 @@ highest bits left, the columns of the word are
 which is what the GPU kernels wanted.) Activation-awareness has left no trace to undo: AWQ's per-channel factors are
 folded into these numbers and the norms before. There is no +1 on the zero points; that is GPTQ's convention.
 Source: LMDeploy v0.6.4 lite/quantization/modules/linear.py:91-137, awq.py:323-353; AutoAWQ packing_utils.py @88e4c76b;
-AWQ arXiv:2306.00978. Lesson: notebooks/07_int4.ipynb
+AWQ arXiv:2306.00978.
 """
 import torch
 from torch import nn

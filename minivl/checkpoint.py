@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import re
+import warnings
 import zipfile
 import zlib
 from contextlib import contextmanager
@@ -28,8 +29,7 @@ from minivl.config import Config, read_json
 from minivl.limits import InputError, offline
 from minivl.model import MiniVL
 
-SMALL_FILES = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-               "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+SMALL_FILES = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json"]
 WEIGHT_FILES = ["model.safetensors.index.json", "model.safetensors",
                 "pytorch_model.bin.index.json", "pytorch_model.bin"]      # in this order; the first that exists is read
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -49,7 +49,7 @@ def load(path_or_id, *, revision: str | None = None, device=None, dtype=None) ->
                          "weights_only=True; install torch 2.6 or later")
     folder = find(path_or_id, revision=revision)
     config = Config.load(folder)
-    device = torch.device("cpu" if device is None else device)
+    device = _device(device)
     dtype = _dtype(dtype, device, config)
     with torch.device("meta"):
         model = MiniVL(config)
@@ -74,7 +74,10 @@ def load(path_or_id, *, revision: str | None = None, device=None, dtype=None) ->
 
 def find(path_or_id, *, revision: str | None = None) -> Path:
     """A local folder as it is; a hub id as the folder of its downloaded files (JSON, tokenizer, weights; no code)."""
-    text = os.fspath(path_or_id)
+    if not isinstance(path_or_id, (str, os.PathLike)):
+        raise InputError(f"a checkpoint cannot be a {type(path_or_id).__name__}; give a folder or a hub id like "
+                         "OpenGVLab/InternVL2_5-4B-MPO-AWQ")
+    text = os.path.expanduser(os.fspath(path_or_id))
     if os.path.isdir(text):
         if revision is not None:
             raise InputError(f"{text} is a local folder, it has no revision {revision!r}; leave `revision` out")
@@ -100,21 +103,36 @@ def choose_files(names) -> list[str]:
 
 def _download(hub_id: str, revision: str | None) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
     if not offline():
-        with hub_errors(hub_id, revision):
-            files = huggingface_hub.HfApi().list_repo_files(hub_id, revision=revision)
-            return Path(huggingface_hub.snapshot_download(hub_id, revision=revision,
-                                                          allow_patterns=choose_files(files)))
+        try:
+            with hub_errors(hub_id, revision):
+                files = huggingface_hub.HfApi().list_repo_files(hub_id, revision=revision)
+                return Path(huggingface_hub.snapshot_download(hub_id, revision=revision,
+                                                              allow_patterns=choose_files(files)))
+        except InputError as problem:
+            cached = _cached(hub_id, revision)
+            if cached is None:
+                raise
+            warnings.warn(f"{problem}. Using the cached copy; HF_HUB_OFFLINE=1 does so without asking", stacklevel=4)
+            return cached
+    cached = _cached(hub_id, revision)
+    if cached is None:
+        raise InputError(f"{_at(hub_id, revision)} is not in the local cache (nor a local folder) and offline mode is set; "
+                         "unset HF_HUB_OFFLINE once to download it, or give a local folder")
+    return cached
+
+
+def _cached(hub_id: str, revision: str | None) -> Path | None:
+    """The downloaded files, without asking the hub."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError as error:
         # The client calls a snapshot incomplete because README and code, which we never fetch, are not there. Use what
         # is; a missing shard is still named when the weights are opened.
-        if getattr(error, "snapshot_path", None) is None:
-            raise InputError(f"{_at(hub_id, revision)} is not in the local cache and offline mode is set; unset "
-                             "HF_HUB_OFFLINE once to download it, or give a local folder") from None
-        return Path(error.snapshot_path)
+        path = getattr(error, "snapshot_path", None)
+        return None if path is None else Path(path)
 
 
 @contextmanager
@@ -138,12 +156,22 @@ def hub_errors(hub_id: str, revision: str | None):
                          "again, finished files are kept") from None
     except Exception as error:      # the hub client passes on whatever its HTTP library raises
         reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-        raise InputError(f"could not read {at} from the hub ({reason}); check the network and run again, finished "
-                         "files are kept") from None
+        raise InputError(f"could not read {at} from the hub ({reason}), and there is no local folder of that name; check "
+                         "the network and run again, finished files are kept") from None
 
 
 def _at(hub_id: str, revision: str | None) -> str:
     return hub_id + (f" at revision {revision}" if revision else "")
+
+
+def _device(device) -> torch.device:
+    try:
+        device = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=device)
+        return device
+    except (RuntimeError, AssertionError, TypeError):       # unknown name, or not on this machine
+        raise InputError(f"device {str(device)!r} cannot be used here; give cpu, or cuda, cuda:1, mps where torch has "
+                         "them") from None
 
 
 def _dtype(dtype, device: torch.device, config: Config) -> torch.dtype:
@@ -167,10 +195,6 @@ class StoredTensor:
     shape: tuple
     dtype: torch.dtype
     read: object        # () -> Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def open_weights(folder) -> dict[str, StoredTensor]:
@@ -358,8 +382,10 @@ def _token_ids(folder: Path, config: Config):
     if (folder / "added_tokens.json").is_file():
         added = read_json(folder / "added_tokens.json")
     elif (folder / "tokenizer.json").is_file():
-        added = {t.get("content"): t.get("id") for t in read_json(folder / "tokenizer.json").get("added_tokens", [])}
-    largest = max((i for i in added.values() if isinstance(i, int)), default=0)
+        listed = read_json(folder / "tokenizer.json").get("added_tokens")
+        added = {t.get("content"): t.get("id") for t in listed if isinstance(t, dict)} if isinstance(listed, list) else {}
+    added = {token: i for token, i in added.items() if isinstance(i, int)}
+    largest = max(added.values(), default=0)
     if largest >= vocabulary:
         raise InputError(f"the tokenizer has ids up to {largest}, the model's vocab_size is {vocabulary}; tokenizer "
                          "and weights are of different models")

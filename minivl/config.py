@@ -7,6 +7,7 @@ Source: InternVL configuration_internvl_chat.py, configuration_intern_vit.py @24
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -56,7 +57,8 @@ class LLMConfig:
 
     @classmethod
     def from_json(cls, data: dict) -> LLMConfig:
-        kind = (data.get("architectures") or ["?"])[0] if isinstance(data, dict) else "?"
+        named = data.get("architectures")
+        kind = named[0] if isinstance(named, list) and named else named
         if kind == "InternLM2ForCausalLM":
             raise InputError("llm_config.architectures is InternLM2ForCausalLM (the 2B, 8B and 26B models), which "
                              "minivl cannot run yet; the Qwen2 sizes 1B, 4B, 38B and 78B work")
@@ -92,8 +94,9 @@ class QuantizationConfig:
         if config.group_size < 1:
             raise InputError(f"quantization_config.group_size is {config.group_size}, it must be 1 or more; the "
                              "released files have 128")
-        kept = [name for name in data.get("modules_to_not_convert") or []
-                if not any(part in name for part in ("vision", "mlp1", "lm_head", "embed", "norm"))]
+        listed = data.get("modules_to_not_convert") or []
+        kept = [name for name in (listed if isinstance(listed, list) else [listed])
+                if not any(part in str(name) for part in ("vision", "mlp1", "lm_head", "embed", "norm"))]
         if kept:   # the vision tower and the head are never int4 in this family; anything else would be a new format
             raise InputError(f"quantization_config.modules_to_not_convert keeps {kept} in float; minivl expects every "
                              "linear of every decoder layer in int4, as the released AWQ files have it")
@@ -126,8 +129,6 @@ class Config:
     @classmethod
     def from_json(cls, data: dict) -> Config:
         """`data`: the parsed config.json."""
-        if not isinstance(data, dict):
-            raise InputError(f"config.json holds a {type(data).__name__}, not an object; is it the right file?")
         for part in ("vision_config", "llm_config"):
             if not isinstance(data.get(part), dict):
                 raise InputError(f"config.json has no {part}; it must be the config of an InternVL chat model "
@@ -149,6 +150,10 @@ class Config:
             raise InputError(f"force_image_size {config.force_image_size} / patch_size "
                              f"{config.vision_config.patch_size} is an odd number of patches; pixel unshuffle "
                              "needs an even one")
+        if config.quantization_config:
+            group, llm = config.quantization_config.group_size, config.llm_config
+            _divides("config.json", hidden_size=llm.hidden_size, group_size=group)
+            _divides("config.json", intermediate_size=llm.intermediate_size, group_size=group)
         if not 1 <= config.min_dynamic_patch <= config.max_dynamic_patch:
             raise InputError(f"min_dynamic_patch {config.min_dynamic_patch} and max_dynamic_patch "
                              f"{config.max_dynamic_patch} must satisfy 1 <= min <= max")
@@ -164,7 +169,11 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise InputError(f"{path.parent} has no {path.name}; is the download complete?")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise InputError(f"{path.name} in {path.parent} holds a {type(data).__name__}, not an object; is it the right "
+                             "file?")
+        return data
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise InputError(f"{path.name} in {path.parent} is not valid JSON{where}; download it again") from None
@@ -196,8 +205,11 @@ def _read(cls, data: dict, where: str, **ready):
                 "tuple": isinstance(value, list)}[kind]
         if not good:
             problems.append(f"{field.name} is {value!r}, it must be of type {kind}")
-        elif kind in ("int", "float") and value <= 0 and field.name not in ("select_layer", "group_size"):
-            problems.append(f"{field.name} is {value!r}, it must be positive")
+        elif kind in ("int", "float") and field.name not in ("select_layer", "group_size") and not (
+                value > 0 and math.isfinite(value)):
+            problems.append(f"{field.name} is {value!r}, it must be positive and finite")
+        elif kind == "int" and abs(value) > (1000 if "layers" in field.name else 2 ** 24):
+            problems.append(f"{field.name} is {value!r}, no model is that large")
         values[field.name] = tuple(value) if kind == "tuple" and good else value
     if problems:
         raise InputError(f"{where}: " + "; ".join(problems) + ". Compare with the released config.json")

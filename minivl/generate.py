@@ -4,16 +4,17 @@ B prompts, T tokens of the longest prompt, D language width, V vocabulary.
 A batch is padded on the left, so that the last token of every row is a real one; nobody looks at padding and positions
 start at the first real token: each prompt gets what it gets alone.
 Source: LMDeploy v0.6.4 messages.py:81-125 and the sampling order of its TurboMind engine (src/turbomind/layers/
-sampling_layers); top-p arXiv:1904.09751, repetition penalty arXiv:1909.05858. Lesson: notebooks/06_generate.ipynb
+sampling_layers); top-p arXiv:1904.09751, repetition penalty arXiv:1909.05858.
 """
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, fields
 
 import torch
 
-from minivl.limits import InputError, Limits
+from minivl.limits import InputError
 from minivl.qwen2 import KVCache
 
 
@@ -49,20 +50,28 @@ class GenerationConfig:
             optional = value is None and name in ("min_new_tokens", "logprobs", "random_seed")
             require(optional or isinstance(value, int) and not isinstance(value, bool), name, "a whole number")
         for name in ("top_p", "min_p", "temperature", "repetition_penalty"):
-            require(isinstance(getattr(self, name), (int, float)), name, "a number")
+            value = getattr(self, name)
+            require(isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value), name, "a number")
+        for name in ("do_sample", "ignore_eos", "skip_special_tokens"):
+            require(isinstance(getattr(self, name), bool), name, "True or False")
         require(self.n == 1, "n", "1; ask several times with other seeds instead")
-        require(1 <= self.max_new_tokens <= Limits.new_tokens, "max_new_tokens", f"in 1..{Limits.new_tokens}")
+        require(self.max_new_tokens >= 1, "max_new_tokens", "1 or more")
+        require(self.random_seed is None or 0 <= self.random_seed < 2 ** 63, "random_seed", "in 0..2^63-1")
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]")
         require(self.top_k >= 0, "top_k", "0 (all tokens) or more")
         require(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
         require(0 <= self.temperature <= 2, "temperature", "in [0, 2]")
-        require(0 < self.repetition_penalty < float("inf"), "repetition_penalty", "positive; 1 changes nothing")
+        require(self.repetition_penalty > 0, "repetition_penalty", "positive; 1 changes nothing")
         require(self.logprobs is None or self.logprobs >= 1, "logprobs", "1 or more")
         require(self.response_format is None, "response_format", "None, structured output is not supported")
         for name in ("stop_words", "bad_words"):
             words = getattr(self, name) or []
             require(isinstance(words, (list, tuple)) and all(isinstance(w, str) and w for w in words), name,
                     "a list of non-empty strings")
+        for name in ("stop_token_ids", "bad_token_ids"):
+            ids = getattr(self, name) or []
+            require(isinstance(ids, (list, tuple)) and all(isinstance(i, int) and i >= 0 for i in ids), name,
+                    "a list of token ids")
         if not self.do_sample:
             ignored = [f.name for f in fields(self)
                        if f.name in ("top_p", "top_k", "min_p", "temperature", "repetition_penalty", "random_seed")
@@ -74,9 +83,10 @@ class GenerationConfig:
 
 def probabilities(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """float[V] -> float32[V] that sum to 1: temperature, then top-k, then top-p, then min-p, what is left rescaled."""
-    logits = logits.float() / temperature
-    if 0 < top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
+    logits = (logits.float() - logits.max()) / temperature      # the largest is 0: a tiny temperature cannot overflow
+    if 0 < top_k < len(logits):     # by index, not by value: exactly k tokens, also where half precision makes ties
+        best = logits.topk(top_k).indices
+        logits = torch.full_like(logits, float("-inf")).index_copy(0, best, logits[best])
     p = logits.softmax(-1)                                                  # (V)
     if top_p < 1:
         ordered, index = p.sort(descending=True, stable=True)
@@ -114,6 +124,9 @@ class Chooser:
             logits = penalise(logits, self.seen, c.repetition_penalty)
         if banned:
             logits = logits.index_fill(0, torch.tensor(banned, device=logits.device), float("-inf"))
+            if logits.max() == float("-inf"):
+                raise InputError("every token is banned, none is left to choose; shorten bad_words, bad_token_ids or "
+                                 "min_new_tokens")
         if c.do_sample and c.temperature > 0:
             p = probabilities(logits.cpu(), temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, min_p=c.min_p)
             token = int(torch.multinomial(p, 1, generator=self.generator))
@@ -156,27 +169,42 @@ def left_pad(rows: list) -> tuple:
     return torch.cat(padded), padding if bool(padding.any()) else None
 
 
+def check_ids(config: GenerationConfig, model):
+    """The token ids of a config must be in the vocabulary."""
+    vocabulary = model.config.llm_config.vocab_size
+    beyond = [i for i in [*(config.stop_token_ids or ()), *(config.bad_token_ids or ())] if i >= vocabulary]
+    if beyond:
+        raise InputError(f"stop_token_ids and bad_token_ids hold {beyond[0]}, the vocabulary has ids 0..{vocabulary - 1}")
+
+
 @torch.inference_mode()
 def generate(model, input_ids, pixel_values=None, *, max_new_tokens: int, ignore_eos: bool = False,
              config: GenerationConfig | None = None):
     """Token ids of the continuation: int[T] -> int[n]; int[B, T] -> int[B, n]; a list of id lists -> a list of them.
 
     Ends after the model's stop token (included) or max_new_tokens; a finished row of a tensor repeats its stop token.
-    pixel_values: normalised float[N, 3, S, S], tiles of all prompts in order. `config`: sampling; default greedy.
+    pixel_values: normalised float[N, 3, R, R], tiles of all prompts in order. `config`: how to choose, default greedy;
+    its max_new_tokens does not count here, and what needs text (stop_words, bad_words, logprobs) is for a pipeline.
     """
     tensor = isinstance(input_ids, torch.Tensor)
+    if not tensor and not (isinstance(input_ids, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in input_ids)):
+        raise InputError(f"input_ids are a {type(input_ids).__name__}; give int[T], int[B, T] or a list of id lists")
     rows = (input_ids if tensor and input_ids.ndim == 2 else input_ids[None]).tolist() if tensor else list(input_ids)
     if not rows or not all(len(row) for row in rows):
         raise InputError("input_ids are empty; there must be at least one prompt, and one token in each")
-    config = config or GenerationConfig(max_new_tokens=max_new_tokens)
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    config = config or GenerationConfig()
+    unused = [name for name in ("stop_words", "bad_words", "logprobs") if getattr(config, name)]
+    if unused:
+        raise InputError(f"generate() has no text and cannot use {', '.join(unused)}; use a pipeline")
+    check_ids(config, model)
     ids, padding = left_pad([torch.tensor([row]) for row in rows])          # (B, T)
     room = model.config.llm_config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > room:
         raise InputError(f"{ids.shape[1]} prompt tokens + {max_new_tokens} new ones exceed the model's {room} positions; "
                          "shorten the prompt or ask for fewer")
-    stop = set() if ignore_eos else {*model.eos_token_ids, *(config.stop_token_ids or [])}
+    stop = {*(() if ignore_eos or config.ignore_eos else model.eos_token_ids), *(config.stop_token_ids or ())}
     visual = None if pixel_values is None else model.visual_tokens(pixel_values)
     x = model.embed(ids, visual)                                            # (B, T, D)
     padding = None if padding is None else padding.to(x.device)

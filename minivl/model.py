@@ -3,7 +3,7 @@
     pixel_values -> vision_model -> drop CLS -> pixel_unshuffle -> mlp1 -> visual tokens
     input_ids -> embed_tokens -> visual tokens over the placeholders -> language_model -> logits
 
-B prompts, T tokens, N tiles of all prompts together, S tile side, L visual tokens per tile, D language width.
+B prompts, T tokens, N tiles of all prompts together, R tile side, L visual tokens per tile, D language width.
 Source: InternVL modeling_internvl_chat.py:53-94, 273-291, 400-431 @2410d1d.
 """
 from functools import partial
@@ -44,11 +44,11 @@ class MiniVL(nn.Module):
         return self.mlp1[0].weight.device
 
     def visual_tokens(self, pixel_values):
-        """Normalised float[N, 3, S, S] -> float[N, L, D]."""
-        S, channels = self.config.force_image_size, self.config.vision_config.num_channels
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (channels, S, S):
+        """Normalised float[N, 3, R, R] -> float[N, L, D]."""
+        R, channels = self.config.force_image_size, self.config.vision_config.num_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (channels, R, R):
             raise InputError(f"pixel_values have shape {tuple(pixel_values.shape)}, the model takes "
-                             f"[tiles, {channels}, {S}, {S}]; make them with minivl.tiling")
+                             f"[tiles, {channels}, {R}, {R}]; cut the tiles with minivl.tiling.tile(tile_size={R})")
         x = self.vision_model(pixel_values.to(self.device, self.dtype))    # (N, 1+P, C)
         x = self.pixel_unshuffle(x[:, 1:])                                 # (N, L, 4C), CLS dropped
         return self.mlp1(x)                                                # (N, L, D)
@@ -78,6 +78,6 @@ class MiniVL(nn.Module):
         return x.masked_scatter(placeholders[..., None], visual_tokens.to(x.dtype))
 
     def forward(self, input_ids, pixel_values=None):
-        """int[B, T], float[N, 3, S, S] -> logits float32[B, T, V]. Differentiable; no cache, no padding."""
+        """int[B, T], float[N, 3, R, R] -> logits float32[B, T, V]. Differentiable; no cache, no padding."""
         visual_tokens = None if pixel_values is None else self.visual_tokens(pixel_values)
         return self.language_model(self.embed(input_ids, visual_tokens))

@@ -10,7 +10,9 @@ silence, an empty answer for a long prompt) this raises or warns.
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +23,8 @@ from tqdm import tqdm
 from minivl import prompt as template
 from minivl import tiling
 from minivl.checkpoint import find, load
-from minivl.generate import Chooser, GenerationConfig, left_pad, steps
+from minivl.config import Config
+from minivl.generate import Chooser, GenerationConfig, check_ids, left_pad, steps
 from minivl.limits import InputError, Limits
 from minivl.media import load_image
 from minivl.model import MiniVL
@@ -30,7 +33,7 @@ from minivl.tokenizer import TextStream, Tokenizer
 
 IMAGE_TOKEN = "<IMAGE_TOKEN>"       # in a prompt's text: a picture goes here (LMDeploy's word for prompt.IMAGE)
 DETAIL = {"low": 6, "medium": 12, "high": 24}   # OpenAI's `detail` -> most tiles; else the model's own default
-TILES_AT_ONCE = 8                   # through the vision tower; bounds its memory
+TILES_AT_ONCE = 13                  # through the vision tower; bounds its memory. 12 and a thumbnail: a whole picture
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,12 @@ class EngineConfig:
     allow_paths: bool = True            # pictures may be local paths
     allow_hosts: tuple = ()             # names of hosts whose pictures may be fetched from non-global addresses
     limits: Limits = Limits()
+
+    def __post_init__(self):
+        for name in ("session_len", "max_batch_size"):
+            value = getattr(self, name)
+            if not (value is None and name == "session_len") and not (_whole(value) and value >= 1):
+                raise InputError(f"EngineConfig.{name} is {value!r}; it must be a whole number, 1 or more")
 
 
 @dataclass
@@ -84,7 +93,10 @@ class Session:
 def pipeline(model_path, backend_config: EngineConfig | None = None) -> Pipeline:
     """`model_path`: folder or hub id of a checkpoint with its tokenizer files."""
     config = backend_config or EngineConfig()
+    if not isinstance(config, EngineConfig):
+        raise InputError(f"backend_config is a {type(config).__name__}; give minivl.EngineConfig(...)")
     folder = find(model_path, revision=config.revision)
+    Config.load(folder)     # before the tokenizer: the better message for a folder that is no checkpoint
     tokenizer = Tokenizer.load(folder)
     return Pipeline(load(folder, device=config.device, dtype=config.dtype), tokenizer, config)
 
@@ -121,8 +133,8 @@ class Pipeline:
         a PIL image, a path, a URL, a data: URL, bytes, or Picture(any of them, max_num=). `gen_config`: one, or one
         for each prompt.
         """
-        if not isinstance(prompts, list) or prompts and all(isinstance(message, dict) for message in prompts):
-            return self([prompts], gen_config)[0]
+        one = not isinstance(prompts, list) or bool(prompts) and all(isinstance(message, dict) for message in prompts)
+        prompts = [prompts] if one else prompts
         if not prompts:
             raise InputError("the list of prompts is empty; give at least one prompt")
         configs = gen_config if isinstance(gen_config, (list, tuple)) else [gen_config] * len(prompts)
@@ -138,12 +150,13 @@ class Pipeline:
             for _ in self._run(answers):
                 pass
             responses += [answer.response() for answer in answers]
-        return responses
+        return responses[0] if one else responses
 
     def stream(self, prompt, gen_config=None, session: Session | None = None):
         """Yields the answer's text piece by piece, whole characters only. With `session`: as its next turn.
 
-        An iteration that is not finished leaves the session as it was before.
+        An iteration that is not finished leaves the session as it was before. The Response is the generator's return
+        value, and `session.response`.
         """
         turn = self._read(prompt, gen_config, session)      # here, not at the first next(): errors come at the call
         return self._stream(prompt, turn, session)
@@ -163,9 +176,15 @@ class Pipeline:
 
     def _read(self, prompt, gen_config=None, session=None) -> _Turn:
         """Pictures opened and tiled, the prompt tokenized, its length checked. Nothing is computed yet."""
-        gen_config = gen_config or GenerationConfig()
-        if not isinstance(gen_config, GenerationConfig):
-            raise InputError(f"gen_config is a {type(gen_config).__name__}; it must be a GenerationConfig")
+        gen_config = GenerationConfig() if gen_config is None else gen_config
+        for value, kind, name in ((gen_config, GenerationConfig, "gen_config"), (session, Session, "session")):
+            if value is not None and not isinstance(value, kind):
+                raise InputError(f"{name} is a {type(value).__name__}; it must be a {kind.__name__}. Name the argument: "
+                                 f"{name}=...")
+        check_ids(gen_config, self.model)
+        if gen_config.max_new_tokens > self.config.limits.new_tokens:
+            raise InputError(f"max_new_tokens is {gen_config.max_new_tokens}, the limit is {self.config.limits.new_tokens}; "
+                             "ask for fewer or raise Limits(new_tokens=...)")
         if session is not None and session.cache is None:
             raise InputError("the session is closed; start a new one with session=None")
         pictures, messages = [], []
@@ -179,7 +198,8 @@ class Pipeline:
             raise InputError("the last message must be the user's; add the question to be answered")
         limits, system = self.config.limits, None
         if sum(map(len, pictures)) > limits.pictures:
-            raise InputError(f"{sum(map(len, pictures))} pictures exceed the limit of {limits.pictures} in one prompt")
+            raise InputError(f"{sum(map(len, pictures))} pictures exceed the limit of {limits.pictures} in one prompt; give "
+                             "fewer or raise Limits(pictures=...)")
         if messages[0]["role"] != "system":
             system = self.model.config.system_message
         characters = sum(len(item.get("text", "")) for m in messages for item in m["content"])
@@ -207,7 +227,7 @@ class Pipeline:
             prompt = (prompt, [])
         if isinstance(prompt, tuple):
             if len(prompt) != 2 or not isinstance(prompt[0], str):
-                raise InputError("a prompt tuple is (text, picture) or (text, [pictures]), got "
+                raise InputError("a prompt tuple is (text, picture) or (text, [pictures]), the text first; got "
                                  f"({', '.join(type(part).__name__ for part in prompt)})")
             text, pictures = prompt
             pictures = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
@@ -254,9 +274,8 @@ class Pipeline:
         text, plain = "".join(texts), self.config.plain_text
         if plain or not (IMAGE_TOKEN in text or template.IMAGE in text):
             if len(pictures) > 1 and not plain:
-                warnings.warn(f"{len(pictures)} pictures without {IMAGE_TOKEN} in the text share one <img></img> pair; "
-                              f"number them for better answers: 'Image-1: {IMAGE_TOKEN}\\nImage-2: {IMAGE_TOKEN}\\n...'",
-                              stacklevel=5)
+                _warn(f"{len(pictures)} pictures without {IMAGE_TOKEN} in the text share one <img></img> pair; "
+                              f"number them for better answers: 'Image-1: {IMAGE_TOKEN}\\nImage-2: {IMAGE_TOKEN}\\n...'")
             front = [{"type": "image"}, {"type": "text", "text": "\n"}] if pictures else []
             return front + [{"type": "text", "text": text}], [pictures] if pictures else []
         text = text.replace(f"<img>{IMAGE_TOKEN}</img>", IMAGE_TOKEN)
@@ -269,6 +288,9 @@ class Pipeline:
             else:
                 content.append({"type": "text", "text": part})
         marks = text.count(IMAGE_TOKEN) + text.count(template.IMAGE)
+        if not pictures:
+            raise InputError(f"the text has {marks} picture mark{'s' * (marks > 1)} ({IMAGE_TOKEN} or {template.IMAGE}) but 0 "
+                             "pictures are given; give the pictures, or EngineConfig(plain_text=True) if it is only text")
         if marks != len(pictures):
             raise InputError(f"the text has {marks} picture marks ({IMAGE_TOKEN} or {template.IMAGE}) but "
                              f"{len(pictures)} pictures are given; write one mark for each picture, or none at all")
@@ -287,8 +309,8 @@ class Pipeline:
         c, limits = self.model.config, self.config.limits
         default = c.max_dynamic_patch if c.dynamic_image_size else 1
         max_num = default if picture.max_num is None else picture.max_num
-        if not isinstance(max_num, int) or not 1 <= max_num <= limits.tiles_per_picture:
-            raise InputError(f"max_num is {max_num!r}; it must be in 1..{limits.tiles_per_picture}")
+        if not _whole(max_num) or not 1 <= max_num <= limits.tiles_per_picture:
+            raise InputError(f"max_num is {max_num!r}; it must be a whole number in 1..{limits.tiles_per_picture}")
         image = load_image(picture.source, limits=limits, allow_paths=self.config.allow_paths,
                            allow_hosts=self.config.allow_hosts)
         return tiling.tile(image, min_num=min(c.min_dynamic_patch, max_num), max_num=max_num,
@@ -313,7 +335,8 @@ class Pipeline:
             session.cache.truncate(before)
             raise
         session.ids += turn.ids + answer.token_ids
-        session.cache.truncate(min(session.cache.length, len(session.ids)))
+        if answer.generated is not None:    # a stop word was cut off: the cache holds tokens that are no longer there
+            session.cache.truncate(min(session.cache.length, turn.held + len(turn.ids) + answer.generated))
         session.response = answer.response()
         session.history.append((prompt, answer.text))
         return session.response
@@ -322,7 +345,7 @@ class Pipeline:
     def _run(self, answers: list, session: Session | None = None):
         """Decodes all answers together; yields (row, new text)."""
         model, turns = self.model, [answer.turn for answer in answers]
-        with _progress(model, sum(len(t.tiles) for t in turns), sum(len(t.ids) for t in turns)):
+        with _progress(model, turns):
             rows = [self._embed(turn) for turn in turns]                                    # B x (1, t, D)
             if session is not None and len(session.ids) > session.cache.length:
                 # the last token of the previous answer was never fed
@@ -376,6 +399,9 @@ class _Answer:
         self.stream = TextStream(pipe.tokenizer, turn.config.skip_special_tokens)
         self.text, self.held = "", ""       # emitted; not yet emitted because it may be the start of a stop word
         self.token_ids, self.logprobs, self.finish_reason = [], [], None
+        self.sizes = []                     # characters of text after each token, emitted or held
+        self.generated = None               # how many of token_ids the model wrote, where that is not all of them
+        self.tokenizer = pipe.tokenizer
 
     def chooser(self, pipe: Pipeline, session: Session | None) -> Chooser:
         placeholder = pipe.model.img_context_token_id
@@ -389,10 +415,14 @@ class _Answer:
             return self._end("stop", self.stream.finish())
         text = self.held + self.stream.push(token)
         cut = min((text.find(word) for word in self.words if word in text), default=None)
-        if cut is not None:     # the token that completes a stop word is not part of the answer
+        if cut is not None:     # the tokens that spell the stop word are not part of the answer
             self.held = ""
-            return self._end("stop", text[:cut], decoder_rest=False)
+            end = self._end("stop", text[:cut], decoder_rest=False)
+            self._drop_tokens_after(len(self.text))
+            return end
         self.token_ids.append(token)
+        # half a character more while the bytes of one are incomplete: such a token goes with what completes it
+        self.sizes.append(len(self.text) + len(text) + 0.5 * self.stream.incomplete)
         if self.turn.config.logprobs:
             best = logits.log_softmax(-1).topk(min(self.turn.config.logprobs, len(logits)))
             self.logprobs.append(dict(zip(best.indices.tolist(), best.values.tolist())))
@@ -409,6 +439,14 @@ class _Answer:
         rest = self.held + rest if decoder_rest else rest
         self.text += rest
         return rest
+
+    def _drop_tokens_after(self, size: int):
+        """Keeps the tokens of the first `size` characters; a last token that reaches beyond is spelled anew."""
+        while self.sizes and self.sizes[-1] > size:
+            self.sizes.pop()
+        del self.token_ids[len(self.sizes):], self.logprobs[len(self.sizes):]
+        self.generated = len(self.token_ids)
+        self.token_ids += self.tokenizer.encode(self.text[int(self.sizes[-1]) if self.sizes else 0:], plain=True)
 
     def response(self) -> Response:
         return Response(self.text, len(self.token_ids), len(self.turn.ids), self.session_id, self.finish_reason,
@@ -431,13 +469,26 @@ def _picture(item: dict) -> Picture:
                      '{"type": "image_data", "image_data": {"data": picture}}')
 
 
+def _whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _warn(message: str):
+    """A warning that points at the caller's line, however deep in this package it is raised."""
+    here, level, frame = os.path.dirname(__file__), 1, sys._getframe()
+    while frame.f_back and os.path.dirname(frame.f_code.co_filename) == here:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
 @contextmanager
-def _progress(model: MiniVL, tiles: int, tokens: int):
+def _progress(model: MiniVL, turns: list):
     """A bar over the layers that look at the tiles and read the prompt; on a terminal, if it takes over 2 seconds."""
     vision = [*model.vision_model.encoder.layers]
     language = [*model.language_model.model.layers]
-    total = len(vision) * -(-tiles // TILES_AT_ONCE) + len(language)
-    with tqdm(total=total, desc=f"{tiles} tiles, {tokens} tokens", unit="layer", delay=2, leave=False,
+    total = len(vision) * sum(-(-len(turn.tiles) // TILES_AT_ONCE) for turn in turns) + len(language)
+    what = f"{sum(len(turn.tiles) for turn in turns)} tiles, {sum(len(turn.ids) for turn in turns)} tokens"
+    with tqdm(total=total, desc=what, unit="layer", delay=2, leave=False,
               disable=None) as bar:
         handles = [layer.register_forward_hook(lambda *_: bar.update() and None) for layer in vision + language]
         try:

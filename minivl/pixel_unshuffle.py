@@ -2,7 +2,6 @@
 
 N tiles, P patches of a tile (side x side, without CLS), C vision width, L = P/4 tokens.
 Source: InternVL modeling_internvl_chat.py:257 @2410d1d, there called pixel_shuffle (ps_version v2).
-Lesson: notebooks/03_unshuffle_and_projector.ipynb
 """
 from torch import nn
 

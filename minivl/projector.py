@@ -1,7 +1,7 @@
 """The projector `mlp1`: from the vision tower's language to the decoder's.
 
 N tiles, L visual tokens per tile, C vision width, D language width.
-Source: InternVL modeling_internvl_chat.py:89-94 @2410d1d. Lesson: notebooks/03_unshuffle_and_projector.ipynb
+Source: InternVL modeling_internvl_chat.py:89-94 @2410d1d.
 """
 from torch import nn
 

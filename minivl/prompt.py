@@ -6,7 +6,6 @@
 
 One <IMG_CONTEXT> placeholder per visual token: 256 for each tile of 448 px.
 Source: InternVL internvl/conversation.py:238-247, 393-402 and modeling_internvl_chat.py:343-398 @2410d1d.
-Lesson: notebooks/04_prompt_and_tokens.ipynb
 """
 from __future__ import annotations
 
@@ -19,6 +18,7 @@ SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智�
 IMAGE = "<image>"                   # in a message's text: a picture goes here
 CONTEXT = "<IMG_CONTEXT>"
 ROLES = ("system", "user", "assistant")
+_PICTURE = object()                 # stands between the texts of a message, where a picture goes
 
 
 def render(messages, tiles_per_image=(), system=None, *, tokens_per_tile: int = 256, plain: bool = False) -> str:
@@ -36,8 +36,12 @@ def encode(tokenizer, messages, tiles_per_image=(), system=None, *, tokens_per_t
            after: list | None = None) -> list[int]:
     """The prompt as ids. `plain`: what users wrote becomes ordinary text tokens even where it spells <|im_end|>.
 
-    `after`: the token ids of the answer that this user message follows in a conversation. Then the ids are only those
-    that come after that answer: its end, and the new turn. They equal the tail of the whole conversation's ids.
+    `after`: the token ids of the answer that this one user message follows in a conversation. Then only what comes after
+    that answer is encoded, so that a session need not read the rest again:
+
+        encode(t, [(q1, None)]) + answer + encode(t, [(q2, None)], after=answer) == encode(t, [(q1, text), (q2, None)])
+
+    where `answer` are the ids of `text`.
     """
     segments = _segments(messages, tiles_per_image, system, tokens_per_tile, plain)
     if after is not None:
@@ -65,12 +69,12 @@ def _segments(messages, tiles_per_image, system, tokens_per_tile, plain):
         system, messages = messages[0]["content"], messages[1:]
     contents = [(m["role"], _split(m["content"], plain)) for m in messages]
     system = _split(SYSTEM if system is None else system, plain)
-    marks = [part for _, parts in [("system", system), *contents] for part in parts if part is IMAGE]
-    if len(marks) != len(tiles_per_image):
-        raise InputError(f"the messages have {len(marks)} picture marks ({IMAGE}) but {len(tiles_per_image)} pictures "
+    everything = [part for parts in [system, *(parts for _, parts in contents)] for part in parts]
+    marks = everything.count(_PICTURE)
+    if marks != len(tiles_per_image):
+        raise InputError(f"the messages have {marks} picture marks ({IMAGE}) but {len(tiles_per_image)} pictures "
                          f"are given; write one {IMAGE} where each picture belongs")
-    if tiles_per_image and any(part is not IMAGE and CONTEXT in part for _, parts in contents + [("", system)]
-                               for part in parts) and not plain:
+    if tiles_per_image and not plain and any(part is not _PICTURE and CONTEXT in part for part in everything):
         raise InputError(f"a message spells {CONTEXT}, which would take the place of a visual token; remove it, or "
                          "treat what users write as text with plain=True (in a pipeline: EngineConfig(plain_text=True))")
     if any(tiles < 1 for tiles in tiles_per_image):
@@ -79,7 +83,7 @@ def _segments(messages, tiles_per_image, system, tokens_per_tile, plain):
 
     def body(parts):
         for part in parts:
-            if part is IMAGE:
+            if part is _PICTURE:
                 yield from [(True, "<img>"), (True, CONTEXT * (tokens_per_tile * next(tiles))), (True, "</img>")]
             else:
                 yield False, part
@@ -108,23 +112,21 @@ def _as_messages(item) -> list[dict]:
 
 
 def _split(content, plain):
-    """Content -> [text or the mark IMAGE itself, ...] without empty texts."""
+    """Content -> [text or _PICTURE, ...] without empty texts."""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
+    if not isinstance(content, (list, tuple)):
+        raise InputError(f"a message's content is a {type(content).__name__}; it must be a text or a list of items")
     parts = []
     for item in content:
         kind = item.get("type") if isinstance(item, dict) else None
         if kind == "image":
-            parts.append(IMAGE)
+            parts.append(_PICTURE)
         elif kind == "text" and isinstance(item.get("text"), str):
             texts = [item["text"]] if plain else item["text"].split(IMAGE)
             for i, text in enumerate(texts):
-                parts += [IMAGE] * (i > 0) + [_Text(text)] * bool(text)
+                parts += [_PICTURE] * (i > 0) + [text] * bool(text)
         else:
             raise InputError(f"message content has an item {str(item)[:60]!r}; items are "
                              '{"type": "text", "text": ...} and {"type": "image"}')
     return parts
-
-
-class _Text(str):
-    """A text that is never *the* mark, even if it spells it."""

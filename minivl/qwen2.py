@@ -3,7 +3,7 @@
 B prompts, T tokens of this call, S tokens seen so far (cache + T), V vocabulary, D width, F FFN width,
 H query heads, K kv heads, G = H / K query heads per kv head, E head dim (D = H * E).
 Source: transformers 4.37.2 models/qwen2/modeling_qwen2.py; Qwen2 arXiv:2407.10671, RoPE arXiv:2104.09864,
-GQA arXiv:2305.13245, SwiGLU arXiv:2002.05202. Lesson: notebooks/05_decoder.ipynb
+GQA arXiv:2305.13245, SwiGLU arXiv:2002.05202.
 """
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,9 @@ from torch import nn
 class KVCache:
     """Keys and values of all earlier tokens: per layer two float[B, K, capacity, E], of which `length` are filled.
 
-    `Qwen2Model.forward` appends and advances `length`; `truncate` takes tokens back. Capacity doubles when needed.
+    `Qwen2Model.forward` appends and advances `length`; `truncate` takes tokens back. Capacity grows in blocks.
     """
+    BLOCK = 256                 # tokens: growing copies everything, so not at every token
 
     def __init__(self):
         self.length = 0         # tokens, the same for every layer between two calls of the model
@@ -25,7 +26,8 @@ class KVCache:
         end = self.length + k.shape[2]
         room = self.layers[layer][0].shape[2] if layer in self.layers else 0
         if end > room:
-            grown = [t.new_empty(t.shape[0], t.shape[1], max(end, 2 * room), t.shape[3]) for t in (k, v)]
+            capacity = -(-end // self.BLOCK) * self.BLOCK
+            grown = [t.new_empty(t.shape[0], t.shape[1], capacity, t.shape[3]) for t in (k, v)]
             for new, old in zip(grown, self.layers.get(layer, ())):
                 new[:, :, :self.length] = old[:, :, :self.length]
             self.layers[layer] = grown

@@ -1,11 +1,10 @@
 """Dynamic tiling: a picture of any size -> a grid of square tiles -> pixel_values.
 
-A fixed-size ViT sees only S x S pixels. So the picture is stretched to the best fitting grid of S x S tiles, cut
+A fixed-size ViT sees only R x R pixels. So the picture is stretched to the best fitting grid of R x R tiles, cut
 along the grid, and, if that gave more than one tile, the whole picture is added once more as a small thumbnail.
 
-N tiles (thumbnail included, always last), S tile side in pixels.
+N tiles (thumbnail included, always last), R tile side in pixels.
 Source: InternVL internvl/train/dataset.py:813-866 and build_transform :276 @2410d1d; arXiv:2404.16821 section 3.3.
-Lesson: notebooks/01_tiles.ipynb
 """
 import torch
 from PIL import Image
@@ -22,10 +21,11 @@ def choose_grid(width: int, height: int, *, min_num: int = 1, max_num: int = 12,
     """
     if width < 1 or height < 1:
         raise ValueError(f"picture is {width}x{height} pixels; both sides must be at least 1")
-    if not 1 <= min_num <= max_num:
-        raise ValueError(f"min_num {min_num} and max_num {max_num} must satisfy 1 <= min_num <= max_num")
-    # A set, as in the reference: which of two equally large grids is met first is Python's set order there. It
-    # matters only for min_num > 1, e.g. 4 tiles exactly: 5:8 lies just between 1x4 and 2x2.
+    if not all(isinstance(n, int) for n in (min_num, max_num)) or not 1 <= min_num <= max_num:
+        raise ValueError(f"min_num {min_num!r} and max_num {max_num!r} must be whole numbers with 1 <= min_num <= max_num")
+    # Of two grids with equally many tiles, the one met first wins a tie. That can happen only for min_num > 1 (with
+    # exactly 4 tiles, 5:8 lies just between 1x4 and 2x2), and the reference leaves it to the order of a Python set:
+    # the same set gives the same order here.
     grids = {(i, j) for n in range(min_num, max_num + 1) for i in range(1, n + 1) for j in range(1, n + 1)
              if min_num <= i * j <= max_num}
     aspect, best, best_difference = width / height, (1, 1), float("inf")
@@ -55,8 +55,10 @@ def tile(image: Image.Image, *, min_num: int = 1, max_num: int = 12, tile_size: 
 
 
 def to_pixel_values(tiles: list) -> torch.Tensor:
-    """[RGB tile, ...] with pixels 0..255 -> normalised float32[N, 3, S, S]."""
+    """[RGB tile, ...] with pixels 0..255 -> normalised float32[N, 3, R, R]."""
+    if not tiles:
+        raise ValueError("no tiles are given; cut a picture with tile()")
     pixels = [torch.frombuffer(bytearray(t.tobytes()), dtype=torch.uint8).view(t.height, t.width, 3) for t in tiles]
-    x = torch.stack(pixels).permute(0, 3, 1, 2).float() / 255                     # (N, 3, S, S)
+    x = torch.stack(pixels).permute(0, 3, 1, 2).float() / 255                     # (N, 3, R, R)
     mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
     return ((x - mean) / std).contiguous()

@@ -3,7 +3,7 @@
 Text -> NFC -> split by a pattern (one digit at a time) -> bytes as printable characters -> merges -> ids.
 Added tokens (<|im_start|>, <img>, ...) are cut out of the text first and get one id each.
 Source: Qwen2Converter and tokenization_qwen2.py of transformers 4.37.2/4.52.4; special flags: InternVL
-internvl/train/constants.py @2410d1d. Lesson: notebooks/04_prompt_and_tokens.ipynb
+internvl/train/constants.py @2410d1d.
 """
 from __future__ import annotations
 
@@ -70,6 +70,8 @@ class Tokenizer:
 
     def encode(self, text: str, *, plain: bool = False) -> list[int]:
         """`plain`: text that spells an added token (`<|im_end|>`) is encoded as the characters it is made of."""
+        if not isinstance(text, str):
+            raise InputError(f"a text to encode cannot be a {type(text).__name__}; give a str")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -115,6 +117,11 @@ class TextStream:
 
     def push(self, id: int) -> str:
         return "" if id in self.skip else self.decoder.decode(self.tokenizer.token_bytes(id))
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether the last tokens end inside a character."""
+        return bool(self.decoder.getstate()[0])
 
     def finish(self) -> str:
         return self.decoder.decode(b"", final=True)

@@ -4,13 +4,15 @@
         model(input_ids, pixel_values)
     t["vit.layers.3"]                   # float[N, 1+P, C]
 
-Stages: vit.embeddings, vit.layers.N, pixel_unshuffle, projector, inputs_embeds, llm.layers.N, llm.norm, logits.
-Asked for by name also: vit.layers.N.q/.k/.v and llm.layers.N.q/.k/.v, as attention sees them (after RoPE, with the
+Stages: vit.embeddings, vit.layers.i, pixel_unshuffle, projector, inputs_embeds, llm.layers.i, llm.norm, logits.
+Asked for by name also: vit.layers.i.q/.k/.v and llm.layers.i.q/.k/.v, as attention sees them (after RoPE, with the
 keys of the cache): `trace(model, "llm.layers.*.q", "llm.layers.*.k")`.
 """
 from fnmatch import fnmatchcase
 
 import torch
+
+from minivl.limits import InputError
 
 
 class Trace(dict):
@@ -75,7 +77,7 @@ class trace:
         unmatched = [p for p in self.patterns if not any(fnmatchcase(name, p) for name in known)]
         if unmatched:
             self.__exit__()
-            raise ValueError(f"no stage matches {unmatched}; stages are {', '.join(known)}")
+            raise InputError(f"no stage matches {unmatched}; stages are {', '.join(known)}")
         return result
 
     def __exit__(self, *error):

@@ -1,10 +1,10 @@
 """InternViT: one tile -> one vector per patch. Both kinds: 300M (LayerNorm) and 6B (RMSNorm, QK-norm).
 
-N tiles, S tile side in pixels, P patches of a tile, C vision width, H heads, E head dim (C = H * E).
+N tiles, R tile side in pixels, P patches of a tile, C vision width, H heads, E head dim (C = H * E).
 The sequence is 1 + P long: CLS comes first. Pre-norm blocks with a learned gain (layer scale) on each branch; no
 norm after the last layer.
 Source: InternVL modeling_intern_vit.py @2410d1d (lines at each class); ViT arXiv:2010.11929, layer scale
-arXiv:2103.17239. Lesson: notebooks/02_vit.ipynb
+arXiv:2103.17239.
 """
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class Embeddings(nn.Module):
-    """Patches, CLS and positions: float[N, 3, S, S] -> float[N, 1+P, C]. Source: :127-173."""
+    """Patches, CLS and positions: float[N, 3, R, R] -> float[N, 1+P, C]. Source: :127-173."""
 
     def __init__(self, config):
         super().__init__()
@@ -120,7 +120,7 @@ class Encoder(nn.Module):
 
 
 class InternVisionModel(nn.Module):
-    """The tower: normalised float[N, 3, S, S] -> float[N, 1+P, C]. `config` has the fields of `vision_config`."""
+    """The tower: normalised float[N, 3, R, R] -> float[N, 1+P, C]. `config` has the fields of `vision_config`."""
 
     def __init__(self, config):
         super().__init__()

@@ -379,7 +379,7 @@ def test_folders_and_names(tmp_path, monkeypatch):
         minivl.load(tmp_path / "nowhere")
     with pytest.raises(InputError, match="is a local folder, it has no revision 'v1'"):
         minivl.load(tmp_path, revision="v1")
-    with pytest.raises(InputError, match="is not in the local cache and offline mode is set"):
+    with pytest.raises(InputError, match="is not in the local cache .* offline mode is set"):
         minivl.load("OpenGVLab/InternVL2_5-4B-MPO-AWQ")
     with pytest.raises(InputError, match="dtype 'int8' is not one of float32, float16, bfloat16"):
         minivl.load(GOLDEN / "qwen2-awq", dtype="int8")
@@ -445,11 +445,15 @@ def test_offline_asks_nobody(monkeypatch):
     ("llm_config.rope_scaling", {"type": "yarn"}, "rope_scaling is"), ("llm_config.num_key_value_heads", 3, "3 does not divide"),
     ("llm_config.architectures", ["LlamaForCausalLM"], "'LlamaForCausalLM'; minivl knows 'Qwen2ForCausalLM'"),
     ("llm_config.architectures", ["InternLM2ForCausalLM"], "2B, 8B and 26B models.*cannot run yet"),
+    ("llm_config.architectures", {"a": 1}, "minivl knows 'Qwen2ForCausalLM'"), ("llm_config.architectures", 5, "minivl knows"),
+    ("llm_config.quantization_config.modules_to_not_convert", 5, "keeps .*in float"),
+    ("llm_config.hidden_size", 10 ** 9, "no model is that large"), ("llm_config.num_hidden_layers", 10 ** 6, "no model is that large"),
+    ("llm_config.rms_norm_eps", float("nan"), "positive and finite"), ("llm_config.rope_theta", float("inf"), "positive and finite"),
     ("llm_config.vocab_size", "600", "vocab_size is '600', it must be of type int"), ("llm_config.rope_theta", 0, "must be positive"),
     ("llm_config.quantization_config.bits", 8, "bits is 8"), ("llm_config.quantization_config.version", "gemv", "version is 'gemv'"),
     ("llm_config.quantization_config.quant_method", "gptq", "quant_method is 'gptq'; minivl knows 'awq'"),
     ("llm_config.quantization_config.zero_point", False, "zero_point is False"),
-    ("llm_config.quantization_config.group_size", -1, "group_size is -1"), ("llm_config.quantization_config.group_size", 100, "must divide"),
+    ("llm_config.quantization_config.group_size", -1, "group_size is -1"), ("llm_config.quantization_config.group_size", 100, "group_size 100 does not divide hidden_size 128"),
     ("llm_config.quantization_config.modules_to_not_convert", ["model.layers.0"], "keeps .*in float")])
 def test_unknown_config_values(copy, path, value, message):
     def change(config):
@@ -485,6 +489,21 @@ def test_system_message_of_the_config(tiny, tmp_path):
     edit(folder, lambda c: c.update(system_message="Be kind."))
     pipe = minivl.pipeline(folder)
     assert "Be kind." in pipe.tokenizer.decode(pipe._read("hello").ids)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "added_tokens.json", "vocab.json"])
+def test_small_files_must_be_objects(tiny, tmp_path, name):
+    folder = tmp_path / "list"
+    shutil.copytree(tiny, folder)
+    (folder / name).write_text("[1, 2]")
+    with pytest.raises(InputError, match=f"{name} in .* holds a list, not an object"):
+        minivl.pipeline(folder)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", 7.5])
+def test_devices_that_are_not_there(device):
+    with pytest.raises(InputError, match="device .* cannot be used here; give cpu, or cuda"):
+        minivl.load(GOLDEN / "qwen2-awq", device=device)
 
 
 def test_internlm2_config_says_so():

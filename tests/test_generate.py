@@ -12,6 +12,17 @@ from minivl.generate import Chooser, left_pad, penalise, probabilities, steps
 from minivl.qwen2 import KVCache
 
 
+def test_top_k_keeps_k_tokens_also_where_scores_tie():
+    assert (probabilities(torch.ones(5), top_k=1) > 0).sum() == 1
+    scores = (torch.randn(50_000) * 2).bfloat16()
+    assert (probabilities(scores, top_k=50) > 0).sum() == 50
+
+
+def test_a_tiny_temperature_is_greedy():
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    assert probabilities(logits, temperature=1e-40).tolist() == [0.0, 1.0, 0.0]
+
+
 def slow_probabilities(logits, temperature, top_k, top_p, min_p):
     """By the words: scale; keep the k best; keep the best until they hold p; keep at least min_p of the best; rescale."""
     ranked = sorted(((value / temperature, i) for i, value in enumerate(logits.tolist())), reverse=True)
@@ -90,14 +101,15 @@ def test_sampling_values_without_do_sample_warn():
 @pytest.mark.parametrize("values, message", [
     ({"n": 2}, "n is 2; it must be 1"), ({"top_p": 0.0}, r"in \(0, 1\]"), ({"top_p": 1.1}, r"in \(0, 1\]"),
     ({"top_k": -1}, "0 .all tokens. or more"), ({"temperature": 2.5}, r"in \[0, 2\]"), ({"min_p": -0.1}, r"in \[0, 1\]"),
-    ({"max_new_tokens": 0}, "in 1..32768"), ({"max_new_tokens": 10 ** 6}, "in 1..32768"),
+    ({"max_new_tokens": 0}, "1 or more"), ({"random_seed": 2 ** 70}, r"in 0..2\^63-1"), ({"random_seed": -1}, "in 0"),
     ({"max_new_tokens": 1.5}, "a whole number"), ({"repetition_penalty": 0}, "positive"), ({"temperature": "hot"}, "a number"),
-    ({"top_p": float("nan")}, r"in \(0, 1\]"), ({"stop_words": "x"}, "a list of non-empty strings"),
+    ({"top_p": float("nan")}, "a number"), ({"do_sample": "False"}, "True or False"), ({"stop_token_ids": ["x"]}, "token ids"),
+    ({"bad_token_ids": [-1]}, "token ids"), ({"bad_token_ids": 5}, "token ids"), ({"ignore_eos": 1}, "True or False"), ({"stop_words": "x"}, "a list of non-empty strings"),
     ({"stop_words": [""]}, "a list of non-empty strings"), ({"response_format": {}}, "not supported"),
     ({"logprobs": 0}, "1 or more")])
 def test_bad_generation_configs(values, message):
     with pytest.raises(InputError, match=message):
-        GenerationConfig(do_sample=True, **values)
+        GenerationConfig(**{"do_sample": True, **values})
 
 
 PROMPTS = [[1, 2, 3, 4, 5], [9, 70, 70, 70, 70, 8, 7, 6, 5], [11], [20, 70, 70, 70, 70, 30]]
@@ -157,12 +169,36 @@ def test_stop_tokens_and_tensor_forms():
 
 def test_generate_refuses():
     model = build()
+    with pytest.raises(InputError, match="input_ids are a list; give"):
+        minivl.generate(model, [1, 2, 3], max_new_tokens=1)
     with pytest.raises(InputError, match="input_ids are empty"):
         minivl.generate(model, [[]], max_new_tokens=1)
     with pytest.raises(InputError, match="90 prompt tokens . 10 new ones exceed the model's 99 positions"):
         minivl.generate(model, torch.ones(90, dtype=torch.long), max_new_tokens=10)
     with pytest.raises(InputError, match="max_new_tokens is 0"):
         minivl.generate(model, torch.tensor([1]), max_new_tokens=0)
+
+
+def test_nothing_left_to_choose():
+    model = build()
+    for sample in (False, True):
+        with pytest.raises(InputError, match="every token is banned"):
+            minivl.generate(model, torch.tensor([1]), max_new_tokens=2,
+                            config=GenerationConfig(do_sample=sample, bad_token_ids=list(range(71))))
+
+
+def test_no_field_of_a_config_is_silently_dropped():
+    model = build()
+    prompt = torch.tensor([1, 2, 3])
+    free = minivl.generate(model, prompt, max_new_tokens=6, ignore_eos=True).tolist()
+    model.eos_token_ids = (free[1],)
+    assert minivl.generate(model, prompt, max_new_tokens=6, config=GenerationConfig(ignore_eos=True)).tolist() == free
+    for field in ({"stop_words": ["x"]}, {"bad_words": ["x"]}, {"logprobs": 2}):
+        with pytest.raises(InputError, match=f"cannot use {list(field)[0]}; use a pipeline"):
+            minivl.generate(model, prompt, max_new_tokens=6, config=GenerationConfig(**field))
+    for field in ("stop_token_ids", "bad_token_ids"):
+        with pytest.raises(InputError, match="hold 71, the vocabulary has ids 0..70"):
+            minivl.generate(model, prompt, max_new_tokens=6, config=GenerationConfig(**{field: [71]}))
 
 
 def test_nan_scores_are_an_error():

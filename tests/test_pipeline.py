@@ -78,8 +78,8 @@ def test_tiles_per_picture(pipe):
     one = pipe(("what?", Picture(image, max_num=1)), SHORT)
     many = pipe(("what?", Picture(image, max_num=9)), SHORT)
     assert many.input_token_len - one.input_token_len == 9 * 4      # 9 tiles and the thumbnail instead of one tile
-    for bad in (0, 41, "3"):
-        with pytest.raises(InputError, match=r"max_num is .*; it must be in 1..40"):
+    for bad in (0, 41, "3", True):
+        with pytest.raises(InputError, match=r"max_num is .*; it must be a whole number in 1..40"):
             pipe(("what?", Picture(image, max_num=bad)))
 
 
@@ -161,12 +161,30 @@ def test_stop_words(pipe, monkeypatch):
     forced(pipe, monkeypatch, [*ids, end])
     response = pipe("x", GenerationConfig(stop_words=["STOP"]))
     assert response.text == "one two STO three " and response.finish_reason == "stop"
+    assert tokenizer.decode(response.token_ids) == response.text    # no token of the stop word is left
     forced(pipe, monkeypatch, [*ids, end])
     response = pipe("x", GenerationConfig(stop_words=["STOPPED"]))     # its beginning was held back, then released
     assert response.text == text and response.token_ids == ids
     forced(pipe, monkeypatch, ids)
     response = pipe("x", GenerationConfig(stop_token_ids=[ids[2]], max_new_tokens=50))
     assert response.token_ids == ids[:2] and response.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("text, word", [("one two STOP", "STOP"), ("one twoSTOP", "woST"), ("é世界 🐅 end", "界 🐅"),
+                                        ("STOP", "STOP"), ("a 🐅🐆", "🐆")])
+def test_a_session_continues_after_a_stop_word_as_if_only_the_text_was_said(pipe, monkeypatch, text, word):
+    ids = pipe.tokenizer.encode(text, plain=True)
+    forced(pipe, monkeypatch, [*ids, 5, 6, 7])
+    session = pipe.chat("hello", gen_config=GenerationConfig(stop_words=[word]))
+    assert session.response.text == text[:text.index(word)] == pipe.tokenizer.decode(session.response.token_ids)
+    said = list(session.ids)
+    assert session.cache.length <= len(said)
+    config = GenerationConfig(max_new_tokens=1, ignore_eos=True, logprobs=5)
+    got = pipe.chat("go on", session, config).response.logprobs[0]
+    new = session.ids[len(said):-1]
+    with torch.no_grad():
+        want = pipe.model(torch.tensor([said + new]))[0, -1].log_softmax(-1)
+    assert got == pytest.approx({i: float(want[i]) for i in got}, abs=1e-4)
 
 
 def test_bad_words_min_tokens_and_logprobs(pipe):
@@ -333,12 +351,12 @@ def test_spelled_tokens_in_a_prompt(pipe):
 @pytest.mark.parametrize("marks, pictures", [(1, 2), (2, 1), (1, 0), (3, 2)])
 def test_marks_and_pictures_must_match(pipe, marks, pictures):
     for mark in (IMAGE_TOKEN, prompt.IMAGE):
-        with pytest.raises(InputError, match=f"the text has {marks} picture marks .* but {pictures} pictures are given"):
+        with pytest.raises(InputError, match=f"the text has {marks} picture marks? .* but {pictures} pictures are given"):
             pipe((f"{mark} " * marks + "what?", [TIGER] * pictures))
 
 
 @pytest.mark.parametrize("bad, message", [
-    ("", "the prompt is empty"), ("  \n", "the prompt is empty"), (5, "a prompt is a int"), (None, "a prompt is a NoneType"),
+    ("", "the prompt is empty"), ("  \n", "the prompt is empty"), (5, "a prompt is a int"), ({"role": "user", "content": "x"}, "a prompt is a dict"), (None, "a prompt is a NoneType"),
     (("a", "b", "c"), r"a prompt tuple is \(text, picture\)"), ((TIGER, "describe"), r"a prompt tuple is \(text, picture\)"),
     ([], "the list of prompts is empty"), ([{"role": "user"}], "content must be a text or a list of items"),
     ([{"role": "assistant", "content": "x"}], "the last message must be the user's"),
@@ -380,7 +398,7 @@ def test_limits(pipe):
         with_config(pipe, limits=Limits(pictures=2))((f"{IMAGE_TOKEN} " * 3, [TIGER] * 3))
     with pytest.raises(InputError, match="the prompt has 11 characters, the limit is 10"):
         with_config(pipe, limits=Limits(prompt_chars=10))("x" * 11)
-    with pytest.raises(InputError, match="max_num is 12; it must be in 1..3"):
+    with pytest.raises(InputError, match="max_num is 12; it must be a whole number in 1..3"):
         with_config(pipe, limits=Limits(tiles_per_picture=3))(("x", TIGER))
     with pytest.raises(InputError):
         with_config(pipe, allow_paths=False)(("x", str(TIGER)))
@@ -388,6 +406,30 @@ def test_limits(pipe):
         pipe(["a", "b", "c"], [SHORT, SHORT])
     with pytest.raises(InputError, match="gen_config is a dict"):
         pipe("a", {"max_new_tokens": 3})
+    with pytest.raises(InputError, match="session is a GenerationConfig; .* Name the argument"):
+        pipe.chat("a", SHORT)
+    with pytest.raises(InputError, match="max_new_tokens is 12, the limit is 5"):
+        with_config(pipe, limits=Limits(new_tokens=5))("a", SHORT)
+    wide = with_config(pipe, limits=Limits(new_tokens=10 ** 6), session_len=90)
+    assert wide("a", GenerationConfig(max_new_tokens=40_000, ignore_eos=True)).finish_reason == "length"
+    for field in ("stop_token_ids", "bad_token_ids"):
+        with pytest.raises(InputError, match="hold 99999, the vocabulary has ids"):
+            pipe("a", GenerationConfig(**{field: [99999]}))
+
+
+@pytest.mark.parametrize("values", [{"session_len": "8"}, {"session_len": 0}, {"max_batch_size": 0}, {"max_batch_size": True}])
+def test_bad_engine_configs(values):
+    with pytest.raises(InputError, match="it must be a whole number, 1 or more"):
+        EngineConfig(**values)
+
+
+def test_wrong_things_as_checkpoint_or_config(tiny):
+    with pytest.raises(InputError, match="a checkpoint cannot be a NoneType"):
+        minivl.pipeline(None)
+    with pytest.raises(InputError, match="backend_config is a dict; give minivl.EngineConfig"):
+        minivl.pipeline(tiny, {"session_len": 5})
+    with pytest.raises(InputError, match="has no config.json"):
+        minivl.pipeline(GOLDEN)
 
 
 def test_tokenizer_of_another_model(pipe, tiny):

@@ -191,7 +191,7 @@ def test_bad_tokenizer_files(tiny, tmp_path):
     broken("merges.txt in .* does not fit vocab.json", merges_txt="#version: 0.2\nxyzzy plugh\n")
     broken("merges.txt in .* does not fit vocab.json", merges_txt="#version: 0.2\none_half\n")
     broken("do not number their tokens 0..", added_tokens_json=json.dumps({**added, "<img>": 99999}))
-    broken("must map tokens to ids", added_tokens_json='["<img>"]')
+    broken("must map tokens to ids", added_tokens_json='{"<img>": "x"}')
     without = {t: i for t, i in added.items() if t != "<IMG_CONTEXT>"}
     ids = sorted(without.values())
     renumbered = {t: ids[0] + n for n, t in enumerate(sorted(without, key=without.get))}
