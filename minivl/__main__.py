@@ -2,26 +2,30 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
 from dataclasses import asdict
 
-from minivl import (EngineConfig, GenerationConfig, InputError, Picture, load_video, pipeline, video_prompt)
+from minivl import (EngineConfig, GenerationConfig, InputError, Limits, Picture, __version__, load_image, load_video,
+                    pipeline, video_prompt)
 
 HELP = """\
 Ask about pictures.
 
-  python -m minivl chat --model FOLDER tiger.jpeg -p "describe this image"     one answer
-  python -m minivl chat --model FOLDER tiger.jpeg                              a conversation
-  echo "what is this?" | python -m minivl chat --model FOLDER tiger.jpeg       the prompt from a pipe
+  python -m minivl chat -m FOLDER PICTURE -p "describe this image"      one answer
+  python -m minivl chat -m FOLDER PICTURE                               a conversation
+  echo "what is this?" | python -m minivl chat -m FOLDER PICTURE        the prompt from a pipe
 
 In a conversation: /add PICTURE brings a picture to your next message, /new starts over, /quit ends (as does Ctrl-D).
-Ctrl-C stops an answer."""
+Ctrl-C stops an answer and forgets that turn."""
+COMMANDS = "/add PICTURE brings a picture to your next message, /new starts over, /quit ends; Ctrl-C stops an answer"
 
 
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m minivl", description="InternVL2.5 in plain PyTorch.")
+    main.add_argument("--version", action="version", version=f"minivl {__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chat = commands.add_parser("chat", help="ask about pictures", description=HELP,
                                formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,9 +50,11 @@ def parser() -> argparse.ArgumentParser:
                       help="most tiles of a picture, thumbnail not counted (default: the model's, 12); fewer are faster, "
                            "more read smaller print")
     look.add_argument("--video", metavar="FILE|FOLDER", help="video file, animated GIF/WebP/PNG, or folder of frames")
-    look.add_argument("--segments", type=int, default=8, metavar="N", help="frames taken from the video (default 8)")
+    look.add_argument("--segments", type=int, metavar="N", help="frames taken from the video (default 8)")
     look.add_argument("--bound", type=float, nargs=2, metavar=("START", "END"), help="part of the video, seconds")
     look.add_argument("--fps", type=float, help="frames per second of a folder of frames (needed for --bound)")
+    look.add_argument("--allow-host", action="append", default=[], metavar="NAME",
+                      help="fetch pictures from this host though its address is private or local")
     look.add_argument("--plain-text", action="store_true",
                       help="treat the prompt as text even where it spells <|im_end|> or <image>")
 
@@ -66,17 +72,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv=None) -> int:
     args = parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):         # a terminal that cannot show a character shows a question mark
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         return chat(args)
-    except InputError as error:
+    except (InputError, OSError) as error:
+        if isinstance(error, BrokenPipeError):      # the reader of a pipe went away, e.g. `| head`
+            sys.stderr.close()
+            return 0
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:         # the reader of a pipe went away, e.g. `| head`
-        sys.stderr.close()
-        return 0
 
 
 def chat(args) -> int:
@@ -88,26 +97,44 @@ def chat(args) -> int:
         raise InputError(f"{names} has an effect only with --sample; without it the most probable token is always taken")
     if args.json and args.prompt is None and sys.stdin.isatty():
         raise InputError("--json prints one answer; give the question with -p")
-    gen_config = GenerationConfig(max_new_tokens=args.max_new_tokens, do_sample=args.sample, **values)
-    pictures = [Picture(source, args.max_tiles) for source in args.pictures]
-    video = None if args.video is None else load_video(args.video, num_segments=args.segments,
+    try:
+        gen_config = GenerationConfig(max_new_tokens=args.max_new_tokens, do_sample=args.sample, **values)
+    except InputError as error:     # the same sentence with the option's name
+        name = str(error).split(" ")[0]
+        option = "--" + name.removeprefix("GenerationConfig.").replace("random_", "").replace("_", "-")
+        raise InputError(str(error).replace(name, option)) from None
+    # Pictures are opened before the model: a typo costs no loading time.
+    most = Limits().tiles_per_picture
+    if args.max_tiles is not None and not 1 <= args.max_tiles <= most:
+        raise InputError(f"--max-tiles is {args.max_tiles}; it must be in 1..{most}")
+    if args.video is None and (args.segments, args.bound, args.fps) != (None, None, None):
+        raise InputError("--segments, --bound and --fps choose frames of a video; name it with --video")
+    if args.video is not None and (args.pictures or args.max_tiles):
+        raise InputError("a video comes without pictures and --max-tiles, its frames have one tile each; in a conversation "
+                         "/add a picture to a later message")
+
+    def picture(source):
+        return Picture(load_image(source, allow_hosts=args.allow_host), args.max_tiles)
+
+    pictures = [picture(source) for source in args.pictures]
+    video = None if args.video is None else load_video(args.video, num_segments=args.segments or 8,
                                                        bound=args.bound and tuple(args.bound), fps=args.fps)
     pipe = pipeline(args.model, EngineConfig(session_len=args.session_len, device=args.device, dtype=args.dtype,
                                              revision=args.revision, plain_text=args.plain_text))
 
     def message(text: str, pictures: list, first: bool):
         """What a person typed, with the pictures and frames that go along."""
+        if first and video and pictures:
+            raise InputError("the first message brings the video; /add pictures to a later one")
         if first and video:
-            if pictures:
-                raise InputError("give pictures or a video, not both in one message; /add the picture to a later one")
-            text, pictures = video_prompt(text, video)
-        elif len(pictures) > 1 and not args.plain_text and "<IMAGE_TOKEN>" not in text and "<image>" not in text:
-            text = "".join(f"Image-{i}: <IMAGE_TOKEN>\n" for i in range(1, len(pictures) + 1)) + text
-        if not (first and args.system is not None):
-            return text, pictures
-        return [{"role": "system", "content": args.system},
-                {"role": "user", "content": [{"type": "text", "text": text},
-                                             *({"type": "image_data", "image_data": {"data": p}} for p in pictures)]}]
+            messages = video_prompt(text, video)
+        else:
+            if len(pictures) > 1 and not args.plain_text and "<IMAGE_TOKEN>" not in text and "<image>" not in text:
+                text = "".join(f"Image-{i}: <IMAGE_TOKEN>\n" for i in range(1, len(pictures) + 1)) + text
+            items = [{"type": "image_data", "image_data": {"data": picture}} for picture in pictures]
+            messages = [{"role": "user", "content": [{"type": "text", "text": text}, *items]}]
+        system = [{"role": "system", "content": args.system}] if first and args.system is not None else []
+        return system + messages
 
     session = pipe.session()
     if args.prompt is not None or not sys.stdin.isatty():
@@ -117,29 +144,41 @@ def chat(args) -> int:
             print(json.dumps(asdict(session.response), ensure_ascii=False))
         return 0
 
-    print("Ask away. /add PICTURE, /new, /quit; Ctrl-C stops an answer.", file=sys.stderr)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() gets line editing and history by its mere import
+
+    def say(text):
+        print(text, file=sys.stderr)
+
+    say(f"Ask away. {COMMANDS}.")
     waiting = list(pictures)
     while True:
         try:
             text = input("\n> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print(file=sys.stderr)
+        except EOFError:
+            say("")
             return 0
-        if text in ("/quit", "/exit"):
-            return 0
-        if text == "/new":
-            session, waiting = pipe.session(), list(pictures)
-        elif text.startswith("/add "):
-            waiting.append(Picture(text[5:].strip(), args.max_tiles))
-        elif text:
-            try:
+        except KeyboardInterrupt:       # perhaps a second one, meant for the answer just stopped
+            say("\n(Ctrl-D or /quit ends)")
+            continue
+        command, _, rest = text.partition(" ")
+        try:
+            if text == "/quit":
+                return 0
+            if text == "/new":
+                session, waiting = pipe.session(), list(pictures)
+            elif command == "/add" and rest:
+                waiting.append(picture(rest.strip()))
+                say(f"(goes with your next message: {len(waiting)} picture{'s' * (len(waiting) > 1)})")
+            elif command.startswith("/") and "/" not in command[1:]:
+                say(f"{COMMANDS}.")
+            elif text:
                 answer(pipe, session, message(text, waiting, not session.history), gen_config)
                 waiting = []
-            except InputError as error:         # the conversation goes on as it was
-                print(f"error: {error}", file=sys.stderr)
-                waiting = waiting if not session.history else []
-            except KeyboardInterrupt:
-                print("\n(stopped; this turn is forgotten)", file=sys.stderr)
+        except (InputError, OSError) as error:      # the conversation goes on as it was, waiting pictures too
+            say(f"error: {error}")
+        except KeyboardInterrupt:
+            say("\n(stopped; this turn is forgotten)")
 
 
 def answer(pipe, session, message, gen_config, quiet=False):

@@ -648,7 +648,7 @@ def _opened_video(path, name, limits):
     try:
         import av       # optional: pictures work without it
     except ImportError:
-        raise InputError(f'{name} needs PyAV to be read as a video: pip install "minivl[video]"; or give its frames '
+        raise InputError(f'{name} needs PyAV to be read as a video: pip install av (minivl\'s extra "video"); or give its frames '
                          "as a folder of pictures") from None
     # A Python file in place of a path, no protocols, and a list of containers: a crafted file cannot make ffmpeg
     # open another one. max_pixels stops a stream larger than its container says; generous, as codecs round sizes up.

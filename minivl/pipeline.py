@@ -101,10 +101,13 @@ def pipeline(model_path, backend_config: EngineConfig | None = None) -> Pipeline
     return Pipeline(load(folder, device=config.device, dtype=config.dtype), tokenizer, config)
 
 
-def video_prompt(question: str, frames: list) -> tuple:
-    """(text, pictures) for a pipeline from video frames: one tile each, named Frame1, Frame2, ..."""
-    marks = "".join(f"Frame{i}: {IMAGE_TOKEN}\n" for i in range(1, len(frames) + 1))
-    return marks + question, [Picture(frame, max_num=1) for frame in frames]
+def video_prompt(question: str, frames: list) -> list[dict]:
+    """Messages for a pipeline from video frames, one tile each: Frame1: <image>, Frame2: <image>, ..., the question."""
+    content = []
+    for i, frame in enumerate(frames, start=1):
+        content += [{"type": "text", "text": f"Frame{i}: "},
+                    {"type": "image_data", "image_data": {"data": Picture(frame, max_num=1)}}]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 
 class Pipeline:

@@ -66,15 +66,22 @@ def test_video(tiny, tmp_path, capsys):
     assert main(["chat", "-m", str(tiny), "--video", str(tmp_path / "a.gif"), "--segments", "4", "-p", "what?", "--json",
                  "--max-new-tokens", "2"]) == 0
     four = json.loads(capsys.readouterr().out)["input_token_len"]
-    text, pictures = minivl.video_prompt("what?", minivl.load_video(tmp_path / "a.gif", num_segments=4))
-    assert minivl.pipeline(tiny)((text, pictures), minivl.GenerationConfig(max_new_tokens=2)).input_token_len == four
+    messages = minivl.video_prompt("what?", minivl.load_video(tmp_path / "a.gif", num_segments=4))
+    assert minivl.pipeline(tiny)(messages, minivl.GenerationConfig(max_new_tokens=2)).input_token_len == four
+    assert main(["chat", "-m", str(tiny), "--video", str(tmp_path / "a.gif"), "--segments", "4", "-p", "what?", "--json",
+                 "--max-new-tokens", "2", "--plain-text"]) == 0
+    assert json.loads(capsys.readouterr().out)["input_token_len"] == four
     assert main(["chat", "-m", str(tiny), "--video", str(tmp_path / "a.gif"), TIGER, "-p", "what?"]) == 2
-    assert "pictures or a video, not both" in capsys.readouterr().err
+    assert "a video comes without pictures" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["missing.png", "-p", "x"], "missing.png"), (["-p", ""], "the prompt is empty"),
-    ([TIGER, "-p", "x", "--max-tiles", "99"], "max_num is 99"), (["-p", "x", "--video", "none.gif"], "none.gif")])
+    ([TIGER, "-p", "x", "--max-tiles", "99"], "--max-tiles is 99; it must be in 1..40"),
+    (["-p", "x", "--fps", "3"], "name it with --video"), (["-p", "x", "--video", "a.gif", "--max-tiles", "2"], "without pictures"),
+    (["-p", "x", "--device", "gpu"], "device 'gpu' cannot"),
+    (["-p", "x", "--sample", "--top-p", "7"], "error: --top-p is 7.0; it must be in"),
+    (["-p", "x", "--sample", "--seed", "-1"], "error: --seed is -1"), (["-p", "x", "--video", "none.gif"], "none.gif")])
 def test_errors_are_one_line_and_exit_2(tiny, capsys, arguments, message):
     assert main(["chat", "-m", str(tiny), *arguments]) == 2
     err = capsys.readouterr().err
@@ -103,7 +110,8 @@ def test_prompt_from_a_pipe(tiny):
 
 
 def test_conversation(tiny, terminal, monkeypatch, capsys):
-    lines = iter(["what?", "", "and now?", "/add nowhere.png", "see this", f"/add {TIGER}", "see this", "/new", "what?", "/quit"])
+    lines = iter(["what?", "", "/help", "and now?", f"/add {TIGER}", "/add nowhere.png", "see this", "/quit now", "/new",
+                  "what?", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
     assert main(["chat", "-m", str(tiny), TIGER, "--max-new-tokens", "8"]) == 0
     out, err = capsys.readouterr()
@@ -113,7 +121,8 @@ def test_conversation(tiny, terminal, monkeypatch, capsys):
         session = pipe.chat(prompt, session, short)
         want.append(session.response.text)
     assert out == "".join(t + "\n" for t in [*want, want[0]])
-    assert "error: " in err and "nowhere.png" in err
+    assert "error: 'nowhere.png': no such file" in err and "(goes with your next message: 1 picture)" in err
+    assert err.count("/add PICTURE brings") == 3        # at the start, and for two unknown commands
 
 
 def test_ctrl_c_during_an_answer_forgets_the_turn(tiny, terminal, monkeypatch, capsys):

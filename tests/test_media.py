@@ -1170,7 +1170,7 @@ def test_without_pyav(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     path = tmp_path / "x.mp4"
     path.write_bytes(b"\0\0\0\x20ftypisom" + b"\0" * 100)
-    with refused("x.mp4", 'pip install "minivl[video]"'):
+    with refused("x.mp4", 'pip install av (minivl\'s extra "video")'):
         load_video(path)
 
 
