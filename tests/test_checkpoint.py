@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import GOLDEN, shared
+from conftest import GOLDEN
 
 import minivl
 from minivl import InputError
@@ -508,7 +508,7 @@ def test_devices_that_are_not_there(device):
 
 def test_internlm2_config_says_so():
     with pytest.raises(InputError, match="cannot run yet"):
-        minivl.load(shared("golden/vit6b-internlm2"))
+        minivl.load(GOLDEN / "vit6b-internlm2")
 
 
 def test_address_space_is_not_needed(copy):

@@ -3,7 +3,7 @@ import json
 import random
 
 import pytest
-from conftest import shared
+from conftest import GOLDEN, shared
 
 from minivl import InputError, Tokenizer
 from minivl.prompt import SYSTEM, encode, render
@@ -31,13 +31,20 @@ def test_200_nasty_strings_of_the_original(qwen2):
     assert [text for text, ids in cases if qwen2.encode(text) != ids] == []
 
 
-def test_prompts_of_the_original(qwen2):
-    cases = json.loads(shared("golden/prompts.json").read_text())
-    assert len(cases) == 8
-    for case in cases:
-        arguments = case["messages"], case["tiles_per_image"], case["system"]
-        assert render(*arguments).replace("<IMG_CONTEXT>", "") == case["prompt_without_context"], case["name"]
-        ids = encode(qwen2, *arguments)
+PROMPTS = json.loads((GOLDEN / "prompts.json").read_text(encoding="utf-8"))
+
+
+def test_prompts_of_the_original():
+    assert len(PROMPTS) == 8
+    for case in PROMPTS:
+        text = render(case["messages"], case["tiles_per_image"], case["system"])
+        assert text.replace("<IMG_CONTEXT>", "") == case["prompt_without_context"], case["name"]
+        assert text.count("<IMG_CONTEXT>") == 256 * sum(case["tiles_per_image"])
+
+
+def test_prompt_ids_of_the_original(qwen2):
+    for case in PROMPTS:
+        ids = encode(qwen2, case["messages"], case["tiles_per_image"], case["system"])
         assert len(ids) == case["num_tokens"], case["name"]
         assert [i for i in ids if i != 151667] == case["ids_without_context"], case["name"]
 
