@@ -24,6 +24,7 @@ COMMANDS = "/add PICTURE brings a picture to your next message, /new starts over
 
 
 def parser() -> argparse.ArgumentParser:
+    """The options."""
     main = argparse.ArgumentParser(prog="python -m minivl", description="InternVL2.5 in plain PyTorch.")
     main.add_argument("--version", action="version", version=f"minivl {__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -71,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv=None) -> int:
+    """Exit code: 0, 2 for an input error, 130 after Ctrl-C."""
     args = parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):         # a terminal that cannot show a character shows a question mark
         if hasattr(stream, "reconfigure"):
@@ -89,6 +91,7 @@ def main(argv=None) -> int:
 
 
 def chat(args) -> int:
+    """One answer, or a conversation."""
     values = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
                   repetition_penalty=args.repetition_penalty, random_seed=args.seed)
     values = {name: value for name, value in values.items() if value is not None}

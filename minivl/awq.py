@@ -64,7 +64,7 @@ def dequantize(qweight, qzeros, scales, dtype=torch.float32):
     W = unpack(qweight).to(torch.float32).view(groups, I // groups, O)                  # (I/g, g, O)
     W -= unpack(qzeros)[:, None]                                                        # one z per group and column
     W *= scales[:, None]
-    return W.view(I, O).to(dtype)
+    return W.view(I, O).to(dtype)                                                       # (I, O)
 
 
 def matmul(x, qweight, qzeros, scales, bias=None):

@@ -84,7 +84,8 @@ def find(path_or_id, *, revision: str | None = None) -> Path:
         return Path(text)
     if os.path.exists(text):
         raise InputError(f"{text} is a file; give the folder that holds config.json and the weights")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
+    # A typo in a local path must not become a request: `build/tyni` beside a folder `build` is no hub id.
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) or os.path.isdir(text.split("/")[0]):
         raise InputError(f"{text} does not exist; give a folder with config.json and weights, or a hub id like "
                          "OpenGVLab/InternVL2_5-4B-MPO-AWQ")
     return _download(text, revision)

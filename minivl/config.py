@@ -32,6 +32,7 @@ class VisionConfig:
 
     @classmethod
     def from_json(cls, data: dict) -> VisionConfig:
+        """`data`: the parsed `vision_config`. InputError for missing keys and values that minivl does not know."""
         config = _read(cls, data, "vision_config")
         _choose("vision_config.hidden_act", config.hidden_act, ["gelu"])
         _choose("vision_config.norm_type", config.norm_type, ["layer_norm", "rms_norm"])
@@ -57,6 +58,7 @@ class LLMConfig:
 
     @classmethod
     def from_json(cls, data: dict) -> LLMConfig:
+        """`data`: the parsed `llm_config`. InputError for missing keys and values that minivl does not know."""
         named = data.get("architectures")
         kind = named[0] if isinstance(named, list) and named else named
         if kind == "InternLM2ForCausalLM":
@@ -86,6 +88,7 @@ class QuantizationConfig:
 
     @classmethod
     def from_json(cls, data: dict) -> QuantizationConfig:
+        """`data`: the parsed `quantization_config`. InputError for anything but the released int4 format."""
         _choose("quantization_config.quant_method", data.get("quant_method"), ["awq"])
         config = _read(cls, data, "quantization_config")
         _choose("quantization_config.bits", config.bits, [4])
@@ -161,6 +164,7 @@ class Config:
 
     @classmethod
     def load(cls, folder) -> Config:
+        """config.json of a checkpoint folder."""
         return cls.from_json(read_json(Path(folder) / "config.json"))
 
 

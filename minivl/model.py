@@ -37,10 +37,12 @@ class MiniVL(nn.Module):
 
     @property
     def dtype(self):
+        """Of the computation: that of every weight but int4 words and scales."""
         return self.mlp1[0].weight.dtype
 
     @property
     def device(self):
+        """Where the weights are."""
         return self.mlp1[0].weight.device
 
     def visual_tokens(self, pixel_values):

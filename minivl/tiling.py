@@ -61,4 +61,4 @@ def to_pixel_values(tiles: list) -> torch.Tensor:
     pixels = [torch.frombuffer(bytearray(t.tobytes()), dtype=torch.uint8).view(t.height, t.width, 3) for t in tiles]
     x = torch.stack(pixels).permute(0, 3, 1, 2).float() / 255                     # (N, 3, R, R)
     mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
-    return ((x - mean) / std).contiguous()
+    return ((x - mean) / std).contiguous()                                       # (N, 3, R, R)

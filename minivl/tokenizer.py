@@ -116,6 +116,7 @@ class TextStream:
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int) -> str:
+        """Takes one token -> the characters it completes, often none or several."""
         return "" if id in self.skip else self.decoder.decode(self.tokenizer.token_bytes(id))
 
     @property
@@ -124,6 +125,7 @@ class TextStream:
         return bool(self.decoder.getstate()[0])
 
     def finish(self) -> str:
+        """The end: U+FFFD for a character that never became whole, else nothing."""
         return self.decoder.decode(b"", final=True)
 
 

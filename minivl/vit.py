@@ -92,7 +92,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))                # exact (erf) GELU
+        return self.fc2(F.gelu(self.fc1(x)))                # exact (erf) GELU; (N, 1+P, intermediate_size) inside
 
 
 class Layer(nn.Module):
@@ -114,6 +114,8 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Only the released name `encoder.layers`; InternVisionModel runs the layers."""
+
     def __init__(self, config):
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))

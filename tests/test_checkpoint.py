@@ -377,6 +377,9 @@ def test_folders_and_names(tmp_path, monkeypatch):
         minivl.load(tmp_path / "config.json")
     with pytest.raises(InputError, match="does not exist; give a folder"):
         minivl.load(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(InputError, match="does not exist; give a folder"):      # a typo in a path is not asked of the hub
+        minivl.load(f"{tmp_path.name}/typo")
     with pytest.raises(InputError, match="is a local folder, it has no revision 'v1'"):
         minivl.load(tmp_path, revision="v1")
     with pytest.raises(InputError, match="is not in the local cache .* offline mode is set"):

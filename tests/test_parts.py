@@ -139,6 +139,9 @@ def test_swiglu_and_projector_by_hand():
     h = F.layer_norm(y, (12,), p[0].weight, p[0].bias, 1e-5) @ p[1].weight.T + p[1].bias
     h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))                     # exact GELU
     assert torch.allclose(p(y), h @ p[3].weight.T + p[3].bias, atol=1e-6)
+    tiny = y * 1e-3         # here the eps under the root counts: 1e-5, not the tower's 1e-6
+    h = F.layer_norm(tiny, (12,), p[0].weight, p[0].bias, 1e-5) @ p[1].weight.T + p[1].bias
+    assert torch.allclose(p[1](p[0](tiny)), h, atol=1e-6)
     assert [n for n, _ in p.named_parameters()] == ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"]
 
 
@@ -196,7 +199,8 @@ def test_layer_scale_qk_norm_and_no_final_norm():
             assert torch.allclose(layer.attn(h), want, atol=1e-5)
 
 
-def test_cache_grows_truncates_and_refuses():
+def test_cache_grows_truncates_and_refuses(monkeypatch):
+    monkeypatch.setattr(qwen2.KVCache, "BLOCK", 2)      # so that it grows several times here
     cache = qwen2.KVCache()
     keys, values = torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9, 4)
     for start, end in ((0, 3), (3, 4), (4, 9)):

@@ -199,6 +199,14 @@ def test_bad_words_min_tokens_and_logprobs(pipe):
     assert all(v < 0 for p in logprobs for v in p.values()) and free.logprobs is None
 
 
+def test_placeholders_do_not_count_as_repeated(pipe):
+    """They stand for the picture; LMDeploy's dummy id there made it penalise `!`."""
+    from minivl.pipeline import _Answer
+    turn = pipe._read(("what?", TIGER))
+    seen = _Answer(turn, pipe, 0).chooser(pipe, None).seen
+    assert len(seen) == len(turn.ids) - 7 * 4 and pipe.model.img_context_token_id not in seen
+
+
 def test_sampling_is_seeded(pipe):
     def draw(seed):
         return pipe("hello", GenerationConfig(max_new_tokens=20, do_sample=True, temperature=1.5, random_seed=seed,

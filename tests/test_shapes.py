@@ -7,6 +7,7 @@ import torch
 
 import minivl
 from minivl.config import Config
+from minivl.qwen2 import KVCache
 
 # B 2, N 3, S 28, P 16, L 4, C 12 (3 heads of 4), D 40 (5 heads of 8, 1 kv head), F 56, V 71; T 13
 CONFIG = {
@@ -86,6 +87,18 @@ def test_trace_keeps_every_call_and_refuses_unknown_stages():
         with minivl.trace(model, "llm.layer.0"):
             pass
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_recorded_tensor_does_not_change_afterwards():
+    """The keys are a view of the cache, which later tokens overwrite; the trace keeps a copy."""
+    model, cache = build(), KVCache()
+    with torch.no_grad(), minivl.trace(model, "llm.layers.0.k") as t:
+        model.language_model(model.embed(torch.tensor([[1, 2, 3]])), cache)
+        kept = t["llm.layers.0.k"].clone()
+        cache.truncate(1)
+        model.language_model(model.embed(torch.tensor([[7, 8]])), cache)
+    assert torch.equal(t.history["llm.layers.0.k"][0], kept)
+    assert not torch.equal(t["llm.layers.0.k"], kept)
 
 
 def test_model_refuses_what_does_not_fit():
