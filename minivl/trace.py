@@ -23,6 +23,7 @@ class Trace(dict):
         self.history = {}
 
     def record(self, name, tensor):
+        """Called by the hooks."""
         self[name] = tensor
         self.history.setdefault(name, []).append(tensor)
 
