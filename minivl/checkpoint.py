@@ -197,6 +197,11 @@ class StoredTensor:
     dtype: torch.dtype
     read: object        # () -> Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def open_weights(folder) -> dict[str, StoredTensor]:
     """name -> StoredTensor for all weights of a folder; every file is checked to be whole first."""
