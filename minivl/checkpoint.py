@@ -13,6 +13,7 @@ import json
 import math
 import mmap
 import os
+import pickletools
 import re
 import warnings
 import zipfile
@@ -35,6 +36,7 @@ WEIGHT_FILES = ["model.safetensors.index.json", "model.safetensors",
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 MAX_HEADER = 100_000_000    # bytes, as in the safetensors library
+PICKLED = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
 
 
 def load(path_or_id, *, revision: str | None = None, device=None, dtype=None) -> MiniVL:
@@ -309,38 +311,73 @@ def _verify_sha256(path: Path, entries: dict, metadata: dict, start: int):
 
 def _open_pickle(path: Path) -> dict[str, StoredTensor]:
     """pytorch_model.bin: a zip of one pickle and a record per tensor. Only tensors are unpickled, nothing is called."""
-    again = "download it again"
+    damaged = f"{path.name} is not a whole PyTorch file (a zip of tensors); download it again"
+    records = _check_zip(path, damaged)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:      # pickle, zip and runtime errors, with pages of advice to switch the check off
-        if "weights_only" in str(error) or "Unpickler" in str(error) or "Unsupported" in type(error).__name__:
-            raise InputError(f"{path.name} holds more than tensors (its pickle asks for other code); refused, nothing of "
-                             "it was run. Do not use this checkpoint") from None
-        raise InputError(f"{path.name} is not a whole PyTorch file (a zip of tensors); {again}") from None
+    except Exception:       # pickle, zip and runtime errors, with pages of advice to switch the check off
+        raise InputError(damaged) from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor)
                                               for k, v in state.items()):
-        raise InputError(f"{path.name} does not hold a dict of names and tensors; {again}")
-    _verify_crc(path, list(state))
+        raise InputError(f"{path.name} does not hold a dict of names and tensors; download it again")
     for name, tensor in state.items():
-        if tensor.is_sparse or tensor.is_quantized or not tensor.is_contiguous():
-            raise InputError(f"{path.name}: {name} is not a plain contiguous tensor; {again}")
+        if tensor.layout != torch.strided or tensor.is_quantized or not tensor.is_contiguous():
+            raise InputError(f"{path.name}: {name} is not a plain contiguous tensor; download it again")
+    # torch takes a storage's size from the pickle and maps that many bytes, beyond the end of its record if need be.
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.values()}
+    if sum(storages.values()) != records:
+        raise InputError(f"{path.name}: its tensors claim {sum(storages.values())} bytes, its records hold {records}; the "
+                         "file was altered or damaged, download it again")
+    _verify_crc(path, list(state))
     return {name: StoredTensor(path, tuple(t.shape), t.dtype, lambda t=t: t.detach()) for name, t in state.items()}
+
+
+def _check_zip(path: Path, damaged: str) -> int:
+    """Bytes of all tensor records; refuses what torch.save never writes, before torch reads the file.
+
+    That is: compressed or repeated records (a small file could fill the memory), and a pickle that names anything but
+    dicts, storages and tensors, or builds towers of tuples out of one another (hashing such a key never ends).
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            if len({r.filename for r in records}) != len(records) or any(
+                    r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records):
+                raise InputError(f"{path.name} has compressed or repeated records, torch writes none such; do not use this "
+                                 "checkpoint")
+            pickles = [r for r in records if r.filename.endswith("/data.pkl")]
+            if len(pickles) != 1 or pickles[0].file_size > MAX_HEADER:
+                raise InputError(damaged)
+            tuples, previous = set(), ""
+            for op, argument, _ in pickletools.genops(archive.read(pickles[0])):
+                called = argument if op.name in ("GLOBAL", "INST") else op.name
+                if op.name in ("GLOBAL", "INST", "STACK_GLOBAL", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4") \
+                        and not (op.name == "GLOBAL" and PICKLED.fullmatch(argument)):
+                    raise InputError(f"{path.name} holds more than tensors (its pickle asks for {called!r}); refused, "
+                                     "nothing of it was run. Do not use this checkpoint")
+                if previous.endswith(("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")) and "PUT" in op.name:
+                    tuples.add(argument)
+                if op.name == "DUP" or "GET" in op.name and argument in tuples:
+                    raise InputError(damaged)
+                previous = op.name
+            return sum(r.file_size for r in records if re.search(r"/data/\d+$", r.filename))
+    except InputError:
+        raise
+    except Exception:       # zipfile and pickletools raise many things for damaged files
+        raise InputError(damaged) from None
 
 
 def _verify_crc(path: Path, names: list[str]):
     """The zip keeps a CRC-32 of each record, which torch's memory-mapped reader does not look at."""
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
-            if record.compress_type != zipfile.ZIP_STORED:
-                raise InputError(f"{path.name}: record {record.filename} is compressed, torch writes none such; "
-                                 "do not use this checkpoint")
             crc = 0
             try:
                 with archive.open(record) as f:
                     f._expected_crc = None      # the zipfile module would raise without saying which tensor
                     while chunk := f.read(1 << 24):
                         crc = zlib.crc32(chunk, crc)
-            except (zipfile.BadZipFile, OSError, EOFError):
+            except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError):
                 crc = None
             if crc != record.CRC:
                 number = re.fullmatch(r".*/data/(\d+)", record.filename)    # records are numbered in the dict's order
