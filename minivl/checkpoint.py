@@ -35,7 +35,7 @@ WEIGHT_FILES = ["model.safetensors.index.json", "model.safetensors",
                 "pytorch_model.bin.index.json", "pytorch_model.bin"]      # in this order; the first that exists is read
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-MAX_HEADER = 100_000_000    # bytes, as in the safetensors library
+MAX_HEADER = 16_000_000     # bytes; the released ones stay below 1 MB, and Python's JSON needs 25 times as much memory
 PICKLED = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
 
 
@@ -64,8 +64,8 @@ def load(path_or_id, *, revision: str | None = None, device=None, dtype=None) ->
             _refuse_non_finite(name, tensor, "the file is damaged; download it again")
             keep = name.endswith(".scales")     # rounding a scale would change 128 weights at once
             moved = tensor.to(device, tensor.dtype if keep else dtype)
-            if moved.dtype != tensor.dtype and moved.dtype == torch.float16:
-                _refuse_non_finite(name, moved, "its values exceed float16; load with dtype='bfloat16' or 'float32'")
+            if torch.finfo(moved.dtype).max < torch.finfo(tensor.dtype).max:
+                _refuse_non_finite(name, moved, f"its values exceed {moved.dtype}; load with dtype='bfloat16' or 'float32'")
         else:
             moved = tensor.to(device)
         state[name] = moved
@@ -170,9 +170,9 @@ def _at(hub_id: str, revision: str | None) -> str:
 def _device(device) -> torch.device:
     try:
         device = torch.device("cpu" if device is None else device)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()         # fails on `meta` too
         return device
-    except (RuntimeError, AssertionError, TypeError):       # unknown name, or not on this machine
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError):       # unknown name, or not on this machine
         raise InputError(f"device {str(device)!r} cannot be used here; give cpu, or cuda, cuda:1, mps where torch has "
                          "them") from None
 
@@ -222,7 +222,7 @@ def open_weights(folder) -> dict[str, StoredTensor]:
     for file in files:
         if Path(file).name != file or file.startswith("."):
             raise InputError(f"{first} points outside its folder: {file!r}; do not use this checkpoint")
-        if not (folder / file).is_file():
+        if len(file) > 200 or not (folder / file).is_file():
             raise InputError(f"{folder} lacks the shard {file} that {first} names; download it again")
     for file in files:
         for name, tensor in open_file(folder / file).items():
@@ -255,10 +255,11 @@ def safetensors_header(path, size: int | None = None, data: bytes | None = None)
         raise InputError(f"{bad}its first 8 bytes announce a header of {length} bytes, the file has {size}; "
                          "download it again")
     try:
-        header = json.loads(data[8:8 + length])
+        header = json.loads(data[8:8 + length], object_pairs_hook=_without_repetition)
         metadata = header.pop("__metadata__", {})
         entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
         whole = all(isinstance(n, int) and n >= 0 for _, shape, *ends in entries.values() for n in (*shape, *ends))
+        whole &= all(isinstance(dtype, str) for dtype, *_ in entries.values())
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         raise InputError(f"{bad}its header is corrupt; download it again") from None
     if not whole or not isinstance(metadata, dict):
@@ -282,6 +283,13 @@ def safetensors_header(path, size: int | None = None, data: bytes | None = None)
     return entries, metadata, 8 + length
 
 
+def _without_repetition(pairs: list) -> dict:
+    """A JSON object that names something twice could mean another tensor to the next reader."""
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise ValueError
+    return dict(pairs)
+
+
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     entries, metadata, start = safetensors_header(path)
     _verify_sha256(path, entries, metadata, start)
@@ -299,7 +307,7 @@ def _verify_sha256(path: Path, entries: dict, metadata: dict, start: int):
         return
     try:
         digests = dict(json.loads(metadata["sha256"]))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise InputError(f"{path.name}: its list of sha256 digests is corrupt; make or download it again") from None
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
         for name, (_, _, begin, end) in entries.items():
@@ -397,7 +405,7 @@ def _check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
         want, found = wanted[name], tensors[name]
         if tuple(want.shape) != found.shape:
             problems.append(f"shape: {name} is {list(found.shape)} in the file, {list(want.shape)} in the model")
-        elif want.is_floating_point() != found.dtype.is_floating_point or (
+        elif want.is_floating_point() != found.dtype.is_floating_point or found.dtype not in DTYPES.values() or (
                 not want.is_floating_point() and want.dtype != found.dtype):
             problems.append(f"dtype: {name} is {found.dtype} in the file, the model takes "
                             f"{'a float' if want.is_floating_point() else want.dtype}")
@@ -426,7 +434,7 @@ def _token_ids(folder: Path, config: Config):
         added = read_json(folder / "added_tokens.json")
     elif (folder / "tokenizer.json").is_file():
         listed = read_json(folder / "tokenizer.json").get("added_tokens")
-        added = {t.get("content"): t.get("id") for t in listed if isinstance(t, dict)} if isinstance(listed, list) else {}
+        added = {str(t.get("content")): t.get("id") for t in listed if isinstance(t, dict)} if isinstance(listed, list) else {}
     added = {token: i for token, i in added.items() if isinstance(i, int)}
     largest = max(added.values(), default=0)
     if largest >= vocabulary:

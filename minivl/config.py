@@ -7,11 +7,12 @@ Source: InternVL configuration_internvl_chat.py, configuration_intern_vit.py @24
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from minivl.limits import InputError
+
+MAX_TEXT = 64 * 2 ** 20     # bytes of a JSON or text file; the largest released one, tokenizer.json, has 11 MB
 
 
 @dataclass(frozen=True)
@@ -168,17 +169,31 @@ class Config:
         return cls.from_json(read_json(Path(folder) / "config.json"))
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file of the checkpoint, or an InputError that names the file."""
+def read_text(path: Path) -> str:
+    """A text file of the checkpoint, or an InputError that names the file."""
     if not path.is_file():
         raise InputError(f"{path.parent} has no {path.name}; is the download complete?")
+    if path.stat().st_size > MAX_TEXT:
+        raise InputError(f"{path.name} in {path.parent} has {path.stat().st_size} bytes, at most {MAX_TEXT} are read; it is "
+                         "not the released file, download it again")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path.name} in {path.parent} is not UTF-8 text; download it again") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object of the checkpoint, or an InputError that names the file."""
+    text = read_text(path)
+    try:
+        data = json.loads(text)
         if not isinstance(data, dict):
             raise InputError(f"{path.name} in {path.parent} holds a {type(data).__name__}, not an object; is it the right "
                              "file?")
         return data
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (InputError, KeyboardInterrupt):
+        raise
+    except (ValueError, RecursionError) as error:       # ValueError: also a number of more than 4300 digits
         where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise InputError(f"{path.name} in {path.parent} is not valid JSON{where}; download it again") from None
 
@@ -209,12 +224,14 @@ def _read(cls, data: dict, where: str, **ready):
                 "tuple": isinstance(value, list)}[kind]
         if not good:
             problems.append(f"{field.name} is {value!r}, it must be of type {kind}")
-        elif kind in ("int", "float") and field.name not in ("select_layer", "group_size") and not (
-                value > 0 and math.isfinite(value)):
-            problems.append(f"{field.name} is {value!r}, it must be positive and finite")
-        elif kind == "int" and abs(value) > (1000 if "layers" in field.name else 2 ** 24):
-            problems.append(f"{field.name} is {value!r}, no model is that large")
+        elif kind == "int" and abs(value) > (1000 if "layers" in field.name else 2 ** 24) or kind == "float" and not (
+                abs(value) < 2 ** 100):
+            problems.append(f"{field.name} is {str(value)[:30]}, no model has such a number")
+        elif kind in ("int", "float") and field.name not in ("select_layer", "group_size") and value <= 0:
+            problems.append(f"{field.name} is {value!r}, it must be positive")
         values[field.name] = tuple(value) if kind == "tuple" and good else value
+        if kind == "float" and good and not problems:
+            values[field.name] = float(value)
     if problems:
         raise InputError(f"{where}: " + "; ".join(problems) + ". Compare with the released config.json")
     return cls(**values)

@@ -8,7 +8,6 @@ sampling_layers); top-p arXiv:1904.09751, repetition penalty arXiv:1909.05858.
 """
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass, fields
 
@@ -51,7 +50,7 @@ class GenerationConfig:
             require(optional or isinstance(value, int) and not isinstance(value, bool), name, "a whole number")
         for name in ("top_p", "min_p", "temperature", "repetition_penalty"):
             value = getattr(self, name)
-            require(isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value), name, "a number")
+            require(isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30, name, "a number")
         for name in ("do_sample", "ignore_eos", "skip_special_tokens"):
             require(isinstance(getattr(self, name), bool), name, "True or False")
         require(self.n == 1, "n", "1; ask several times with other seeds instead")
@@ -66,8 +65,9 @@ class GenerationConfig:
         require(self.response_format is None, "response_format", "None, structured output is not supported")
         for name in ("stop_words", "bad_words"):
             words = getattr(self, name) or []
-            require(isinstance(words, (list, tuple)) and all(isinstance(w, str) and w for w in words), name,
-                    "a list of non-empty strings")
+            require(isinstance(words, (list, tuple)) and len(words) <= 100
+                    and all(isinstance(w, str) and 0 < len(w) <= 200 for w in words), name,
+                    "a list of at most 100 non-empty strings of at most 200 characters")
         for name in ("stop_token_ids", "bad_token_ids"):
             ids = getattr(self, name) or []
             require(isinstance(ids, (list, tuple)) and all(isinstance(i, int) and i >= 0 for i in ids), name,
@@ -83,7 +83,8 @@ class GenerationConfig:
 
 def probabilities(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """float[V] -> float32[V] that sum to 1: temperature, then top-k, then top-p, then min-p, what is left rescaled."""
-    logits = (logits.float() - logits.max()) / temperature      # the largest is 0: a tiny temperature cannot overflow
+    # The largest is 0 and float64 divides: no temperature above 0 can make it overflow.
+    logits = ((logits.double() - logits.max()) / temperature).float()
     if 0 < top_k < len(logits):     # by index, not by value: exactly k tokens, also where half precision makes ties
         best = logits.topk(top_k).indices
         logits = torch.full_like(logits, float("-inf")).index_copy(0, best, logits[best])
@@ -189,12 +190,19 @@ def generate(model, input_ids, pixel_values=None, *, max_new_tokens: int, ignore
     tensor = isinstance(input_ids, torch.Tensor)
     if not tensor and not (isinstance(input_ids, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in input_ids)):
         raise InputError(f"input_ids are a {type(input_ids).__name__}; give int[T], int[B, T] or a list of id lists")
+    if tensor and (input_ids.ndim not in (1, 2) or input_ids.dtype not in (torch.int64, torch.int32)):
+        raise InputError(f"input_ids have shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; give int64 or int32 [T] "
+                         "or [B, T]")
+    if not tensor and not all(type(i) is int and abs(i) < 2 ** 31 for row in input_ids for i in row):
+        raise InputError("input_ids hold something that is no token id; give lists of whole numbers")
     rows = (input_ids if tensor and input_ids.ndim == 2 else input_ids[None]).tolist() if tensor else list(input_ids)
     if not rows or not all(len(row) for row in rows):
         raise InputError("input_ids are empty; there must be at least one prompt, and one token in each")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    config = config or GenerationConfig()
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, 1 or more")
+    config = GenerationConfig() if config is None else config
+    if not isinstance(config, GenerationConfig):
+        raise InputError(f"config is a {type(config).__name__}; it must be a GenerationConfig")
     unused = [name for name in ("stop_words", "bad_words", "logprobs") if getattr(config, name)]
     if unused:
         raise InputError(f"generate() has no text and cannot use {', '.join(unused)}; use a pipeline")

@@ -48,6 +48,8 @@ class MiniVL(nn.Module):
     def visual_tokens(self, pixel_values):
         """Normalised float[N, 3, R, R] -> float[N, L, D]."""
         R, channels = self.config.force_image_size, self.config.vision_config.num_channels
+        if not isinstance(pixel_values, torch.Tensor):
+            raise InputError(f"pixel_values are a {type(pixel_values).__name__}; make them with minivl.tiling.to_pixel_values")
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (channels, R, R):
             raise InputError(f"pixel_values have shape {tuple(pixel_values.shape)}, the model takes "
                              f"[tiles, {channels}, {R}, {R}]; cut the tiles with minivl.tiling.tile(tile_size={R})")
@@ -58,9 +60,11 @@ class MiniVL(nn.Module):
     def embed(self, input_ids, visual_tokens=None):
         """int[B, T] and float[N, L, D] -> float[B, T, D]: visual tokens, in order, over the placeholders."""
         vocabulary = self.config.llm_config.vocab_size
-        if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.is_floating_point():
+        if not isinstance(input_ids, torch.Tensor):
+            raise InputError(f"input_ids are a {type(input_ids).__name__}; give a tensor of integers [prompts, tokens]")
+        if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.dtype not in (torch.int64, torch.int32):
             raise InputError(f"input_ids have shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; the model "
-                             "takes integers [prompts, tokens], at least one of each")
+                             "takes int64 or int32 [prompts, tokens], at least one of each")
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= vocabulary:
             raise InputError(f"input_ids span {low}..{high}, the vocabulary has ids 0..{vocabulary - 1}; "

@@ -54,6 +54,10 @@ class EngineConfig:
             value = getattr(self, name)
             if not (value is None and name == "session_len") and not (_whole(value) and value >= 1):
                 raise InputError(f"EngineConfig.{name} is {value!r}; it must be a whole number, 1 or more")
+        for name, kind in (("limits", Limits), ("plain_text", bool), ("allow_paths", bool), ("allow_hosts", (tuple, list))):
+            if not isinstance(getattr(self, name), kind):
+                raise InputError(f"EngineConfig.{name} is {getattr(self, name)!r}; it must be a "
+                                 f"{kind.__name__ if isinstance(kind, type) else 'tuple of host names'}")
 
 
 @dataclass
@@ -432,7 +436,8 @@ class _Answer:
         if len(self.token_ids) >= self.turn.max_new_tokens:
             self.held = ""
             return self._end("length", text + self.stream.finish(), decoder_rest=False)
-        keep = max((n for word in self.words for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
+        keep = max((n for word in self.words for n in range(1, min(len(word), len(text) + 1))
+                    if text.endswith(word[:n])), default=0)
         text, self.held = text[:len(text) - keep], text[len(text) - keep:]
         self.text += text
         return text

@@ -14,7 +14,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from minivl.config import read_json
+from minivl.config import read_json, read_text
 from minivl.limits import InputError
 
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -51,9 +51,9 @@ class Tokenizer:
         read_json(path)     # says what is wrong in our words; the library's error is a Rust one
         try:
             return cls(tokenizers.Tokenizer.from_file(str(path)))
-        except InputError:
+        except (InputError, KeyboardInterrupt):
             raise
-        except Exception:   # the library raises plain Exception
+        except BaseException:   # the library raises plain Exception, and Rust's panics are no Exception at all
             raise InputError(f"{path} is JSON but not a tokenizer; download it again") from None
 
     @cached_property
@@ -84,10 +84,10 @@ class Tokenizer:
 
     def decode(self, ids, *, skip_special_tokens: bool = True) -> str:
         """Broken UTF-8 becomes U+FFFD, as everywhere."""
-        ids = [int(i) for i in ids]
-        unknown = [i for i in ids if i < 0 or self.backend.id_to_token(i) is None]
+        ids = list(ids.tolist() if hasattr(ids, "tolist") else ids)
+        unknown = [i for i in ids if not isinstance(i, int) or not 0 <= i < 2 ** 31 or self.backend.id_to_token(i) is None]
         if unknown:
-            raise InputError(f"id {unknown[0]} is not in the vocabulary (0..{self.vocab_size - 1})")
+            raise InputError(f"id {str(unknown[0])[:30]} is not in the vocabulary (0..{self.vocab_size - 1})")
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, id: int) -> bytes:
@@ -132,14 +132,16 @@ class TextStream:
 def _qwen2(folder: Path) -> tokenizers.Tokenizer:
     vocabulary, added = read_json(folder / "vocab.json"), read_json(folder / "added_tokens.json")
     for name, table in (("vocab.json", vocabulary), ("added_tokens.json", added)):
-        if not isinstance(table, dict) or not all(isinstance(i, int) and i >= 0 for i in table.values()):
+        if not all(isinstance(i, int) and i >= 0 for i in table.values()):
             raise InputError(f"{name} in {folder} must map tokens to ids; download it again")
+        if any("\ud800" <= c <= "\udfff" for token in table for c in token):
+            raise InputError(f"{name} in {folder} holds half a surrogate pair, which is no text; download it again")
     ids = [*vocabulary.values(), *added.values()]
     if sorted(ids) != list(range(len(ids))):
         raise InputError(f"vocab.json ({len(vocabulary)} entries) and added_tokens.json ({len(added)}) in {folder} do "
                          f"not number their tokens 0..{len(ids) - 1} once each; the files do not belong together")
+    lines = read_text(folder / "merges.txt").split("\n")
     try:
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version"):] if line]
         model = models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, byte_fallback=False)
     except Exception:       # not UTF-8, a line without two halves, a merge of unknown tokens

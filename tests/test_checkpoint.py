@@ -229,7 +229,7 @@ def test_values_beyond_float16(copy):
     tensors["mlp1.1.weight"][0, 0] = 1e6
     write(copy, tensors)
     minivl.load(copy)
-    with pytest.raises(InputError, match="mlp1.1.weight .* its values exceed float16; load with dtype='bfloat16'"):
+    with pytest.raises(InputError, match="mlp1.1.weight .* its values exceed torch.float16; load with dtype='bfloat16'"):
         minivl.load(copy, dtype="float16")
 
 
@@ -466,7 +466,7 @@ def test_offline_asks_nobody(monkeypatch):
     ("ps_version", "v1", "ps_version is 'v1'"), ("select_layer", -2, "select_layer is -2"), ("pad2square", True, "pad2square is True"),
     ("downsample_ratio", 0.25, "downsample_ratio is 0.25"), ("use_llm_lora", 8, "use_llm_lora is 8"),
     ("force_image_size", 57, "patch_size 14 does not divide force_image_size 57"), ("force_image_size", 42, "odd number of patches"),
-    ("max_dynamic_patch", 0, "max_dynamic_patch is 0, it must be positive"), ("min_dynamic_patch", 13, "must satisfy 1 <= min <= max"),
+    ("max_dynamic_patch", 0, "max_dynamic_patch is 0, it must be positive"), ("downsample_ratio", 10 ** 400, "no model has such"), ("min_dynamic_patch", 13, "must satisfy 1 <= min <= max"),
     ("use_thumbnail", "yes", "use_thumbnail is 'yes', it must be of type bool"), ("ps_version", None, "ps_version is None"),
     ("vision_config", None, "has no vision_config"), ("vision_config.norm_type", "group_norm", "norm_type is 'group_norm'"),
     ("vision_config.hidden_act", "gelu_new", "hidden_act is 'gelu_new'"), ("vision_config.num_attention_heads", 5, "does not divide"),
@@ -476,8 +476,8 @@ def test_offline_asks_nobody(monkeypatch):
     ("llm_config.architectures", ["InternLM2ForCausalLM"], "2B, 8B and 26B models.*cannot run yet"),
     ("llm_config.architectures", {"a": 1}, "minivl knows 'Qwen2ForCausalLM'"), ("llm_config.architectures", 5, "minivl knows"),
     ("llm_config.quantization_config.modules_to_not_convert", 5, "keeps .*in float"),
-    ("llm_config.hidden_size", 10 ** 9, "no model is that large"), ("llm_config.num_hidden_layers", 10 ** 6, "no model is that large"),
-    ("llm_config.rms_norm_eps", float("nan"), "positive and finite"), ("llm_config.rope_theta", float("inf"), "positive and finite"),
+    ("llm_config.hidden_size", 10 ** 9, "no model has such"), ("llm_config.num_hidden_layers", 10 ** 6, "no model has such"),
+    ("llm_config.rms_norm_eps", float("nan"), "no model has such"), ("llm_config.rope_theta", float("inf"), "no model has such"),
     ("llm_config.vocab_size", "600", "vocab_size is '600', it must be of type int"), ("llm_config.rope_theta", 0, "must be positive"),
     ("llm_config.quantization_config.bits", 8, "bits is 8"), ("llm_config.quantization_config.version", "gemv", "version is 'gemv'"),
     ("llm_config.quantization_config.quant_method", "gptq", "quant_method is 'gptq'; minivl knows 'awq'"),
@@ -529,7 +529,35 @@ def test_small_files_must_be_objects(tiny, tmp_path, name):
         minivl.pipeline(folder)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", 7.5])
+def test_small_files_have_a_size(tiny, tmp_path):
+    folder = tmp_path / "large"
+    shutil.copytree(tiny, folder)
+    for name in ("merges.txt", "added_tokens.json", "config.json"):
+        with open(folder / name, "r+b") as f:
+            f.truncate(10 ** 10)    # sparse
+        with pytest.raises(InputError, match=f"{name} .* has 10000000000 bytes, at most"):
+            minivl.pipeline(folder)
+        copied = (tiny / name).read_bytes()
+        (folder / name).write_bytes(copied)
+
+
+def test_a_number_of_many_digits(copy):
+    (copy / "generation_config.json").write_text('{"eos_token_id": ' + "9" * 5000 + "}")
+    refused(copy, "generation_config.json .* is not valid JSON")
+
+
+def test_a_header_that_names_a_tensor_twice(copy):
+    path = copy / "model.safetensors"
+    data = path.read_bytes()
+    text = data[8:8 + int.from_bytes(data[:8], "little")].rstrip()
+    name = last_tensor(path)[0]
+    entry = json.dumps({name: json.loads(text)[name]})[1:-1].encode()
+    text = text[:-1] + b"," + entry + b"}"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + int.from_bytes(data[:8], "little"):])
+    refused(copy, "its header is corrupt")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", 7.5, "meta"])
 def test_devices_that_are_not_there(device):
     with pytest.raises(InputError, match="device .* cannot be used here; give cpu, or cuda"):
         minivl.load(GOLDEN / "qwen2-awq", device=device)

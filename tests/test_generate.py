@@ -20,7 +20,8 @@ def test_top_k_keeps_k_tokens_also_where_scores_tie():
 
 def test_a_tiny_temperature_is_greedy():
     logits = torch.tensor([1.0, 3.0, 2.0])
-    assert probabilities(logits, temperature=1e-40).tolist() == [0.0, 1.0, 0.0]
+    for temperature in (1e-40, 1e-300):
+        assert probabilities(logits, temperature=temperature).tolist() == [0.0, 1.0, 0.0]
 
 
 def slow_probabilities(logits, temperature, top_k, top_p, min_p):
@@ -104,8 +105,8 @@ def test_sampling_values_without_do_sample_warn():
     ({"max_new_tokens": 0}, "1 or more"), ({"random_seed": 2 ** 70}, r"in 0..2\^63-1"), ({"random_seed": -1}, "in 0"),
     ({"max_new_tokens": 1.5}, "a whole number"), ({"repetition_penalty": 0}, "positive"), ({"temperature": "hot"}, "a number"),
     ({"top_p": float("nan")}, "a number"), ({"do_sample": "False"}, "True or False"), ({"stop_token_ids": ["x"]}, "token ids"),
-    ({"bad_token_ids": [-1]}, "token ids"), ({"bad_token_ids": 5}, "token ids"), ({"ignore_eos": 1}, "True or False"), ({"stop_words": "x"}, "a list of non-empty strings"),
-    ({"stop_words": [""]}, "a list of non-empty strings"), ({"response_format": {}}, "not supported"),
+    ({"bad_token_ids": [-1]}, "token ids"), ({"bad_token_ids": 5}, "token ids"), ({"ignore_eos": 1}, "True or False"), ({"stop_words": "x"}, "non-empty strings"),
+    ({"stop_words": [""]}, "non-empty strings"), ({"stop_words": ["x" * 10 ** 6]}, "at most 200 characters"), ({"response_format": {}}, "not supported"),
     ({"logprobs": 0}, "1 or more")])
 def test_bad_generation_configs(values, message):
     with pytest.raises(InputError, match=message):
@@ -175,6 +176,15 @@ def test_generate_refuses():
         minivl.generate(model, [[]], max_new_tokens=1)
     with pytest.raises(InputError, match="90 prompt tokens . 10 new ones exceed the model's 99 positions"):
         minivl.generate(model, torch.ones(90, dtype=torch.long), max_new_tokens=10)
+    for bad in (torch.tensor(3), torch.tensor([True]), torch.tensor([1.0])):
+        with pytest.raises(InputError, match="input_ids have shape .* and dtype"):
+            minivl.generate(model, bad, max_new_tokens=1)
+    with pytest.raises(InputError, match="something that is no token id"):
+        minivl.generate(model, [[True]], max_new_tokens=1)
+    with pytest.raises(InputError, match="pixel_values are a list"):
+        minivl.generate(model, [[1]], [1], max_new_tokens=1)
+    with pytest.raises(InputError, match="max_new_tokens is '2'"):
+        minivl.generate(model, [[1]], max_new_tokens="2")
     with pytest.raises(InputError, match="max_new_tokens is 0"):
         minivl.generate(model, torch.tensor([1]), max_new_tokens=0)
 

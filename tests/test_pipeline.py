@@ -425,9 +425,10 @@ def test_limits(pipe):
             pipe("a", GenerationConfig(**{field: [99999]}))
 
 
-@pytest.mark.parametrize("values", [{"session_len": "8"}, {"session_len": 0}, {"max_batch_size": 0}, {"max_batch_size": True}])
+@pytest.mark.parametrize("values", [{"session_len": "8"}, {"session_len": 0}, {"max_batch_size": 0}, {"max_batch_size": True},
+                                    {"limits": None}, {"plain_text": "no"}, {"allow_hosts": "localhost"}])
 def test_bad_engine_configs(values):
-    with pytest.raises(InputError, match="it must be a whole number, 1 or more"):
+    with pytest.raises(InputError, match=f"EngineConfig.{list(values)[0]} is .*; it must be a"):
         EngineConfig(**values)
 
 
