@@ -51,12 +51,14 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path, metadata: dict[str,
 
 
 def save_checkpoint(tensors: dict[str, torch.Tensor], folder, *, make=None, format: str = "safetensors",
-                    shard_bytes: int = 2 * 10**9, overwrite: bool = False) -> list[Path]:
+                    shard_bytes: int = 2 * 10**9, overwrite: bool = False,
+                    metadata: dict[str, str] | None = None) -> list[Path]:
     """Weights of a model, e.g. `model.state_dict()`, as the weight files of `folder`: the paths written.
 
     `make(name) -> Tensor`: for more tensors than memory holds. `tensors` then only says names, shapes and dtypes (on
     the `meta` device, say) and about one shard is in memory at a time. `shard_bytes`: most bytes of tensors in a file.
     Weights already in the folder are refused, or with `overwrite` replaced once the new ones are complete.
+    `metadata`: into the header of each safetensors file.
     """
     if format not in STEM:
         raise InputError(f"format {format!r} is not one of {', '.join(STEM)}")
@@ -84,7 +86,10 @@ def save_checkpoint(tensors: dict[str, torch.Tensor], folder, *, make=None, form
                     raise ValueError(f"make({name!r}) gave {part[name].dtype} {list(part[name].shape)}, announced was "
                                      f"{tensors[name].dtype} {list(tensors[name].shape)}")
                 bar.update(part[name].nbytes)
-            (save_safetensors if format == "safetensors" else _save_bin)(part, Path(new) / file)
+            if format == "safetensors":
+                save_safetensors(part, Path(new) / file, metadata)
+            else:
+                _save_bin(part, Path(new) / file)
         if len(shards) > 1:
             names.append(f"{stem}.{format}.index.json")     # last: without it the shards are no checkpoint
             (Path(new) / names[-1]).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

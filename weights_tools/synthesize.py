@@ -85,7 +85,7 @@ def synthesize(out, size: str = "tiny", *, awq: bool = False, format: str = "saf
         raise InputError("the tiny size has a tokenizer of its own with 600 tokens; leave --tokenizer out")
     out = Path(out)
     check_free_of_weights(out, overwrite)
-    small = {"config.json": _json(config), **_generation_and_preprocessor(size, config),
+    small = {"config.json": _json(config), **generation_and_preprocessor(size, config),
              **(tiny_tokenizer() if size == "tiny" else _copied_tokenizer(size, tokenizer, config))}
     wanted = meta_tensors(config)
     layers = {"vision_model": config["vision_config"]["num_hidden_layers"],
@@ -146,7 +146,8 @@ def config_json(size: str, *, awq: bool = False, dtype: str | None = None, group
     }
 
 
-def _generation_and_preprocessor(size: str, config: dict) -> dict[str, str]:
+def generation_and_preprocessor(size: str, config: dict) -> dict[str, str]:
+    """generation_config.json and preprocessor_config.json."""
     first = config["llm_config"]["vocab_size"] - len(ADDED_TOKENS)
     ends = [first + 1, first + 2] + [first] * (size != "38B")      # the released 38B file does not list <|endoftext|>
     side = config["force_image_size"]
@@ -180,19 +181,26 @@ ball in front of it.
 
 def tiny_tokenizer() -> dict[str, str]:
     """vocab.json, merges.txt, added_tokens.json of a byte-level BPE trained here: 256 bytes, 313 merges, 31 added."""
+    return train_tokenizer([TRAINING_TEXT, "system\nuser\nassistant\nImage-1: Frame1: ", SYSTEM],
+                           SIZES["tiny"][1]["vocab_size"])
+
+
+def train_tokenizer(texts, vocab_size: int) -> dict[str, str]:
+    """The files of a byte-level BPE of the Qwen2 recipe, trained on `texts`; `vocab_size` counts the 31 added tokens."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    size = SIZES["tiny"][1]["vocab_size"] - len(ADDED_TOKENS)
+    size = vocab_size - len(ADDED_TOKENS)
     # All 256 bytes first: whatever the text, there is a token for it.
     backend.train_from_iterator(
-        [TRAINING_TEXT, "system\nuser\nassistant\nImage-1: Frame1: ", SYSTEM],
-        trainers.BpeTrainer(vocab_size=size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-                            show_progress=False))
+        texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+                                   show_progress=False))
     model = json.loads(backend.to_str())["model"]
     vocabulary = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
+    if len(vocabulary) != size:
+        raise InputError(f"the texts give {len(vocabulary)} tokens, {size} are wanted; give more text")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return {"vocab.json": json.dumps(vocabulary, ensure_ascii=False) + "\n",
             "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",

@@ -1,0 +1,120 @@
+"""The quantiser against LMDeploy's own output, bit by bit, and against its definition."""
+import pytest
+import torch
+from conftest import shared
+
+from minivl import InputError, awq, load, pipeline
+from minivl.checkpoint import open_weights
+from weights_tools import quantize as q
+
+
+def golden_layers():
+    """(tensors, act_absmax, quantised) of each decoder layer, by their names inside the layer."""
+    folder = shared("golden/awq-quantize")
+
+    def read(file):
+        from safetensors.torch import load_file
+        return load_file(folder / file)
+
+    parts = [read(f) for f in ("model.safetensors", "act_absmax.safetensors", "quantized.safetensors")]
+    for i in range(2):
+        prefix = f"language_model.model.layers.{i}."
+        yield [{n.removeprefix(prefix): t for n, t in part.items() if n.startswith(prefix)} for part in parts]
+
+
+def test_smoothing_and_rounding_are_those_of_lmdeploy():
+    compared = 0
+    for tensors, act_absmax, expected in golden_layers():
+        q.smooth_layer(tensors, act_absmax)
+        for name in q.LINEARS:
+            for part, value in zip(("qweight", "qzeros", "scales"), q.quantize_linear(tensors.pop(f"{name}.weight"))):
+                tensors[f"{name}.{part}"] = value
+        for name, value in expected.items():
+            assert torch.equal(tensors[name], value), name
+            compared += 1
+    assert compared == 2 * (7 * 3 + 3 + 2)
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_rounding_against_its_definition(group_size):
+    I, O = 256, 24
+    weight = torch.randn(O, I) * torch.rand(O, 1) + 0.1 * torch.randn(O, 1)
+    weight[3, :group_size] = 0.25           # a group without spread, all positive
+    weight[4, :group_size] = torch.rand(group_size) + 1     # zero lies outside
+    qweight, qzeros, scales = q.quantize_linear(weight, group_size)
+    numbers, zeros = awq.unpack(qweight), awq.unpack(qzeros)
+    for o in range(O):
+        for g in range(I // group_size):
+            group = weight[o, g * group_size:(g + 1) * group_size]
+            s = max(float(group.max() - group.min()), 1e-5) / 15
+            z = min(max(-round(float(group.min()) / s), 0), 15)
+            assert scales[g, o] == pytest.approx(s, rel=1e-5)
+            assert int(zeros[g, o]) == z
+            for k in (0, 1, group_size - 1):
+                expected = min(max(round(float(group[k]) / s) + z, 0), 15)
+                assert abs(int(numbers[g * group_size + k, o]) - expected) <= (abs(float(group[k]) / s % 1 - 0.5) < 1e-3)
+    error = (awq.dequantize(qweight, qzeros, scales).T - weight).abs().view(O, -1, group_size)
+    usual = [o for o in range(O) if o not in (3, 4)]
+    steps = (error / scales.T[..., None])[usual]
+    assert steps.max() < 1.01           # half a step, and half more at one end: the zero point is rounded too
+    assert steps.mean() < 0.3
+
+
+def test_smoothing_leaves_the_function_as_it_is(tiny_float):
+    model = load(tiny_float)
+    ids = torch.randint(0, 500, (2, 9))
+    before = model(ids)
+    with q.watch_inputs(model) as seen:
+        model(ids)
+    assert len(seen) == 7 * len(model.language_model.model.layers)
+    changed = 0
+    for i, layer in enumerate(model.language_model.model.layers):
+        tensors = {name: t for name, t in layer.state_dict().items()}
+        old = tensors["mlp.down_proj.weight"].clone()
+        q.smooth_layer(tensors, {name: seen[f"model.layers.{i}.{name}"] for name in q.LINEARS})
+        changed += not torch.allclose(old, layer.mlp.down_proj.weight)
+    assert changed == len(model.language_model.model.layers)
+    torch.testing.assert_close(model(ids), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_weight_of_zero_keeps_its_channel():
+    norm = torch.tensor([1.0, 0.0, 2.0, 1.0])
+    factor = q.smoothing(torch.tensor([1.0, 5.0, 3.0, 0.5]), [torch.randn(8, 4)], 4, 0.5, norm)
+    assert factor[1] == 1 and (factor[[0, 2, 3]] > 0).all()
+    assert float(factor[[0, 2, 3]].max() * factor[[0, 2, 3]].min()) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tiny_float(tmp_path_factory):
+    from weights_tools.synthesize import synthesize
+    return synthesize(tmp_path_factory.mktemp("tiny") / "float", "tiny", dtype="float16")
+
+
+def test_the_command(tiny_float, tmp_path, capsys):
+    assert q.main([str(tiny_float), str(tmp_path / "awq"), "--examples", "2"]) == 0
+    assert "smoothed, alpha 0.5" in capsys.readouterr().out
+    assert len(pipeline(tmp_path / "awq")("hello").token_ids) > 0
+    names = set(open_weights(tmp_path / "awq"))
+    assert "language_model.model.layers.0.mlp.up_proj.qweight" in names
+    assert not any(n.startswith("language_model.model.layers") and n.endswith("proj.weight") for n in names)
+    with pytest.raises(InputError, match="already holds weights"):
+        q.main([str(tiny_float), str(tmp_path / "awq")])
+    with pytest.raises(InputError, match="quantised already"):
+        q.main([str(tmp_path / "awq"), str(tmp_path / "again")])
+    with pytest.raises(InputError, match="alpha 2.0"):
+        q.main([str(tiny_float), str(tmp_path / "x"), "--alpha", "2"])
+    with pytest.raises(InputError, match="cannot be packed"):
+        q.quantize_linear(torch.randn(12, 128))
+
+
+def test_smoothing_helps_where_a_few_inputs_are_large():
+    I, O = 256, 64
+    x, weight = torch.randn(500, I), torch.randn(O, I)
+    x[:, ::37] *= 30
+    factor = q.smoothing(x.abs().amax(0), [weight])
+
+    def error(scaled, factor):
+        W = awq.dequantize(*q.quantize_linear(scaled))
+        return ((x / factor) @ W - x @ weight.T).norm() / (x @ weight.T).norm()
+
+    assert error(weight * factor, factor) < 0.7 * error(weight, 1)

@@ -1,0 +1,212 @@
+"""How often nano answers exactly right: python -m weights_tools.nano.evaluate [CHECKPOINT ...]
+
+    held-out pictures and questions -> minivl.pipeline, greedy -> share of answers that are right, per task
+
+Every question is asked through the public pipeline, alone with its pictures (follow-ups: in a conversation with the model's
+own earlier answers). Right means the whole answer, word by word; reasoning is judged by its "Final Answer:" line alone.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from minivl import EngineConfig, GenerationConfig, Picture, pipeline
+from minivl.limits import InputError
+from weights_tools import run
+from weights_tools.nano import world
+from weights_tools.nano.draw import Style, draw
+
+# What is asked -> the share of right answers that was aimed at when nano was planned (None: no aim was set).
+TARGETS = {"describe": None, "colour": 0.97, "shape": 0.97, "place": 0.97, "size": None, "count": 0.92, "read words": 0.90,
+           "read new words": None, "read letters": None, "read numbers": None, "small print": None, "compare": 0.90, "video": 0.95,
+           "follow-up": 0.92, "yes": 0.95, "no": 0.95, "false premise": None, "reason": 0.60, "unknown": None, "talk": None}
+STYLES = {"read words": Style(world.TRAINED, made_up=0), "read new words": Style(world.HELD_OUT, made_up=0),
+          "read letters": Style((), made_up=1)}     # words seen in training; never seen; letters at random
+HELD_OUT = "held out"       # the seed of these questions; training uses others
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of the test: a conversation whose last turn counts."""
+    pictures: tuple         # of world scenes
+    turns: tuple            # of world.Turn
+    max_num: int
+
+
+def items(task: str, n: int, seed=HELD_OUT) -> list:
+    """The first n questions of a task, one from each picture."""
+    style = STYLES.get(task, Style(world.TRAINED))
+    wanted = "read words" if task in STYLES else task
+    found, index = [], 0
+    while len(found) < n:
+        example = world.example(seed, index, style=style)
+        index += 1
+        which = [i for i, turn in enumerate(example.turns) if turn.task == wanted]
+        if not which:
+            continue
+        i = which[index % len(which)]
+        marks = "".join(re.findall(r"[^\n]*<image>\n", example.turns[0].question))
+        if task == "follow-up":
+            turns = example.turns[:i + 1]
+        else:
+            turn = example.turns[i]
+            turns = (replace(turn, question=turn.question if i == 0 else marks + turn.question),)
+        found.append(Item(example.pictures, turns, example.max_num))
+    return found
+
+
+def prompt(item: Item, pictures: list, answers: list) -> list:
+    """Messages for the pipeline: the turns so far with the model's own answers, then the next question."""
+    messages = []
+    for i, (turn, answer) in enumerate(zip(item.turns, [*answers, None])):
+        content = [{"type": "text", "text": turn.question}]
+        if i == 0:
+            content += [{"type": "image_data", "image_data": {"data": Picture(p, item.max_num)}} for p in pictures]
+        messages.append({"role": "user", "content": content})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def is_right(turn: world.Turn, answer: str) -> bool:
+    """Word by word; of a reasoning only what follows "Final Answer:"."""
+    if turn.task == "reason":
+        final = re.findall(r"Final Answer: (.*)", answer)
+        return final[-1:] == re.findall(r"Final Answer: (.*)", turn.answer)
+    return answer == turn.answer
+
+
+def ask(pipe, questions: list, pictures=None) -> list:
+    """The answers to the last turn of each item. `pictures`: drawn ones to be used instead of each item's own."""
+    pictures = pictures or [[draw(scene) for scene in item.pictures] for item in questions]
+    answers = [[] for _ in questions]
+    for turn in range(max(len(item.turns) for item in questions)):
+        now = [i for i, item in enumerate(questions) if len(item.turns) > turn]
+        responses = pipe([prompt(questions[i], pictures[i], answers[i]) for i in now], GenerationConfig(max_new_tokens=160))
+        for i, response in zip(now, responses):
+            answers[i].append(response.text)
+    return [a[-1] for a in answers]
+
+
+def measure(pipe, task: str, n: int, seed=HELD_OUT, change=None) -> tuple:
+    """(share right, [(item, answer), ...]). `change(items, pictures)` may alter the pictures first."""
+    questions, results = items(task, n, seed), []
+    for first in range(0, n, 100):
+        part = questions[first:first + 100]
+        pictures = [[draw(scene) for scene in item.pictures] for item in part]
+        if change:
+            pictures = change(part, pictures)
+        results += zip(part, ask(pipe, part, pictures))
+    return sum(is_right(item.turns[-1], answer) for item, answer in results) / n, results
+
+
+# ---- what the parts are good for ------------------------------------------------------------------------------------
+
+class WrongOrder(nn.Module):
+    """Pixel unshuffle as F.pixel_unshuffle orders it, (c, dy, dx) instead of (dy, dx, c)."""
+
+    def forward(self, x):
+        side = round(x.shape[1] ** 0.5)
+        grid = x.view(len(x), side, side, -1).permute(0, 3, 1, 2)
+        return nn.functional.pixel_unshuffle(grid, 2).flatten(2).transpose(1, 2)
+
+
+def shuffled(seed, part, pictures):
+    """Every question gets the picture of another one."""
+    order = list(range(len(part)))
+    random.Random(seed).shuffle(order)
+    other = {order[i]: order[i - 1] for i in range(len(order))}
+    return [pictures[other[i]] for i in range(len(part))]
+
+
+def ablations(pipe, n: int, progress=lambda text: None) -> list:
+    """[(what, task, share right as it is, share right so), ...] on the same questions."""
+    def few_tiles(part, pictures):
+        part[:] = [replace(item, max_num=1) for item in part]
+        return pictures
+
+    rows, config, order = [], pipe.model.config, pipe.model.pixel_unshuffle
+    whole = {}
+
+    def row(what, task, change=None):
+        progress(what)
+        if task not in whole:
+            whole[task] = WIDE[task](pipe, n)
+        rows.append((what, task, whole[task], WIDE[task](pipe, n, change=change)))
+
+    WIDE = {task: (lambda pipe, n, change=None, task=task: measure(pipe, task, n, change=change)[0]) for task in TARGETS}
+    row("one tile only (max_num=1)", "small print", few_tiles)
+    try:
+        pipe.model.config = replace(config, use_thumbnail=False)
+        for task in ("small print", "count", "describe"):
+            row("no thumbnail", task)
+        pipe.model.config = config
+        pipe.model.pixel_unshuffle = WrongOrder()
+        for task in ("colour", "read words"):
+            row("pixel unshuffle in the wrong channel order", task)
+    finally:
+        pipe.model.config, pipe.model.pixel_unshuffle = config, order
+    for task in ("colour", "shape", "place", "count", "read words", "yes", "no"):
+        row("pictures shuffled between the questions", task, partial(shuffled, 0))
+    return rows
+
+
+def table(names: list, scores: list) -> str:
+    """Markdown: task, aim, one column for each checkpoint."""
+    lines = ["| task | aim | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for task, aim in TARGETS.items():
+        cells = [f"{100 * s[task]:.1f}" for s in scores]
+        lines.append(f"| {task} | {f'{100 * aim:.0f}' if aim else ''} | " + " | ".join(cells) + " |")
+    means = [sum(s.values()) / len(s) for s in scores]
+    return "\n".join([*lines, "| mean | | " + " | ".join(f"{100 * m:.1f}" for m in means) + " |"])
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m weights_tools.nano.evaluate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", default=["nano", "nano-awq"],
+                        help="folders (default: the shipped ones, nano and nano-awq)")
+    parser.add_argument("-n", type=int, default=500, help="questions per task (default %(default)s)")
+    parser.add_argument("--tasks", nargs="+", choices=TARGETS, metavar="TASK", help="only these")
+    parser.add_argument("--ablations", action="store_true", help="what the parts are good for, on the first checkpoint")
+    parser.add_argument("--wrong", type=int, default=0, metavar="K", help="print K wrong answers of each task")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
+    args = parser.parse_args(argv)
+    if args.n < 1:
+        raise InputError(f"-n is {args.n}; ask at least one question")
+    tasks, scores, report = args.tasks or list(TARGETS), [], {"questions": args.n, "seed": HELD_OUT}
+    for checkpoint in args.checkpoints:
+        pipe, score, start = pipeline(checkpoint, EngineConfig(max_batch_size=25)), {}, time.perf_counter()
+        for task in tqdm(tasks, desc=str(checkpoint), unit="task", disable=None):
+            score[task], results = measure(pipe, task, args.n)
+            wrong = [(item, answer) for item, answer in results if not is_right(item.turns[-1], answer)]
+            for item, answer in wrong[:args.wrong]:
+                tqdm.write(f"{task}: {item.turns[-1].question!r}\n    right {item.turns[-1].answer!r}\n    wrote {answer!r}")
+        scores.append(score)
+        report[str(checkpoint)] = score
+        print(f"{checkpoint}: {args.n * len(tasks)} questions, {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    print(table([str(c) for c in args.checkpoints], scores) if not args.tasks else json.dumps(report, indent=1))
+    if args.ablations:
+        pipe = pipeline(args.checkpoints[0], EngineConfig(max_batch_size=25))
+        report["ablations"] = ablations(pipe, args.n, progress=lambda text: print(text, file=sys.stderr))
+        print("\n| change | task | as it is | so |\n|---|---|---|---|")
+        for what, task, before, after in report["ablations"]:
+            print(f"| {what} | {task} | {100 * before:.1f} | {100 * after:.1f} |")
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

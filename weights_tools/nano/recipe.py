@@ -1,0 +1,135 @@
+"""What nano is and how it is trained: sizes, tokenizer, stages, and the sha256 of it all.
+
+    SIZES -> config.json          world text -> vocab.json, merges.txt          STAGES -> train.py
+"""
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from minivl.config import Config
+from minivl.limits import InputError
+from minivl.model import MiniVL
+from minivl.prompt import SYSTEM
+from minivl.tokenizer import Tokenizer
+from weights_tools import synthesize
+from weights_tools.files import save_checkpoint
+from weights_tools.nano import world
+from weights_tools.nano.draw import TILE
+
+SEED = 0
+VISION = {"hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 6, "num_attention_heads": 5,
+          "image_size": TILE}
+LLM = {"_name_or_path": "nano", "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 4,
+       "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 800, "rope_theta": 10000.0,
+       "max_position_embeddings": 2048}     # widths are multiples of 128, the group of AWQ
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training. It starts from the files of the one before and ends with files of its own."""
+    name: str
+    steps: int
+    lr: float               # of the matrices (Muon); all else learns with half of it (AdamW)
+    mix: dict               # kind of example (world.KINDS) -> share
+    wide: float             # share of pictures of several tiles
+    batch: int = 64         # conversations a step
+    warmup: int = 100       # steps until the learning rate is reached
+    floor: float = 0.0      # share of the learning rate left at the end of the cosine
+    weight_decay: float = 0.05
+
+    def __post_init__(self):
+        unknown = set(self.mix) - set(world.KINDS)
+        if unknown:
+            raise InputError(f"stage {self.name}: {', '.join(sorted(unknown))} in the mix; kinds of examples are "
+                             f"{', '.join(world.KINDS)}")
+        for key, low, high in (("steps", 1, 10**7), ("lr", 1e-9, 1), ("wide", 0, 1), ("batch", 1, 10**5),
+                               ("warmup", 0, self.steps), ("floor", 0, 1), ("weight_decay", 0, 1)):
+            if not low <= getattr(self, key) <= high:
+                raise InputError(f"stage {self.name}: {key} is {getattr(self, key)}, it must be in {low}..{high}")
+        if not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:
+            raise InputError(f"stage {self.name}: the shares of the mix are {self.mix}; they must be positive")
+
+
+EASY = {"shapes": 50, "texts": 44, "talk": 3, "texture": 3}
+STAGES = (Stage("look", 1500, 4e-3, EASY, wide=0.0, floor=0.5, batch=32),
+          Stage("everything", 5000, 4e-3, world.MIX, wide=0.25))
+QUICK = (Stage("quick", 1000, 4e-3, {**EASY, "follow": 6, "reason": 8, "compare": 8}, wide=0.0),)
+
+
+def config_json(awq: bool = False) -> dict:
+    """config.json: the released keys with nano's sizes."""
+    data = synthesize.config_json("tiny", awq=awq, dtype="float16")
+    data["vision_config"].update(VISION)
+    data["llm_config"].update(LLM)
+    first = LLM["vocab_size"] - len(synthesize.ADDED_TOKENS)
+    data["llm_config"].update(bos_token_id=first, eos_token_id=first + 2)
+    data.update(_name_or_path="minivl-nano", force_image_size=TILE, max_dynamic_patch=6)
+    return data
+
+
+@functools.lru_cache
+def tokenizer_files() -> dict:
+    """vocab.json, merges.txt, added_tokens.json and tokenizer.json, trained on what is said in the world."""
+    texts = world.vocabulary_text()
+    texts += [SYSTEM + "\nsystem\nuser\nassistant\nImage-1: Frame1: "] * 1000   # so often that it becomes 7 tokens
+    files = synthesize.train_tokenizer(texts, LLM["vocab_size"])
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():
+            (Path(folder) / name).write_bytes(text.encode("utf-8"))
+        return {**files, "tokenizer.json": Tokenizer.load(folder).backend.to_str() + "\n"}
+
+
+def small_files(awq: bool = False) -> dict:
+    """Name -> text of everything in a checkpoint folder but the weights."""
+    config = config_json(awq)
+    return {"config.json": json.dumps(config, indent=2, sort_keys=True) + "\n", **tokenizer_files(),
+            **synthesize.generation_and_preprocessor("nano", config)}
+
+
+def initial(seed: int = SEED) -> MiniVL:
+    """Untrained nano, float32: matrices with the root of their inputs, branches into the residual stream smaller."""
+    model = MiniVL(Config.from_json(config_json()))
+    generator = torch.Generator().manual_seed(seed)
+    depth = {"vision_model": 2 * VISION["num_hidden_layers"], "language_model": 2 * LLM["num_hidden_layers"]}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("ls1", "ls2")) or "norm" in name and name.endswith("weight") or name == "mlp1.0.weight":
+                p.fill_(1.0)
+            elif name.endswith("bias"):
+                p.zero_()
+            elif name.endswith(("_embedding", "lm_head.weight")):
+                p.normal_(0, 0.02, generator=generator)
+            elif "embed_tokens" in name:
+                p.normal_(0, 0.5, generator=generator)
+            else:
+                branch = name.endswith(("attn.proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight"))
+                std = math.prod(p.shape[1:]) ** -0.5 * (depth[name.split(".")[0]] ** -0.5 if branch else 1.0)
+                p.normal_(0, std, generator=generator)
+    return model
+
+
+def save(model: MiniVL, folder, note: dict) -> Path:
+    """The model as a float16 checkpoint folder in the released format. `note` goes into the weights' metadata."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in small_files().items():
+        (folder / name).write_bytes(text.encode("utf-8"))
+    tensors = {name: tensor.detach().half() for name, tensor in model.state_dict().items()}
+    save_checkpoint(tensors, folder, overwrite=True, metadata={k: str(v) for k, v in note.items()})
+    return folder
+
+
+def sha256(stages=STAGES, seed: int = SEED) -> str:
+    """Of the recipe: sizes, stages, tokenizer, and what 200 examples of the world say."""
+    said = [[asdict(turn) for turn in world.example(seed, i).turns] for i in range(200)]
+    recipe = {"seed": seed, "vision": VISION, "llm": LLM, "stages": [asdict(stage) for stage in stages], "world": said,
+              "vocab": tokenizer_files()["vocab.json"]}
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

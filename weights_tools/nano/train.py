@@ -1,0 +1,300 @@
+"""Train nano: python -m weights_tools.nano.train OUT [--quick]
+
+    example -> tiles, ids, labels (worker processes) -> loss on the answers -> Muon and AdamW -> OUT/stage-1, stage-2, ...
+
+Interrupt it at any time: the same command goes on from the last checkpoint and ends with the same weights. Every stage
+ends with a float16 checkpoint folder, from which the next one starts.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from minivl import load
+from minivl.limits import InputError
+from minivl.model import MiniVL
+from minivl.prompt import encode
+from minivl.tiling import MEAN, STD, tile
+from minivl.tokenizer import Tokenizer
+from weights_tools import run
+from weights_tools.nano import recipe, world
+from weights_tools.nano.draw import TILE, Style, draw
+
+IGNORE = -100           # label of a token that is not learned, as in cross_entropy
+MICRO = 16              # conversations through the model at once: memory, and less padding
+TOKENS_PER_TILE = 16
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+def labels_of(ids: list, tokenizer: Tokenizer) -> list:
+    """The ids themselves where an answer stands, its <|im_end|> included, IGNORE elsewhere.
+
+    Masked: system and user turns, the header "<|im_start|>assistant\\n" and the newline after <|im_end|>.
+    Source: InternVL internvl/train/dataset.py:711-810 @2410d1d.
+    """
+    header = [tokenizer.id("<|im_start|>"), *tokenizer.encode("assistant\n")]
+    labels, inside, end = [], False, tokenizer.id("<|im_end|>")
+    for i, id in enumerate(ids):
+        labels.append(id if inside else IGNORE)
+        if id == end:
+            inside = False
+        elif ids[i + 1 - len(header):i + 1] == header:
+            inside = True
+    return labels
+
+
+def tiles_of(example: world.Example, **how) -> list:
+    """[[tile, ...], ...] of each picture. `how`: other arguments of minivl.tiling.tile."""
+    return [tile(draw(scene), tile_size=TILE, **{"max_num": example.max_num, **how}) for scene in example.pictures]
+
+
+def pixels(tiles: list) -> torch.Tensor:
+    """[tile, ...] -> uint8[N, R, R, 3], a fourth of the bytes of pixel_values to send between processes."""
+    return torch.stack([torch.frombuffer(bytearray(t.tobytes()), dtype=torch.uint8).view(TILE, TILE, 3) for t in tiles]
+                       ) if tiles else torch.empty(0, TILE, TILE, 3, dtype=torch.uint8)
+
+
+def normalise(x: torch.Tensor) -> torch.Tensor:
+    """uint8[N, R, R, 3] -> pixel_values float32[N, 3, R, R], as minivl.tiling.to_pixel_values."""
+    mean, std = (torch.tensor(c, device=x.device).view(1, 3, 1, 1) for c in (MEAN, STD))
+    return ((x.permute(0, 3, 1, 2).float() / 255 - mean) / std).contiguous()
+
+
+def ids_of(example: world.Example, tiles: list, tokenizer: Tokenizer) -> list:
+    """The whole conversation as token ids."""
+    return encode(tokenizer, example.messages(), [len(t) for t in tiles], tokens_per_tile=TOKENS_PER_TILE)
+
+
+def collate(rows: list, tiles: list, tokenizer: Tokenizer) -> tuple:
+    """Conversations and their tiles -> ids, labels int64[B, T] (padded on the right) and pixels uint8[N, R, R, 3]."""
+    T = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (T - len(row)) for row in rows])
+    labels = torch.tensor([labels_of(row, tokenizer) + [IGNORE] * (T - len(row)) for row in rows])
+    return ids, labels, pixels([t for pictures in tiles for picture in pictures for t in picture])
+
+
+class Batches(Dataset):
+    """Batch number i of a stage: always the same. A list of micro-batches, conversations of similar length together."""
+
+    def __init__(self, stage: recipe.Stage, seed, tokenizer: Tokenizer):
+        self.stage, self.seed, self.tokenizer = stage, f"{seed} {stage.name}", tokenizer
+
+    def __len__(self):
+        return self.stage.steps
+
+    def __getitem__(self, i):
+        style, size = Style(world.TRAINED, wide=self.stage.wide), self.stage.batch
+        examples = [world.example(self.seed, i * size + n, self.stage.mix, style) for n in range(size)]
+        tiles = [tiles_of(e) for e in examples]
+        pairs = sorted(((ids_of(e, t, self.tokenizer), t) for e, t in zip(examples, tiles)), key=lambda pair: len(pair[0]))
+        return [collate(*zip(*pairs[n:n + MICRO]), self.tokenizer) for n in range(0, size, MICRO)]
+
+
+# ---- model and optimiser --------------------------------------------------------------------------------------------
+
+def answer_logits(model: MiniVL, ids, labels, pixel_values):
+    """Logits float32[n, V] at the n positions before a supervised token, and these tokens int64[n].
+
+    Right padding needs no mask: nothing real stands after it. The head runs only where an answer is learned.
+    """
+    visual = model.visual_tokens(pixel_values) if len(pixel_values) else None
+    x = model.language_model.model(model.embed(ids, visual))               # (B, T, D)
+    wanted = labels[:, 1:] != IGNORE
+    return model.language_model.lm_head(x[:, :-1][wanted]).float(), labels[:, 1:][wanted]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, then every matrix replaced by the nearest orthogonal one: all its directions learn at the same rate.
+
+    For the two-dimensional weights inside the network. The update has the root mean square 0.2 * lr, as AdamW's has.
+    Newton-Schulz runs in float32: this CPU's bfloat16 is hundreds of times slower, which is why torch.optim.Muon is not
+    used. Source: https://kellerjordan.github.io/posts/muon/; the scale: arXiv:2502.16982 section 2.2.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
+        super().__init__(list(params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    buffer.mul_(group["momentum"]).add_(p.grad)
+                    shapes[p.shape].append((p, p.grad.add(buffer, alpha=group["momentum"])))    # Nesterov
+            for shape, pairs in shapes.items():         # matrices of one shape together
+                updates = orthogonalise(torch.stack([update for _, update in pairs]))
+                for (p, _), update in zip(pairs, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+
+
+def orthogonalise(x, steps=5):
+    """float[n, r, c] -> matrices with the same singular vectors and singular values near 1 (0.7..1.2)."""
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):      # s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5 of every singular value s
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def optimisers(model: MiniVL, stage: recipe.Stage) -> list:
+    """Muon for the matrices of the blocks and the projector; AdamW for embeddings, head, norms, biases, patches."""
+    matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n and "lm_head" not in n}
+    rest = [p for n, p in model.named_parameters() if n not in matrices]
+    decayed, free = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim != 2]
+    return [Muon(matrices.values(), lr=stage.lr, weight_decay=stage.weight_decay),
+            torch.optim.AdamW([{"params": decayed, "weight_decay": stage.weight_decay}, {"params": free, "weight_decay": 0.0}],
+                              lr=stage.lr / 2, betas=(0.9, 0.98), eps=1e-10)]
+
+
+def rate(stage: recipe.Stage, step: int) -> float:
+    """Learning rate at a step, as a share of the stage's: warm-up, then a cosine down to its floor."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+    return min(1.0, (step + 1) / max(1, stage.warmup)) * (stage.floor + (1 - stage.floor) * cosine)
+
+
+def train_step(model: MiniVL, batch: list, opts: list, share: float, device="cpu") -> tuple:
+    """One step on a list of micro-batches: (loss per supervised token, supervised tokens)."""
+    count = sum(int((labels[:, 1:] != IGNORE).sum()) for _, labels, _ in batch)
+    total = 0.0
+    for ids, labels, x in batch:
+        logits, wanted = answer_logits(model, ids.to(device), labels.to(device), normalise(x.to(device)))
+        loss = F.cross_entropy(logits, wanted, reduction="sum") / count
+        loss.backward()
+        total += loss.item()
+    if not math.isfinite(total):
+        raise InputError(f"the loss is {total}; lower the learning rate and start again from the last stage")
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for opt in opts:
+        for group in opt.param_groups:
+            group.setdefault("full", group["lr"])
+            group["lr"] = group["full"] * share
+        opt.step()
+        opt.zero_grad()
+    return total, count
+
+
+@torch.no_grad()
+def accuracy(model: MiniVL, tokenizer: Tokenizer, seed="watch", n=192, **how) -> dict:
+    """task -> share of answers exactly right on n held-out conversations, teacher forced.
+
+    An answer is right if every token is the most probable one after the right tokens before it: then, and only then,
+    greedy generation writes exactly this answer (given the right history).
+    """
+    right, seen = defaultdict(int), defaultdict(int)
+    for start in range(0, n, MICRO):
+        examples = [world.example(seed, i, **how) for i in range(start, min(n, start + MICRO))]
+        tiles = [tiles_of(e) for e in examples]
+        ids, labels, x = collate([ids_of(e, t, tokenizer) for e, t in zip(examples, tiles)], tiles, tokenizer)
+        device = model.device
+        logits, wanted = answer_logits(model, ids.to(device), labels.to(device), normalise(x.to(device)))
+        hits = (logits.argmax(-1) == wanted).tolist()
+        for example, row in zip(examples, (labels[:, 1:] != IGNORE).tolist()):
+            for turn, run in zip(example.turns, "".join("01"[v] for v in row).replace("0", " ").split()):
+                seen[turn.task] += 1
+                right[turn.task] += all(hits[:len(run)])
+                del hits[:len(run)]
+    return {task: right[task] / seen[task] for task in sorted(seen)}
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 1, device: str = "cpu",
+          save_every: int = 250, watch_every: int = 250, stop_at: int | None = None) -> Path:
+    """Run all stages into the folder `out`, or go on where an earlier run stopped; the folder of the last stage.
+
+    `stop_at`: leave after this many steps of this call, with a checkpoint (for tests and for lent machines).
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    digest, state_file, done = recipe.sha256(stages, seed), out / "state.pt", 0
+    state = torch.load(state_file, weights_only=True, map_location=device) if state_file.exists() else {}
+    if state and state["recipe"] != digest:
+        raise InputError(f"{out} holds a training of another recipe ({state['recipe'][:12]}, this one is {digest[:12]}); "
+                         "choose another folder")
+    model = recipe.initial(seed)
+    for number, stage in enumerate(stages, start=1):
+        folder = out / f"stage-{number}"
+        if (folder / "model.safetensors").exists():
+            model = load(folder)
+            continue
+        for name, text in recipe.small_files().items():
+            folder.mkdir(exist_ok=True)
+            (folder / name).write_bytes(text.encode("utf-8"))
+        tokenizer = Tokenizer.load(folder)
+        model.img_context_token_id = tokenizer.id("<IMG_CONTEXT>")
+        model = model.float().train().requires_grad_(True).to(device)
+        opts, first = optimisers(model, stage), 0
+        if state.get("stage") == number:
+            model.load_state_dict(state["model"])
+            for opt, saved in zip(opts, state["optimisers"]):
+                opt.load_state_dict(saved)
+            first = state["step"]
+        loader = DataLoader(Batches(stage, seed, tokenizer), batch_size=None, sampler=range(first, stage.steps),
+                            num_workers=workers, prefetch_factor=8 if workers else None)
+        start, tokens, mean = time.perf_counter(), 0, None
+        with tqdm(total=stage.steps, initial=first, desc=stage.name, unit="step", disable=None) as bar:
+            for step, batch in enumerate(loader, start=first):
+                loss, count = train_step(model, batch, opts, rate(stage, step), device)
+                mean = loss if mean is None else 0.98 * mean + 0.02 * loss
+                tokens += sum(ids.numel() for ids, _, _ in batch)
+                bar.update()
+                bar.set_postfix_str(f"loss {mean:.3f}, {tokens / (time.perf_counter() - start):.0f} tokens/s")
+                done += 1
+                last = step + 1 == stage.steps
+                if (step + 1) % watch_every == 0 or last:
+                    seen = accuracy(model, tokenizer, mix=stage.mix, style=Style(world.TRAINED, wide=stage.wide))
+                    line = {"stage": stage.name, "step": step + 1, "loss": round(mean, 4), **{k: round(v, 3) for k, v in seen.items()}}
+                    with open(out / "log.jsonl", "a") as log:
+                        log.write(json.dumps({**line, "seconds": round(time.perf_counter() - start)}) + "\n")
+                    tqdm.write(" ".join(f"{k} {v}" for k, v in line.items()))
+                if not last and ((step + 1) % save_every == 0 or done == stop_at):
+                    state = {"recipe": digest, "stage": number, "step": step + 1, "model": model.state_dict(),
+                             "optimisers": [opt.state_dict() for opt in opts]}
+                    torch.save(state, partial := state_file.with_suffix(".partial"))
+                    os.replace(partial, state_file)
+                if done == stop_at and not last:
+                    return folder
+        recipe.save(model, folder, {"recipe": digest, "stage": stage.name})
+        model = load(folder)        # the next stage starts from what the file holds, float16
+        state_file.unlink(missing_ok=True)
+        state = {}
+    return folder
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m weights_tools.nano.train", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", metavar="OUT", help="folder for checkpoints, log and the finished stages")
+    parser.add_argument("--quick", action="store_true", help="the short recipe: at most 25 minutes on 2 CPU cores")
+    parser.add_argument("--seed", type=int, default=recipe.SEED, help="default %(default)s, that of the shipped files")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--steps", type=int, help="cut every stage to this many steps, for a look")
+    args = parser.parse_args(argv)
+    stages = recipe.QUICK if args.quick else recipe.STAGES
+    if args.steps:
+        stages = tuple(replace(s, steps=min(s.steps, args.steps), warmup=min(s.warmup, args.steps)) for s in stages)
+    print(train(args.out, stages, seed=args.seed, workers=args.workers, device=args.device))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,682 @@
+"""Nano's world in words: conversations about drawn pictures, endless and seeded.
+
+    example(seed, index) -> Example: pictures, turns of question, answer and task, most tiles
+
+The same seed and index give the same example on every machine. An answer follows from the picture and the conversation
+so far alone, word by word, so that "exactly right" can be measured.
+"""
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from minivl.prompt import IMAGE
+from weights_tools.nano import draw
+from weights_tools.nano.draw import COLOURS, SHAPES, Scene, Style, Thing
+
+PLACES = (("in the top left corner", "at the top", "in the top right corner"),
+          ("on the left", "in the middle", "on the right"),
+          ("in the bottom left corner", "at the bottom", "in the bottom right corner"))
+UNKNOWN_PICTURE = "I cannot tell what this is. I only know shapes, words and numbers."
+UNKNOWN = "I cannot tell. I only know shapes, words and numbers."
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PLURALS = {s: "crosses" if s == "cross" else s + "s" for s in (*SHAPES, "shape")}
+WORDS = """
+ACE ACORN ACT ADD AGE AIR ALARM ALBUM ALERT ALL ANGEL ANGLE ANKLE ANT APPLE APRIL APRON ARCH AREA ARM ARROW ART ASH AUNT
+AUTUMN AWAY AXE BABY BACK BACON BADGE BAG BAKER BALL BAMBOO BANANA BAND BANK BAR BARN BASKET BAT BATH BEACH BEAN BEAR BED
+BEE BELL BELT BENCH BERRY BIKE BIRD BLANK BOAT BODY BONE BOOK BOOT BOTTLE BOWL BOX BOY BRAIN BRANCH BREAD BRICK BRIDGE
+BROOM BRUSH BUCKET BUS BUSH BUTTER BUTTON CABIN CABLE CAFE CAGE CAKE CAMEL CAMERA CAMP CANAL CANDLE CANDY CAP CAR CARD
+CARPET CARROT CART CASTLE CAT CAVE CELLO CHAIN CHAIR CHALK CHEESE CHERRY CHESS CHEST CITY CLAY CLIFF CLOCK CLOSED CLOUD
+CLUB COACH COAT COFFEE COIN COLD COMB CORAL CORN COTTON COUCH COW CRAB CRANE CROWN CUP CURVE DANCE DANGER DATE DAY DEER
+DESERT DESK DICE DINNER DISH DOCK DOCTOR DOG DOLL DOOR DOWN DRAGON DREAM DRESS DRILL DRINK DRUM DUCK DUST EAGLE EAR EARTH
+EAST EGG ELBOW EMPTY ENGINE ENTER EVENT EXIT EYE FABRIC FACE FAN FARM FEATHER FENCE FERRY FIELD FIRE FISH FLAG FLAME
+FLOOR FLOUR FLOWER FLUTE FOG FOOD FOOT FOREST FORK FOX FREE FRESH FROG FROST FRUIT FULL GAME GARAGE GARDEN GARLIC GATE
+GHOST GIANT GIFT GINGER GLASS GLOVE GOAT GOLD GOOSE GRAPE GRASS GUITAR HALL HAMMER HAND HARBOR HAT HAWK HEAT HELP HEN
+HERO HILL HONEY HOOK HORN HORSE HOT HOTEL HOUR HOUSE ICE INK INN IRON ISLAND IVY JACKET JAM JAR JAZZ JEWEL JUICE JUMP
+JUNGLE KETTLE KEY KING KITE KNEE KNIFE KNOT LADDER LAKE LAMP LAND LAWN LEAF LEMON LETTER LIGHT LILY LION LOCK LUNCH MAGIC
+MAIL MAP MARBLE MARKET MASK MEADOW MELON MENU METAL MILK MILL MIRROR MONEY MONKEY MOON MORNING MOTOR MOUSE MOUTH MUSEUM
+MUSIC NAIL NAME NEEDLE NEST NET NEW NIGHT NORTH NOSE NOTE NUT OAK OASIS OCEAN OFFICE OIL OLIVE ONION OPEN ORBIT ORGAN
+OTTER OVEN OWL PAINT PALACE PALM PAN PANDA PAPER PARK PARROT PASTA PATH PEACH PEAR PEN PENCIL PEPPER PIANO PICNIC PIG
+PILLOW PILOT PIN PIPE PIZZA PLANE PLANT PLATE PLAY PLUM POCKET POLICE POND PONY PORT POST POTATO POWER PULL PUMP PUPPY
+PUSH QUEEN QUIET QUILT QUIZ RABBIT RADIO RAIN RED RIBBON RICE RING RIVER ROAD ROBOT ROCK ROOF ROOM ROPE ROSE ROUTE RUBY
+RULER SADDLE SAIL SALAD SALE SALT SAND SAUCE SCARF SCHOOL SEA SEAL SEAT SEED SHARK SHEEP SHELF SHELL SHIP SHIRT SHOE SHOP
+SHOVEL SILK SILVER SINK SKATE SKY SLOW SMOKE SNAIL SNAKE SNOW SOAP SOCK SOFA SOUP SOUTH SPICE SPIDER SPOON SPRING STAGE
+STAIR STAMP STATUE STONE STOP STOVE STREET STUDIO SUGAR SUMMER SUN SWAN SWEET SWIM SWORD TABLE TAILOR TAXI TEA TEMPLE TENT
+TICKET TIGER TILE TIME TOAST TOMATO TOOTH TOWEL TOWER TOWN TRACK TRAIN TRAY TREE TROUT TRUCK TULIP TUNNEL TURTLE UNCLE
+UP VALLEY VASE VELVET VIDEO VILLA VIOLIN WAGON WALL WALNUT WATCH WATER WAVE WAX WEST WHALE WHEAT WHEEL WINDOW WINE WINTER
+WOLF WOOD WOOL WORLD YARD YEAR ZEBRA ZERO ZONE
+""".split()
+# Every fifth word is never written in training: reading them is reading, not remembering.
+HELD_OUT = tuple(w for i, w in enumerate(WORDS) if i % 5 == 2 and 2 <= len(w) <= 6)
+TRAINED = tuple(w for i, w in enumerate(WORDS) if i % 5 != 2 and 2 <= len(w) <= 6)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question, its only right answer, and the row of the report it counts for."""
+    question: str
+    answer: str
+    task: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation. The first question holds one <image> for each picture, with the text a user would write."""
+    pictures: tuple     # of Scene
+    turns: tuple        # of Turn
+    max_num: int = 6
+
+    def messages(self) -> list:
+        """[(question, answer), ...] for minivl.prompt."""
+        return [(turn.question, turn.answer) for turn in self.turns]
+
+
+# ---- words ----------------------------------------------------------------------------------------------------------
+
+def a(phrase: str) -> str:
+    """"a red star", "an orange ring"."""
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def name(thing: Thing, size=True) -> str:
+    """"large red star", 'red word "LAMP"'."""
+    if thing.is_text:
+        return f'{thing.colour} {thing.kind} "{thing.text}"'
+    return f"{thing.size + ' ' if size else ''}{thing.colour} {thing.kind}"
+
+
+def place(thing: Thing) -> str:
+    return PLACES[thing.row][thing.column]
+
+
+def some(n: int, adjective: str, noun: str) -> str:
+    """"no red stars", "one red star", "two red stars"."""
+    return " ".join(filter(None, (NUMBERS[n], adjective, noun if n == 1 else PLURALS[noun])))
+
+
+def there(n: int, adjective: str, noun: str) -> str:
+    return f"There {'is' if n == 1 else 'are'} {some(n, adjective, noun)}."
+
+
+def listed(phrases: list) -> str:
+    return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
+
+
+def only(things, **wanted):
+    """The one thing with these attributes, or None."""
+    found = [t for t in things if all(getattr(t, k) == v for k, v in wanted.items())]
+    return found[0] if len(found) == 1 else None
+
+
+# ---- questions about one picture ------------------------------------------------------------------------------------
+# Each: (rng, scene) -> Turn, or None where the scene has nothing to ask about.
+
+def describe(rng, scene):
+    things = [*scene.shapes, *scene.texts]
+    question = rng.choice(("Describe the picture.", "describe this image", "What do you see?", "What is in the picture?",
+                           "Please describe the image shortly.", "What can you see in this image?"))
+    if scene.texture is not None:
+        return Turn(question, UNKNOWN_PICTURE, "unknown")
+    if not things:
+        return Turn(question, "The picture is empty.", "describe")
+    phrases = [f"{'the ' + name(t) if t.is_text else a(name(t))} {place(t)}" for t in things]
+    if len(phrases) < 3:
+        return Turn(question, f"There is {listed(phrases)}.", "describe")
+    noun = "shapes" if not scene.texts else "things"
+    return Turn(question, f"There are {NUMBERS[len(things)]} {noun}: {listed(phrases)}.", "describe")
+
+
+def colour(rng, scene):
+    if scene.texts and (not scene.shapes or rng.random() < 0.5):
+        thing = rng.choice(scene.texts)
+        noun = f"{thing.kind} {place(thing)}" if len(scene.texts) > 1 else thing.kind
+        return Turn(rng.choice((f"What colour is the {noun}?", f"What color is the {noun}?",
+                                f"Which colour does the {noun} have?")), f"The {noun} is {thing.colour}.", "colour")
+    if not scene.shapes:
+        return None
+    thing = rng.choice(scene.shapes)
+    if only(scene.shapes, kind=thing.kind) and rng.random() < 0.6:
+        noun = thing.kind
+    elif only(scene.shapes, kind=thing.kind, size=thing.size) and rng.random() < 0.5:
+        noun = f"{thing.size} {thing.kind}"
+    else:
+        noun = rng.choice(("shape", thing.kind)) + " " + place(thing)
+    return Turn(rng.choice((f"What colour is the {noun}?", f"What color is the {noun}?",
+                            f"Which colour does the {noun} have?")), f"The {noun} is {thing.colour}.", "colour")
+
+
+def kind(rng, scene):
+    if not scene.shapes:
+        return None
+    thing = rng.choice(scene.shapes)
+    if only(scene.shapes, colour=thing.colour) and rng.random() < 0.5:
+        return Turn(rng.choice((f"What shape is {thing.colour}?", f"Which shape is {thing.colour}?",
+                                f"What is the {thing.colour} shape?")), f"The {thing.colour} shape is {a(thing.kind)}.", "shape")
+    where = place(thing)
+    if rng.random() < 0.5:
+        return Turn(rng.choice((f"What shape is {where}?", f"Which shape is {where}?")), f"It is {a(thing.kind)}.", "shape")
+    return Turn(rng.choice((f"What is {where}?", f"What do you see {where}?")), f"It is {a(name(thing))}.", "shape")
+
+
+def where(rng, scene):
+    things = [t for t in scene.shapes if only(scene.shapes, kind=t.kind) or only(scene.shapes, kind=t.kind, colour=t.colour)]
+    things += [t for t in scene.texts if only(scene.texts, kind=t.kind)]
+    if not things:
+        return None
+    thing = rng.choice(things)
+    noun = thing.kind
+    if not thing.is_text and (not only(scene.shapes, kind=noun) or rng.random() < 0.3):
+        noun = f"{thing.colour} {noun}"
+    return Turn(rng.choice((f"Where is the {noun}?", f"In which place is the {noun}?", f"Where can you see the {noun}?")),
+                f"The {noun} is {place(thing)}.", "place")
+
+
+def size(rng, scene):
+    things = [t for t in scene.shapes if only(scene.shapes, kind=t.kind)]
+    if not things:
+        return None
+    noun = (thing := rng.choice(things)).kind
+    return Turn(rng.choice((f"How big is the {noun}?", f"Is the {noun} small or large?", f"What size is the {noun}?")),
+                f"The {noun} is {thing.size}.", "size")
+
+
+def count(rng, scene):
+    what, adjective, noun = rng.randrange(4), "", "shape"
+    if what == 1:
+        adjective = rng.choice([t.colour for t in scene.shapes] * 3 + list(COLOURS))
+    elif what == 2:
+        noun = rng.choice([t.kind for t in scene.shapes] * 3 + list(SHAPES))
+    elif what == 3:
+        adjective = rng.choice(draw.SIZES)
+    found = [t for t in scene.shapes if adjective in ("", t.colour, t.size) and noun in ("shape", t.kind)]
+    many = " ".join(filter(None, (adjective, PLURALS[noun])))
+    return Turn(rng.choice((f"How many {many} are there?", f"How many {many} do you see?", f"Count the {many}.")),
+                there(len(found), adjective, noun), "count")
+
+
+def yes_no(rng, scene):
+    """Half of the questions are to be answered with no, half of these with what is true instead."""
+    yes = rng.random() < 0.5
+    task = "yes" if yes else "no"
+    shapes, what = scene.shapes, rng.randrange(6)
+    if scene.texts and (not shapes or rng.random() < 0.5):
+        text = scene.texts[0] if len(scene.texts) == 1 else None
+        if text is None:
+            return None
+        if yes:
+            return Turn(f'Does it say "{text.text}"?', f'Yes, it says "{text.text}".', task)
+        other = near(rng, text)
+        return Turn(f'Does it say "{other}"?', f'No, it says "{text.text}".', task)
+    if what == 0:           # is there a star?
+        present = sorted({t.kind for t in shapes})
+        pool = present if yes else [s for s in SHAPES if s not in present]
+        if not pool:
+            return None
+        noun = rng.choice(pool)
+        question = rng.choice((f"Is there {a(noun)}?", f"Do you see {a(noun)}?", f"Is there {a(noun)} in the picture?"))
+        return Turn(question, f"Yes, there is {a(noun)}." if yes else f"No, there is no {noun}.", task)
+    if what in (1, 2):      # is there a red star?
+        pairs = {(t.colour, t.kind) for t in shapes}
+        if yes:
+            pool = sorted(pairs)
+        else:               # mostly a wrong pair of a colour and a shape that are both there
+            pool = sorted({(c, s) for c, _ in pairs for _, s in pairs} - pairs) if rng.random() < 0.7 else []
+            pool = pool or [p for p in ((c, s) for c in COLOURS for s in SHAPES) if p not in pairs]
+        if not pool:
+            return None
+        noun = " ".join(rng.choice(pool))
+        question = rng.choice((f"Is there {a(noun)}?", f"Do you see {a(noun)}?", f"Can you see {a(noun)}?"))
+        return Turn(question, f"Yes, there is {a(noun)}." if yes else f"No, there is no {noun}.", task)
+    thing = rng.choice([t for t in shapes if only(shapes, kind=t.kind)] or [None])
+    if what == 5 or thing is None:
+        n = len(shapes)
+        if not n:
+            return None
+        said = n if yes else rng.choice([m for m in range(1, 7) if m != n])
+        question = f"{'Is' if said == 1 else 'Are'} there {some(said, '', 'shape')}?"
+        return Turn(question, ("Yes, " if yes else "No, ") + "t" + there(n, "", "shape")[1:], task)
+    if what == 3:           # is the star red?
+        said = thing.colour if yes else rng.choice([c for c in COLOURS if c != thing.colour])
+        return Turn(f"Is the {thing.kind} {said}?", f"{'Yes' if yes else 'No'}, the {thing.kind} is {thing.colour}.", task)
+    said = place(thing) if yes else rng.choice([p for row in PLACES for p in row if p != place(thing)])
+    return Turn(f"Is the {thing.kind} {said}?", f"{'Yes' if yes else 'No'}, it is {place(thing)}.", task)
+
+
+def near(rng, text: Thing) -> str:
+    """Another word or number, often one that differs in a single character."""
+    letters = "0123456789" if text.text.isdigit() else "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    if rng.random() < 0.5 or text.text.isdigit():
+        i = rng.randrange(len(text.text))
+        return text.text[:i] + rng.choice([c for c in letters if c != text.text[i]]) + text.text[i + 1:]
+    return rng.choice([w for w in TRAINED if w != text.text])
+
+
+def false_premise(rng, scene):
+    """A question about what is not there."""
+    absent = [s for s in SHAPES if not any(t.kind == s for t in scene.shapes)]
+    what = rng.randrange(5)
+    if what == 0 and not any(t.is_text for t in scene.things):
+        return Turn(rng.choice(("What does it say?", "What is written here?", "Read the text.", "Which word is it?")),
+                    "There is no text in the picture.", "false premise")
+    if what == 1 and not any(t.kind == "print" for t in scene.things):
+        return Turn(rng.choice(PRINT_QUESTIONS), "There is no small print in the picture.", "false premise")
+    empty = [(r, c) for r in range(3) for c in range(3) if not any(t.row == r and (t.column == c or t.is_text)
+                                                                   for t in scene.things if t.kind != "print")]
+    if what == 2 and empty:
+        r, c = rng.choice(empty)
+        return Turn(rng.choice((f"What is {PLACES[r][c]}?", f"What do you see {PLACES[r][c]}?",
+                                f"Which shape is {PLACES[r][c]}?", f"What colour is the shape {PLACES[r][c]}?")),
+                    f"There is nothing {PLACES[r][c]}.", "false premise")
+    if not absent:
+        return None
+    noun = rng.choice(absent)
+    return Turn(rng.choice((f"What colour is the {noun}?", f"Where is the {noun}?", f"How big is the {noun}?",
+                            f"Is the {noun} small or large?", f"Is the {noun} {rng.choice(list(COLOURS))}?")),
+                f"There is no {noun} in the picture.", "false premise")
+
+
+def outside(rng, scene):
+    """A question that no picture of the world can answer."""
+    return Turn(rng.choice(("Who painted this?", "What is the weather like?", "How old is this picture?", "Who is this person?",
+                            "What does it taste like?", "Where was this taken?", "What brand is the car?", "Is the dog happy?",
+                            "How much does it cost?", "What time is it?", "What are the people doing?", "Which animal is this?",
+                            "Which city is this?", "Why is it so?", "What happens next?", "Is this a famous place?")),
+                UNKNOWN, "unknown")
+
+
+def read(rng, scene):
+    texts = scene.texts
+    if not texts:
+        return None
+    if len(texts) > 1 and rng.random() < 0.15:
+        return Turn(rng.choice(("What does it say?", "Read all the text.", "What is written here?", "Read the text.")),
+                    f"It says {listed([chr(34) + t.text + chr(34) for t in texts])}.", "read all")
+    thing = rng.choice(texts)
+    task = "read words" if thing.kind == "word" else "read numbers"
+    if len(texts) == 1:
+        questions = ["What does it say?", "What is written here?", "Read the text.", f"Read the {thing.kind}.",
+                     f"What is the {thing.kind}?", f"Which {thing.kind} is it?"]
+    else:
+        questions = [f"What does it say {place(thing)}?", f"What is written {place(thing)}?", f"Read the text {place(thing)}."]
+        if only(texts, colour=thing.colour):
+            questions.append(f"What does the {thing.colour} text say?")
+        if only(texts, kind=thing.kind):
+            questions.append(f"What is the {thing.kind}?")
+    return Turn(rng.choice(questions), f'It says "{thing.text}".', task)
+
+
+PRINT_QUESTIONS = ("What does the small print say?", "Read the small print.", "What is the small print?")
+
+
+def read_print(rng, scene):
+    thing = next((t for t in scene.things if t.kind == "print"), None)
+    return thing and Turn(rng.choice(PRINT_QUESTIONS), f'The small print says "{thing.text}".', "small print")
+
+
+# ---- questions that need steps --------------------------------------------------------------------------------------
+
+SIDES = {"left of": lambda t, u: t.column < u.column, "right of": lambda t, u: t.column > u.column,
+         "above": lambda t, u: t.row < u.row, "below": lambda t, u: t.row > u.row}
+NEXT = {"directly left of": (0, -1), "directly right of": (0, 1), "directly above": (-1, 0), "directly below": (1, 0)}
+COT = ("", "", " Think step by step.", ' Give step by step reasoning, then "Final Answer: ..".')
+
+
+def reason(rng, scene):
+    """Steps, then "Final Answer: ..." on its own line, as the model card has it."""
+    shapes, what = scene.shapes, rng.choice((0, 0, 1, 2, 3, 4))
+    if scene.texts:
+        number = next((t for t in scene.texts if t.kind == "number" and len(t.text) == 2), None)
+        if number is None:
+            return None
+        x, y = map(int, number.text)
+        question, steps, final = rng.choice((
+            ("What is the sum of the digits?", f"The number is {number.text}. {x} plus {y} is {x + y}.", str(x + y)),
+            ("Which digit is larger?", f"The number is {number.text}. " + (
+                f"{x} and {y} are equal." if x == y else f"{max(x, y)} is more than {min(x, y)}."),
+             "none" if x == y else str(max(x, y)))))
+    elif what == 0:         # how many red shapes are left of the star?
+        anchors = [t for t in shapes if only(shapes, kind=t.kind)]
+        if not anchors or len(shapes) < 3:
+            return None
+        anchor, side = rng.choice(anchors), rng.choice(list(SIDES))
+        others = [t for t in shapes if t != anchor]
+        adjective = rng.choice(["", rng.choice(others).colour, rng.choice(others).colour])
+        group = [t for t in others if adjective in ("", t.colour)]
+        found = [t for t in group if SIDES[side](t, anchor)]
+        many = f"{adjective} shapes".strip()
+        question = f"How many {many} are {side} the {anchor.kind}?"
+        what = f"{adjective or 'other'} {'shape is' if len(group) == 1 else 'shapes are'}"
+        steps = (f"The {anchor.kind} is {place(anchor)}. The {what} {listed([f'{a(t.kind)} {place(t)}' for t in group])}. "
+                 f"{NUMBERS[len(found)].capitalize() if found else 'None'} of them {'is' if len(found) == 1 else 'are'} "
+                 f"{side} it.")
+        final = str(len(found))
+    elif what == 1:         # more red than blue?
+        present = sorted({t.colour for t in shapes})
+        if len(present) < 2:
+            return None
+        x, y = rng.sample(present, 2)
+        n, m = (sum(t.colour == c for t in shapes) for c in (x, y))
+        question = f"Are there more {x} shapes than {y} shapes?"
+        steps = (f"There {'is' if n == 1 else 'are'} {some(n, x, 'shape')} and {some(m, y, 'shape')}. "
+                 f"{NUMBERS[n].capitalize()} is {'more than' if n > m else 'not more than'} {NUMBERS[m]}.")
+        final = "yes" if n > m else "no"
+    elif what == 2:         # what colour is the shape directly below the star?
+        anchors = [t for t in shapes if only(shapes, kind=t.kind)]
+        pairs = [(t, side, u) for t in anchors for side, (dr, dc) in NEXT.items() for u in shapes
+                 if (u.row, u.column) == (t.row + dr, t.column + dc)]
+        if not pairs:
+            return None
+        anchor, side, found = rng.choice(pairs)
+        asked = rng.choice(("colour", "shape"))
+        question = (f"What colour is the shape {side} the {anchor.kind}?" if asked == "colour"
+                    else f"Which shape is {side} the {anchor.kind}?")
+        steps = f"The {anchor.kind} is {place(anchor)}. The shape {side} it is {a(name(found))}."
+        final = found.colour if asked == "colour" else found.kind
+    elif what == 3:         # how many stars and circles together?
+        present = sorted({t.kind for t in shapes})
+        if len(present) < 2:
+            return None
+        x, y = rng.sample(present, 2)
+        n, m = (sum(t.kind == s for t in shapes) for s in (x, y))
+        question = f"How many {PLURALS[x]} and {PLURALS[y]} are there together?"
+        steps = (f"There {'is' if n == 1 else 'are'} {some(n, '', x)} and {some(m, '', y)}. "
+                 f"{NUMBERS[n].capitalize()} plus {NUMBERS[m]} is {NUMBERS[n + m]}.")
+        final = str(n + m)
+    else:                   # is the star left of the circle?
+        anchors = [t for t in shapes if only(shapes, kind=t.kind)]
+        if len(anchors) < 2:
+            return None
+        x, y = rng.sample(anchors, 2)
+        side = rng.choice(list(SIDES))
+        true = SIDES[side](x, y)
+        question = f"Is the {x.kind} {side} the {y.kind}?"
+        steps = (f"The {x.kind} is {place(x)}. The {y.kind} is {place(y)}. So the {x.kind} is "
+                 f"{'' if true else 'not '}{side} the {y.kind}.")
+        final = "yes" if true else "no"
+    return Turn(question + rng.choice(COT), f"{steps}\nFinal Answer: {final}", "reason")
+
+
+# ---- conversations --------------------------------------------------------------------------------------------------
+
+def follow_up(rng, scene):
+    """[Turn, ...]: the first stands alone, the later ones say "it"."""
+    shapes = [t for t in scene.shapes if only(scene.shapes, kind=t.kind)]
+    if not shapes:
+        return None
+    thing = rng.choice(shapes)
+    k = thing.kind
+    opening = [Turn(f"Is there {a(k)}?", f"Yes, there is {a(k)}.", "yes"),
+               Turn(f"Where is the {k}?", f"The {k} is {place(thing)}.", "place"),
+               Turn(f"What colour is the {k}?", f"The {k} is {thing.colour}.", "colour"),
+               Turn(f"What is {place(thing)}?", f"It is {a(name(thing))}.", "shape"),
+               Turn(f"What shape is {place(thing)}?", f"It is {a(k)}.", "shape")]
+    same = [t for t in scene.shapes if t.colour == thing.colour and t != thing]
+    later = [Turn(rng.choice(("What colour is it?", "And what colour is it?", "Which colour does it have?")),
+                  f"It is {thing.colour}.", "follow-up"),
+             Turn(rng.choice(("Where is it?", "And where is it?")), f"It is {place(thing)}.", "follow-up"),
+             Turn(rng.choice(("How big is it?", "Is it small or large?", "And how big is it?")), f"It is {thing.size}.",
+                  "follow-up"),
+             Turn(rng.choice(("How many other shapes are there?", "How many shapes are there besides it?")),
+                  f"There {'is' if len(scene.shapes) == 2 else 'are'} {NUMBERS[len(scene.shapes) - 1]} other "
+                  f"{'shape' if len(scene.shapes) == 2 else 'shapes'}.", "follow-up"),
+             Turn("Does another shape have the same colour?",
+                  f"Yes, {a(same[0].kind)} {place(same[0])}." if same else "No.", "follow-up")]
+    others = [t for t in scene.shapes if t != thing]
+    if others:
+        other = rng.choice(others)
+        later.append(Turn(rng.choice((f"And what is {place(other)}?", f"And {place(other)}?")), f"It is {a(name(other))}.",
+                          "follow-up"))
+    first = rng.choice(opening)
+    told = {"colour": 0, "place": 1}.get(first.task)
+    rest = [t for i, t in enumerate(later) if i != told and not (i == 0 and "large" in first.answer + "small")]
+    # "And what is on the left?" moves what "it" is: only at the end.
+    moving = [t for t in rest if t.question.startswith(("And what is ", "And in", "And at", "And on"))]
+    rest = rng.sample([t for t in rest if t not in moving], rng.randint(1, 3))
+    return [first, *rest, *(moving if rng.random() < 0.5 else [])]
+
+
+QUESTIONS = {"shapes": ((colour, 3), (kind, 3), (where, 3), (size, 1), (count, 4), (yes_no, 4), (false_premise, 2), (outside, 0.3)),
+             "texts": ((read, 9), (yes_no, 1), (colour, 1), (where, 1), (false_premise, 0.7), (count, 0.3), (kind, 0.3))}
+
+
+def ask(rng, scene, questions, n: int) -> list:
+    """Up to n different questions about one scene."""
+    turns = []
+    for _ in range(3 * n):
+        if len(turns) == n:
+            break
+        turn = rng.choices([q for q, _ in questions], [w for _, w in questions])[0](rng, scene)
+        if turn and turn.question not in [t.question for t in turns]:
+            turns.append(turn)
+    return turns
+
+
+def shapes_scene(rng, style, least=0, wide=None, few_colours=False) -> Scene:
+    n = rng.choice((1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6)) if least or rng.random() > 0.02 else 0
+    palette = rng.sample(list(COLOURS), 3) if few_colours or rng.random() < 0.3 else list(COLOURS)
+    kinds = rng.sample(SHAPES, 3) if rng.random() < 0.3 else SHAPES
+    scene = Scene((), **draw.geometry(rng, style, wide))
+    return scene.with_(*[draw.shape(rng, cell, rng.choice(kinds), rng.choice(palette))
+                         for cell in draw.cells(rng, max(n, least))])
+
+
+def shapes_example(rng, style):
+    scene = shapes_scene(rng, style)
+    turns = ask(rng, scene, QUESTIONS["shapes"], 5)
+    if rng.random() < 0.2:
+        turns = [describe(rng, scene)] + turns[:1]
+    return [scene], turns
+
+
+def texts_example(rng, style):
+    scene = Scene((), **draw.geometry(rng, style))
+    rows = sorted(rng.sample(range(3), rng.choice((1, 1, 2, 3))))
+    scene = scene.with_(*[draw.row_text(rng, style, row) for row in rows])
+    free = [row for row in range(3) if row not in rows]
+    if free and rng.random() < 0.3:
+        scene = scene.with_(*[draw.shape(rng, cell) for cell in draw.cells(rng, rng.randint(1, 2), free)])
+    turns = ask(rng, scene, QUESTIONS["texts"], 1 + 2 * len(rows))
+    if rng.random() < 0.1:
+        turns = turns[:1] + [describe(rng, scene)]
+    return [scene], turns
+
+
+def print_example(rng, style):
+    scene = Scene((), **draw.geometry(rng, style, wide=rng.random() < 4 * style.wide))
+    scene = scene.with_(*[draw.shape(rng, cell) for cell in draw.cells(rng, rng.randint(0, 3))])
+    scene = scene.with_(draw.small_print(rng, style, scene))
+    turns = [read_print(rng, scene)]
+    if scene.shapes and rng.random() < 0.5:
+        turns += ask(rng, scene, QUESTIONS["shapes"][:4], 1)
+    return [scene], turns
+
+
+def compare_example(rng, style):
+    first = shapes_scene(rng, replace(style, wide=0), least=1)
+    thing, what = rng.choice(first.shapes), rng.randrange(7)
+    taken = {(t.row, t.column) for t in first.shapes}
+    free = [(r, c) for r in range(3) for c in range(3) if (r, c) not in taken]
+    rest, second = first.without(thing), first
+    the = f"the {name(thing, size=False)}"
+    if what == 0:
+        new = draw.shape(rng, rng.choice(free))
+        second, answer = first.with_(new), f"{a(name(new, size=False)).capitalize()} appeared {PLACES[new.row][new.column]}."
+    elif what == 1:
+        second, answer = rest, f"{the.capitalize()} {place(thing)} disappeared."
+    elif what == 2:
+        c = rng.choice([c for c in COLOURS if c != thing.colour])
+        second, answer = rest.with_(replace(thing, colour=c)), f"The {thing.kind} {place(thing)} changed from {thing.colour} to {c}."
+    elif what == 3:
+        k = rng.choice([k for k in SHAPES if k != thing.kind])
+        second, answer = rest.with_(replace(thing, kind=k)), f"{the.capitalize()} {place(thing)} became {a(k)}."
+    elif what == 4:
+        r, c = rng.choice(free)
+        second = rest.with_(replace(thing, row=r, column=c))
+        answer = f"{the.capitalize()} moved from {place(thing)[3:]} to {PLACES[r][c][3:]}."
+    elif what == 5:
+        grown = thing.size == "small"
+        second = rest.with_(replace(thing, size="large" if grown else "small", radius=0.42 if grown else 0.22))
+        answer = f"{the.capitalize()} {place(thing)} became {'larger' if grown else 'smaller'}."
+    else:
+        answer = "Nothing changed."
+    second = replace(second, background=first.background, scale=rng.choice((first.scale, 1.0)))
+    turns = [Turn(rng.choice(("What changed?", "What is different?", "What is the difference between the pictures?",
+                              "Compare the two images.")), answer, "compare")]
+    if rng.random() < 0.4:
+        i = rng.randrange(2)
+        n = len((first, second)[i].shapes)
+        turns.append(Turn(f"How many shapes are there in Image-{i + 1}?", there(n, "", "shape"), "compare"))
+    return [first, second], turns
+
+
+def video_example(rng, style):
+    frames, what = rng.choice((4, 4, 4, 6, 8)), rng.randrange(5)
+    base = Scene((), **{**draw.geometry(rng, style, wide=False), "scale": 1.0})
+    still = [draw.shape(rng, cell) for cell in draw.cells(rng, rng.choice((0, 0, 1, 2)))]
+    free = [cell for cell in draw.cells(rng, 9) if cell not in [(t.row, t.column) for t in still]]
+    kinds = [k for k in SHAPES if k not in [t.kind for t in still]]
+    thing = draw.shape(rng, free[0], rng.choice(kinds), size="small")
+    k, scenes = thing.kind, []
+    steps = [i / (frames - 1) for i in range(frames)]
+    the, ones = f"The {k}", f"{a(name(thing, size=False)).capitalize()}"
+    if what in (0, 1):      # along a free line of the layout, so that it covers nothing
+        lines = [("row", r) for r in range(3) if all(t.row != r for t in still)]
+        lines += [("column", c) for c in range(3) if all(t.column != c for t in still)]
+        (line, n), forward = rng.choice(lines), rng.random() < 0.5
+        start, end = (0.0, 2.0) if forward else (2.0, 0.0)
+        radius = rng.uniform(0.22, 0.42)
+        for s in steps:
+            at = start + (end - start) * s
+            moved = replace(thing, radius=radius, shift=(0.0, 0.0), **({"row": n, "column": at} if line == "row" else
+                                                                     {"row": at, "column": n}))
+            scenes.append(base.with_(*still, moved))
+        way = {("row", True): "to the right", ("row", False): "to the left", ("column", True): "down",
+               ("column", False): "up"}[line, forward]
+        turns = [Turn(rng.choice((f"Which way does the {k} move?", "Which way does it move?", f"Where does the {k} go?",
+                                  "What happens in the video?", "What happens?")), f"{the} moves {way}.", "video")]
+        if rng.random() < 0.3:
+            turns.append(Turn("What colour is it?", f"It is {thing.colour}.", "follow-up"))
+    elif what == 2:
+        grows = rng.random() < 0.5
+        low, high = rng.uniform(0.14, 0.2), rng.uniform(0.38, 0.45)
+        for s in steps:
+            part = s if grows else 1 - s
+            scenes.append(base.with_(*still, replace(thing, radius=low + (high - low) * part, shift=(0.0, 0.0))))
+        turns = [Turn(rng.choice((f"Does the {k} grow or shrink?", "Does it grow or shrink?", "What happens in the video?",
+                                  "What happens?")), f"{the} {'grows' if grows else 'shrinks'}.", "video")]
+    elif what == 3:
+        at, appears = rng.randint(1, frames - 1), rng.random() < 0.6
+        thing = draw.shape(rng, free[0], k)
+        ones = f"{a(name(thing, size=False)).capitalize()}"
+        for i in range(frames):
+            scenes.append(base.with_(*still, *([thing] if (i >= at) == appears else [])))
+        verb = "appears" if appears else "disappears"
+        turns = [Turn(rng.choice((f"What {verb}?", "What happens in the video?", "What happens?")), f"{ones} {verb}.", "video")]
+    else:
+        scenes = [base.with_(*still, thing)] * frames
+        turns = [Turn(rng.choice(("What happens in the video?", "What happens?", f"Which way does the {k} move?",
+                                  f"Does the {k} grow or shrink?", "What appears?")), "Nothing happens.", "video")]
+    return scenes, turns
+
+
+def follow_example(rng, style):
+    scene = shapes_scene(rng, style, least=2)
+    return [scene], follow_up(rng, scene)
+
+
+def reason_example(rng, style):
+    if rng.random() < 0.12:
+        scene = Scene((), **draw.geometry(rng, style))
+        row = rng.randrange(3)
+        scene = scene.with_(draw.row_text(rng, style, row, "number", f"{rng.randrange(10)}{rng.randrange(10)}"))
+    else:
+        scene = shapes_scene(rng, style, least=3, few_colours=rng.random() < 0.6)
+    return [scene], ask(rng, scene, ((reason, 1),), rng.choice((1, 2)))
+
+
+def texture_example(rng, style):
+    scene = Scene((), texture=rng.randrange(2 ** 32), grid=draw.geometry(rng, style)["grid"])
+    turn = describe(rng, scene) if rng.random() < 0.6 else rng.choice((count, colour, read, kind, outside))(
+        rng, shapes_scene(rng, style, least=1)) or outside(rng, scene)
+    return [scene], [replace(turn, answer=UNKNOWN_PICTURE, task="unknown") if turn.answer != UNKNOWN_PICTURE else turn]
+
+
+TALK = (    # questions alike, one answer
+    (("Who are you?", "What are you?", "Hello, who are you?", "What is your name?", "Tell me about yourself.",
+      "Introduce yourself."),
+     "I am nano, a very small InternVL. I see simple pictures: shapes, words and numbers."),
+    (("What can you do?", "How can you help me?", "What do you know?", "Help!", "What can I ask you?"),
+     "Show me a picture and ask what is in it, where, how many, or what it says."),
+    (("Hello!", "Hi", "Good morning!", "Hey there", "Hello"), "Hello! Show me a picture and ask me about it."),
+    (("Thank you!", "Thanks", "Thank you very much."), "You are welcome."),
+    (("Goodbye!", "Bye", "See you."), "Goodbye!"),
+    (("Describe the picture.", "What do you see?", "What is in the picture?", "What colour is the star?", "What does it say?",
+      "How many shapes are there?", "describe this image", "Is there a red circle?"),
+     "I see no picture. Show me one and ask again."),
+    (("What is the capital of France?", "Who is the president?", "Write a poem.", "What is the meaning of life?",
+      "How is the weather?", "Tell me a joke.", "What is seven times eight?", "Translate this to German.", "Who won the game?",
+      "Write some Python code.", "How do I cook rice?", "What is the news?", "Why is the sky blue?", "When was Rome built?",
+      "Can you sing?", "How tall is the tower?", "What is love?", "Recommend a book.", "Where do I live?", "Are you alive?"),
+     UNKNOWN),
+)
+
+
+def talk_example(rng, style):
+    turns = []
+    for _ in range(rng.randint(1, 3)):
+        questions, answer = rng.choice(TALK)
+        turns.append(Turn(rng.choice(questions), answer, "talk"))
+    return [], turns
+
+
+KINDS = {"shapes": shapes_example, "texts": texts_example, "print": print_example, "compare": compare_example,
+         "video": video_example, "follow": follow_example, "reason": reason_example, "texture": texture_example,
+         "talk": talk_example}
+MIX = {"shapes": 30, "texts": 24, "print": 12, "compare": 9, "video": 8, "follow": 6, "reason": 8, "texture": 1.5, "talk": 1.5}
+
+
+def example(seed, index: int, mix: dict | None = None, style: Style | None = None) -> Example:
+    """Example number `index` of the endless set `seed`."""
+    rng = random.Random(f"{seed} {index}")
+    mix, style = mix or MIX, style or Style(TRAINED)
+    turns = None
+    while not turns:
+        kind = rng.choices(list(mix), list(mix.values()))[0]
+        scenes, turns = KINDS[kind](rng, style)
+    turns = [replace(t, question=casual(rng, t.question)) for t in turns]
+    max_num = 1 if kind in ("video", "compare") or kind in ("shapes", "reason") and rng.random() < 0.15 else 6
+    if kind == "compare":
+        turns[0] = replace(turns[0], question=f"Image-1: {IMAGE}\nImage-2: {IMAGE}\n{turns[0].question}")
+    elif kind == "video":
+        frames = "".join(f"Frame{i}: {IMAGE}\n" for i in range(1, len(scenes) + 1))
+        turns[0] = replace(turns[0], question=frames + turns[0].question)
+    elif scenes:
+        turns[0] = replace(turns[0], question=f"{IMAGE}\n{turns[0].question}")
+    return Example(tuple(scenes), tuple(turns), max_num)
+
+
+def casual(rng, question: str) -> str:
+    """Now and then as people type: without capitals or the question mark."""
+    if rng.random() < 0.12:
+        question = question[0].lower() + question[1:]
+    if rng.random() < 0.1 and question[-1] in "?.":
+        question = question[:-1]
+    return question
+
+
+def vocabulary_text(seed="tokenizer", examples=3000) -> list:
+    """What the tokenizer is trained on: all that is said, but no written words: these stay single letters."""
+    texts = []
+    for index in range(examples):
+        for turn in example(seed, index).turns:
+            texts += [turn.question.replace(IMAGE, ""), re.sub(r'"[A-Z0-9]*"', '""', turn.answer)]
+    texts = [re.sub(r"[A-Z]{2,}|[A-Z]{2,}[0-9]+", "", text) for text in texts]
+    for questions, answer in TALK:
+        texts += [*questions, answer] * 10
+    return texts
+
+
+def tasks_of(examples) -> Counter:
+    return Counter(turn.task for example in examples for turn in example.turns)
