@@ -10,12 +10,13 @@ from dataclasses import asdict
 
 from minivl import (EngineConfig, GenerationConfig, InputError, Limits, Picture, __version__, load_image, load_video,
                     pipeline, video_prompt)
+from minivl.demo import demo
 
 HELP = """\
 Ask about pictures.
 
-  python -m minivl chat -m FOLDER PICTURE -p "describe this image"      one answer
-  python -m minivl chat -m FOLDER PICTURE                               a conversation
+  python -m minivl chat PICTURE -p "describe this image"                one answer of nano, the small model in the package
+  python -m minivl chat -m FOLDER PICTURE                               a conversation with another model
   echo "what is this?" | python -m minivl chat -m FOLDER PICTURE        the prompt from a pipe
 
 In a conversation: /add PICTURE brings a picture to your next message, /new starts over, /quit ends (as does Ctrl-D).
@@ -28,6 +29,8 @@ def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m minivl", description="InternVL2.5 in plain PyTorch.")
     main.add_argument("--version", action="version", version=f"minivl {__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    tour = commands.add_parser("demo", help="the shipped small model answers questions about its sample pictures")
+    tour.add_argument("-m", "--model", default="nano-awq", help="nano-awq (default, int4), nano (float16) or a folder")
     chat = commands.add_parser("chat", help="ask about pictures", description=HELP,
                                formatter_class=argparse.RawDescriptionHelpFormatter)
     chat.add_argument("pictures", nargs="*", metavar="PICTURE",
@@ -37,8 +40,10 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--json", action="store_true", help="print the whole response as one JSON object")
 
     model = chat.add_argument_group("model")
-    model.add_argument("-m", "--model", required=True, metavar="FOLDER|HUB_ID",
-                       help="a checkpoint folder, or a hub id such as OpenGVLab/InternVL2_5-4B-MPO-AWQ (downloads it)")
+    model.add_argument("-m", "--model", default="nano", metavar="FOLDER|HUB_ID",
+                       help="a checkpoint folder, or a hub id such as OpenGVLab/InternVL2_5-4B-MPO-AWQ (downloads it); "
+                            "default nano, the small model inside the package, which knows shapes, words and numbers; "
+                            "nano-awq is its int4 twin")
     model.add_argument("--revision", help="branch, tag or commit of a hub id")
     model.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps (untested)")
     model.add_argument("--dtype", choices=["float32", "float16", "bfloat16"],
@@ -78,7 +83,7 @@ def main(argv=None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        return chat(args)
+        return demo(args.model) if args.command == "demo" else chat(args)
     except (InputError, OSError) as error:
         if isinstance(error, BrokenPipeError):      # the reader of a pipe went away, e.g. `| head`
             sys.stderr.close()

@@ -35,6 +35,7 @@ WEIGHT_FILES = ["model.safetensors.index.json", "model.safetensors",
                 "pytorch_model.bin.index.json", "pytorch_model.bin"]      # in this order; the first that exists is read
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+SHIPPED = {"nano": Path(__file__).parent / "nano" / "float16", "nano-awq": Path(__file__).parent / "nano" / "awq"}
 MAX_HEADER = 16_000_000     # bytes; the released ones stay below 1 MB, and Python's JSON needs 25 times as much memory
 PICKLED = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
 
@@ -75,11 +76,16 @@ def load(path_or_id, *, revision: str | None = None, device=None, dtype=None) ->
 
 
 def find(path_or_id, *, revision: str | None = None) -> Path:
-    """A local folder as it is; a hub id as the folder of its downloaded files (JSON, tokenizer, weights; no code)."""
+    """A local folder as it is; a hub id as the folder of its downloaded files (JSON, tokenizer, weights; no code).
+
+    "nano" and "nano-awq" are the small trained model inside the package, unless there is a folder of this name.
+    """
     if not isinstance(path_or_id, (str, os.PathLike)):
-        raise InputError(f"a checkpoint cannot be a {type(path_or_id).__name__}; give a folder or a hub id like "
-                         "OpenGVLab/InternVL2_5-4B-MPO-AWQ")
+        raise InputError(f"a checkpoint cannot be a {type(path_or_id).__name__}; give a folder, nano, nano-awq or a hub id "
+                         "like OpenGVLab/InternVL2_5-4B-MPO-AWQ")
     text = os.path.expanduser(os.fspath(path_or_id))
+    if text in SHIPPED and not os.path.isdir(text):
+        text = str(SHIPPED[text])
     if os.path.isdir(text):
         if revision is not None:
             raise InputError(f"{text} is a local folder, it has no revision {revision!r}; leave `revision` out")

@@ -94,8 +94,8 @@ class Session:
         self.cache = None
 
 
-def pipeline(model_path, backend_config: EngineConfig | None = None) -> Pipeline:
-    """`model_path`: folder or hub id of a checkpoint with its tokenizer files."""
+def pipeline(model_path="nano", backend_config: EngineConfig | None = None) -> Pipeline:
+    """`model_path`: folder or hub id of a checkpoint with its tokenizer files, or the shipped "nano" or "nano-awq"."""
     config = backend_config or EngineConfig()
     if not isinstance(config, EngineConfig):
         raise InputError(f"backend_config is a {type(config).__name__}; give minivl.EngineConfig(...)")

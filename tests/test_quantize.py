@@ -38,7 +38,7 @@ def test_smoothing_and_rounding_are_those_of_lmdeploy():
 @pytest.mark.parametrize("group_size", [32, 128])
 def test_rounding_against_its_definition(group_size):
     I, O = 256, 24
-    weight = torch.randn(O, I) * torch.rand(O, 1) + 0.1 * torch.randn(O, 1)
+    weight = torch.randn(O, I) * (0.3 + torch.rand(O, 1)) + 0.1 * torch.randn(O, 1)
     weight[3, :group_size] = 0.25           # a group without spread, all positive
     weight[4, :group_size] = torch.rand(group_size) + 1     # zero lies outside
     qweight, qzeros, scales = q.quantize_linear(weight, group_size)

@@ -117,10 +117,8 @@ def draw(scene: Scene) -> Image.Image:
         if thing.is_text:
             _write(image, thing, scene, k)
         else:
-            cell = (k * width / 3, k * height / 3)
-            radius = thing.radius * min(cell)
-            x, y = (cell[i] * (n + 0.5) + thing.shift[i] * max(0.0, cell[i] / 2 - radius * 1.05)
-                    for i, n in enumerate((thing.column, thing.row)))
+            radius = thing.radius * min(image.size) / 3
+            x, y = _centre(thing, image.size)
             c, s = math.cos(math.radians(thing.angle)), math.sin(math.radians(thing.angle))
             points = [(x + radius * (c * u - s * v), y + radius * (s * u + c * v)) for u, v in OUTLINES[thing.kind]]
             if thing.kind == "ring":
@@ -131,29 +129,59 @@ def draw(scene: Scene) -> Image.Image:
     return image.reduce(k)
 
 
+def _centre(thing: Thing, size) -> tuple:
+    """Of a shape, in a picture of this size."""
+    cell = (size[0] / 3, size[1] / 3)
+    return tuple(cell[i] * (n + 0.5) + thing.shift[i] * max(0.0, cell[i] / 2 - thing.radius * min(cell) * 1.05)
+                 for i, n in enumerate((thing.column, thing.row)))
+
+
 def text_size(thing: Thing) -> tuple:
     """Width and height of a text in pixels of a tile, before rotation."""
     left, top, right, bottom = _font(round(4 * thing.radius)).getbbox(thing.text, stroke_width=2 if thing.bold else 0)
     return (right - left) / 4, (bottom - top) / 4
 
 
-def _write(image, thing, scene, k):
-    width, height = image.size
+def _line(thing: Thing, scene: Scene, k: int) -> tuple:
+    """A text as a mask before rotation, and the centre it goes to, all k times larger than the picture: (mask, x, y)."""
+    width, height = (k * side for side in scene.size)
     # Words grow with the picture, as shapes do, so that the thumbnail shows them; small print does not.
     grow = 1.0 if thing.kind == "print" else min(scene.grid)
     size = round(k * scene.scale * grow * thing.radius)
     stroke = max(1, round(size / 24)) if thing.bold else 0
     left, top, right, bottom = _font(size).getbbox(thing.text, stroke_width=stroke)
-    layer = Image.new("L", (right - left + 4, bottom - top + 4), 0)
-    ImageDraw.Draw(layer).text((2 - left, 2 - top), thing.text, fill=255, font=_font(size), stroke_width=stroke)
-    if thing.angle:
-        layer = layer.rotate(thing.angle, Image.Resampling.BILINEAR, expand=True)
+    mask = Image.new("L", (right - left + 4, bottom - top + 4), 0)
+    ImageDraw.Draw(mask).text((2 - left, 2 - top), thing.text, fill=255, font=_font(size), stroke_width=stroke)
     if thing.kind == "print":
-        x, y = width * thing.shift[0], height * thing.shift[1]
-    else:
-        x = width / 2 + thing.shift[0] * max(0.0, (width - layer.width) / 2 - 2 * k)
-        y = height * (2 * thing.row + 1) / 6 + thing.shift[1] * max(0.0, (height / 3 - layer.height) / 2)
-    image.paste(COLOURS[thing.colour], (round(x - layer.width / 2), round(y - layer.height / 2)), layer)
+        return mask, width * thing.shift[0], height * thing.shift[1]
+    turned = mask.rotate(thing.angle, expand=True).size if thing.angle else mask.size
+    x = width / 2 + thing.shift[0] * max(0.0, (width - turned[0]) / 2 - 2 * k)
+    y = height * (2 * thing.row + 1) / 6 + thing.shift[1] * max(0.0, (height / 3 - turned[1]) / 2)
+    return mask, x, y
+
+
+def _write(image, thing, scene, k):
+    mask, x, y = _line(thing, scene, k)
+    if thing.angle:
+        mask = mask.rotate(thing.angle, Image.Resampling.BILINEAR, expand=True)
+    image.paste(COLOURS[thing.colour], (round(x - mask.width / 2), round(y - mask.height / 2)), mask)
+
+
+def marks(scene: Scene) -> list:
+    """Where everything is: [(thing, letter or "", x, y), ...], centres as fractions of the picture."""
+    found = []
+    for thing in scene.things:
+        if not thing.is_text:
+            x, y = _centre(thing, scene.size)
+            found.append((thing, "", x / scene.size[0], y / scene.size[1]))
+            continue
+        mask, x, y = _line(thing, scene, 4)
+        turn, width, height = math.radians(thing.angle), 4 * scene.size[0], 4 * scene.size[1]
+        lengths = [_font(100).getlength(thing.text[:i]) for i in range(len(thing.text) + 1)]
+        for letter, start, end in zip(thing.text, lengths, lengths[1:]):
+            off = ((start + end) / 2 / lengths[-1] - 0.5) * mask.width      # along the line
+            found.append((thing, letter, (x + off * math.cos(turn)) / width, (y - off * math.sin(turn)) / height))
+    return found
 
 
 def _texture(rng, size):
@@ -227,13 +255,14 @@ def a_text(rng, style: Style, least=2, most=6) -> tuple:
     return "word", "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.randint(max(2, least), most)))
 
 
-def row_text(rng, style: Style, row: int, kind=None, text=None) -> Thing:
-    """A word or number that fills a row."""
+def row_text(rng, style: Style, scene: Scene, row: int, kind=None, text=None) -> Thing:
+    """A word or number that fills a row; in a long picture large enough for the thumbnail."""
     if text is None:
         kind, text = a_text(rng, style)
-    thing = Thing(kind, rng.choice(list(COLOURS)), row, text=text, radius=rng.uniform(15, 30), bold=rng.random() < 0.4,
+    smallest = 15 if scene.grid[0] == scene.grid[1] else 21
+    thing = Thing(kind, rng.choice(list(COLOURS)), row, text=text, radius=rng.uniform(smallest, 30), bold=rng.random() < 0.4,
                   shift=(rng.uniform(-1, 1), rng.uniform(-1, 1)), angle=rng.choice((0.0, rng.uniform(-7, 7))))
-    while text_size(thing)[0] > 0.92 * TILE:
+    while text_size(thing)[0] > 0.92 * TILE * scene.grid[0] / min(scene.grid):
         thing = replace(thing, radius=thing.radius * 0.93)
     return thing
 

@@ -28,7 +28,7 @@ from weights_tools.nano.draw import Style, draw
 
 # What is asked -> the share of right answers that was aimed at when nano was planned (None: no aim was set).
 TARGETS = {"describe": None, "colour": 0.97, "shape": 0.97, "place": 0.97, "size": None, "count": 0.92, "read words": 0.90,
-           "read new words": None, "read letters": None, "read numbers": None, "small print": None, "compare": 0.90, "video": 0.95,
+           "read new words": None, "read letters": None, "read numbers": None, "read all": None, "small print": None, "compare": 0.90, "video": 0.95,
            "follow-up": 0.92, "yes": 0.95, "no": 0.95, "false premise": None, "reason": 0.60, "unknown": None, "talk": None}
 STYLES = {"read words": Style(world.TRAINED, made_up=0), "read new words": Style(world.HELD_OUT, made_up=0),
           "read letters": Style((), made_up=1)}     # words seen in training; never seen; letters at random

@@ -44,6 +44,7 @@ class Stage:
     warmup: int = 100       # steps until the learning rate is reached
     floor: float = 0.0      # share of the learning rate left at the end of the cosine
     weight_decay: float = 0.05
+    task: str = "answers"   # or "squares": the vision tower and the projector alone, see warmup.py
 
     def __post_init__(self):
         unknown = set(self.mix) - set(world.KINDS)
@@ -54,14 +55,19 @@ class Stage:
                                ("warmup", 0, self.steps), ("floor", 0, 1), ("weight_decay", 0, 1)):
             if not low <= getattr(self, key) <= high:
                 raise InputError(f"stage {self.name}: {key} is {getattr(self, key)}, it must be in {low}..{high}")
+        if self.task not in ("answers", "squares"):
+            raise InputError(f"stage {self.name}: task is {self.task!r}; tasks are answers and squares")
         if not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:
             raise InputError(f"stage {self.name}: the shares of the mix are {self.mix}; they must be positive")
 
 
 EASY = {"shapes": 50, "texts": 44, "talk": 3, "texture": 3}
-STAGES = (Stage("look", 1500, 4e-3, EASY, wide=0.0, floor=0.5, batch=32),
-          Stage("everything", 5000, 4e-3, world.MIX, wide=0.25))
-QUICK = (Stage("quick", 1000, 4e-3, {**EASY, "follow": 6, "reason": 8, "compare": 8}, wide=0.0),)
+SQUARES = {"shapes": 30, "texts": 50, "print": 18, "texture": 2}
+STAGES = (Stage("squares", 1200, 4e-3, SQUARES, wide=0.0, task="squares"),
+          Stage("look", 800, 4e-3, EASY, wide=0.0, floor=0.5, batch=32),
+          Stage("everything", 3200, 4e-3, world.MIX, wide=0.25, batch=32))
+QUICK = (Stage("squares", 600, 4e-3, SQUARES, wide=0.0, task="squares"),
+         Stage("quick", 1000, 4e-3, {**EASY, "follow": 6, "reason": 8, "compare": 8}, wide=0.0),)
 
 
 def config_json(awq: bool = False) -> dict:

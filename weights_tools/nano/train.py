@@ -29,7 +29,7 @@ from minivl.prompt import encode
 from minivl.tiling import MEAN, STD, tile
 from minivl.tokenizer import Tokenizer
 from weights_tools import run
-from weights_tools.nano import recipe, world
+from weights_tools.nano import recipe, warmup, world
 from weights_tools.nano.draw import TILE, Style, draw
 
 IGNORE = -100           # label of a token that is not learned, as in cross_entropy
@@ -48,6 +48,7 @@ def labels_of(ids: list, tokenizer: Tokenizer) -> list:
     header = [tokenizer.id("<|im_start|>"), *tokenizer.encode("assistant\n")]
     labels, inside, end = [], False, tokenizer.id("<|im_end|>")
     for i, id in enumerate(ids):
+        inside = inside and id != header[0]     # an empty answer is only its header, see minivl.prompt
         labels.append(id if inside else IGNORE)
         if id == end:
             inside = False
@@ -87,7 +88,8 @@ def collate(rows: list, tiles: list, tokenizer: Tokenizer) -> tuple:
 
 
 class Batches(Dataset):
-    """Batch number i of a stage: always the same. A list of micro-batches, conversations of similar length together."""
+    """Batch number i of a stage: always the same. A list of micro-batches: (ids, labels, pixels), conversations of similar
+    length together; or, in the warm-up, (targets, pixels)."""
 
     def __init__(self, stage: recipe.Stage, seed, tokenizer: Tokenizer):
         self.stage, self.seed, self.tokenizer = stage, f"{seed} {stage.name}", tokenizer
@@ -98,6 +100,10 @@ class Batches(Dataset):
     def __getitem__(self, i):
         style, size = Style(world.TRAINED, wide=self.stage.wide), self.stage.batch
         examples = [world.example(self.seed, i * size + n, self.stage.mix, style) for n in range(size)]
+        if self.stage.task == "squares":
+            scenes = [scene for e in examples for scene in e.pictures]
+            tiles = [tile(draw(scene), max_num=1, tile_size=TILE)[0] for scene in scenes]
+            return [(torch.stack([warmup.targets(scene) for scene in scenes]), pixels(tiles))]
         tiles = [tiles_of(e) for e in examples]
         pairs = sorted(((ids_of(e, t, self.tokenizer), t) for e, t in zip(examples, tiles)), key=lambda pair: len(pair[0]))
         return [collate(*zip(*pairs[n:n + MICRO]), self.tokenizer) for n in range(0, size, MICRO)]
@@ -135,12 +141,13 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     buffer.mul_(group["momentum"]).add_(p.grad)
-                    shapes[p.shape].append((p, p.grad.add(buffer, alpha=group["momentum"])))    # Nesterov
+                    update = p.grad.add(buffer, alpha=group["momentum"]).flatten(1)     # Nesterov; a convolution as matrix
+                    shapes[update.shape].append((p, update))
             for shape, pairs in shapes.items():         # matrices of one shape together
                 updates = orthogonalise(torch.stack([update for _, update in pairs]))
                 for (p, _), update in zip(pairs, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                    p.add_(update.view_as(p), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
 def orthogonalise(x, steps=5):
@@ -154,10 +161,11 @@ def orthogonalise(x, steps=5):
     return x.mT if tall else x
 
 
-def optimisers(model: MiniVL, stage: recipe.Stage) -> list:
-    """Muon for the matrices of the blocks and the projector; AdamW for embeddings, head, norms, biases, patches."""
-    matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n and "lm_head" not in n}
-    rest = [p for n, p in model.named_parameters() if n not in matrices]
+def optimisers(model: MiniVL, stage: recipe.Stage, head=None) -> list:
+    """Muon for the matrices of the patches, the blocks and the projector; AdamW for embeddings, head, norms and biases."""
+    learned = {n: p for n, p in model.named_parameters() if not head or not n.startswith("language_model.")}
+    matrices = {n: p for n, p in learned.items() if p.ndim in (2, 4) and "embed_tokens" not in n and "lm_head" not in n}
+    rest = [p for n, p in learned.items() if n not in matrices] + (list(head.parameters()) if head else [])
     decayed, free = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim != 2]
     return [Muon(matrices.values(), lr=stage.lr, weight_decay=stage.weight_decay),
             torch.optim.AdamW([{"params": decayed, "weight_decay": stage.weight_decay}, {"params": free, "weight_decay": 0.0}],
@@ -170,18 +178,23 @@ def rate(stage: recipe.Stage, step: int) -> float:
     return min(1.0, (step + 1) / max(1, stage.warmup)) * (stage.floor + (1 - stage.floor) * cosine)
 
 
-def train_step(model: MiniVL, batch: list, opts: list, share: float, device="cpu") -> tuple:
-    """One step on a list of micro-batches: (loss per supervised token, supervised tokens)."""
-    count = sum(int((labels[:, 1:] != IGNORE).sum()) for _, labels, _ in batch)
+def train_step(model: MiniVL, batch: list, opts: list, share: float, head=None) -> tuple:
+    """One step on a list of micro-batches: (loss per supervised token or square, their number)."""
+    device = model.device
+    count = sum(len(m[0]) if head else int((m[1][:, 1:] != IGNORE).sum()) for m in batch)
     total = 0.0
-    for ids, labels, x in batch:
-        logits, wanted = answer_logits(model, ids.to(device), labels.to(device), normalise(x.to(device)))
-        loss = F.cross_entropy(logits, wanted, reduction="sum") / count
+    for *wanted, x in batch:
+        if head:
+            scores = head(model.visual_tokens(normalise(x.to(device))))
+            loss = warmup.loss_and_hits(scores, wanted[0].to(device))[0] * len(x) / count
+        else:
+            logits, tokens = answer_logits(model, *(t.to(device) for t in wanted), normalise(x.to(device)))
+            loss = F.cross_entropy(logits, tokens, reduction="sum") / count
         loss.backward()
         total += loss.item()
     if not math.isfinite(total):
         raise InputError(f"the loss is {total}; lower the learning rate and start again from the last stage")
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_([p for o in opts for g in o.param_groups for p in g["params"]], 1.0)
     for opt in opts:
         for group in opt.param_groups:
             group.setdefault("full", group["lr"])
@@ -189,6 +202,15 @@ def train_step(model: MiniVL, batch: list, opts: list, share: float, device="cpu
         opt.step()
         opt.zero_grad()
     return total, count
+
+
+@torch.no_grad()
+def watch(model: MiniVL, tokenizer: Tokenizer, stage: recipe.Stage, head=None) -> dict:
+    """How a stage goes, on held-out examples: task or field -> share right."""
+    if head:
+        *wanted, x = Batches(replace(stage, batch=128), "watch", tokenizer)[0][0]
+        return warmup.loss_and_hits(head(model.visual_tokens(normalise(x.to(model.device)))), wanted[0].to(model.device))[1]
+    return accuracy(model, tokenizer, mix=stage.mix, style=Style(world.TRAINED, wide=stage.wide))
 
 
 @torch.no_grad()
@@ -241,9 +263,13 @@ def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 
         tokenizer = Tokenizer.load(folder)
         model.img_context_token_id = tokenizer.id("<IMG_CONTEXT>")
         model = model.float().train().requires_grad_(True).to(device)
-        opts, first = optimisers(model, stage), 0
+        torch.manual_seed(seed)
+        head = warmup.head(recipe.LLM["hidden_size"]).to(device) if stage.task == "squares" else None
+        opts, first = optimisers(model, stage, head), 0
         if state.get("stage") == number:
             model.load_state_dict(state["model"])
+            if head:
+                head.load_state_dict(state["head"])
             for opt, saved in zip(opts, state["optimisers"]):
                 opt.load_state_dict(saved)
             first = state["step"]
@@ -252,22 +278,22 @@ def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 
         start, tokens, mean = time.perf_counter(), 0, None
         with tqdm(total=stage.steps, initial=first, desc=stage.name, unit="step", disable=None) as bar:
             for step, batch in enumerate(loader, start=first):
-                loss, count = train_step(model, batch, opts, rate(stage, step), device)
+                loss, count = train_step(model, batch, opts, rate(stage, step), head)
                 mean = loss if mean is None else 0.98 * mean + 0.02 * loss
-                tokens += sum(ids.numel() for ids, _, _ in batch)
+                tokens += sum(m[0].numel() for m in batch)
                 bar.update()
                 bar.set_postfix_str(f"loss {mean:.3f}, {tokens / (time.perf_counter() - start):.0f} tokens/s")
                 done += 1
                 last = step + 1 == stage.steps
                 if (step + 1) % watch_every == 0 or last:
-                    seen = accuracy(model, tokenizer, mix=stage.mix, style=Style(world.TRAINED, wide=stage.wide))
-                    line = {"stage": stage.name, "step": step + 1, "loss": round(mean, 4), **{k: round(v, 3) for k, v in seen.items()}}
+                    seen = {k: round(v, 3) for k, v in watch(model, tokenizer, stage, head).items()}
+                    line = {"stage": stage.name, "step": step + 1, "loss": round(mean, 4), **seen}
                     with open(out / "log.jsonl", "a") as log:
                         log.write(json.dumps({**line, "seconds": round(time.perf_counter() - start)}) + "\n")
                     tqdm.write(" ".join(f"{k} {v}" for k, v in line.items()))
                 if not last and ((step + 1) % save_every == 0 or done == stop_at):
                     state = {"recipe": digest, "stage": number, "step": step + 1, "model": model.state_dict(),
-                             "optimisers": [opt.state_dict() for opt in opts]}
+                             "head": head and head.state_dict(), "optimisers": [opt.state_dict() for opt in opts]}
                     torch.save(state, partial := state_file.with_suffix(".partial"))
                     os.replace(partial, state_file)
                 if done == stop_at and not last:

@@ -465,15 +465,15 @@ def shapes_scene(rng, style, least=0, wide=None, few_colours=False) -> Scene:
 def shapes_example(rng, style):
     scene = shapes_scene(rng, style)
     turns = ask(rng, scene, QUESTIONS["shapes"], 5)
-    if rng.random() < 0.2:
-        turns = [describe(rng, scene)] + turns[:1]
+    if rng.random() < 0.35:     # last, so that no earlier answer can be read off it
+        turns = [*turns[:rng.choice((0, 2, 3))], describe(rng, scene)]
     return [scene], turns
 
 
 def texts_example(rng, style):
     scene = Scene((), **draw.geometry(rng, style))
     rows = sorted(rng.sample(range(3), rng.choice((1, 1, 2, 3))))
-    scene = scene.with_(*[draw.row_text(rng, style, row) for row in rows])
+    scene = scene.with_(*[draw.row_text(rng, style, scene, row) for row in rows])
     free = [row for row in range(3) if row not in rows]
     if free and rng.random() < 0.3:
         scene = scene.with_(*[draw.shape(rng, cell) for cell in draw.cells(rng, rng.randint(1, 2), free)])
@@ -590,7 +590,7 @@ def reason_example(rng, style):
     if rng.random() < 0.12:
         scene = Scene((), **draw.geometry(rng, style))
         row = rng.randrange(3)
-        scene = scene.with_(draw.row_text(rng, style, row, "number", f"{rng.randrange(10)}{rng.randrange(10)}"))
+        scene = scene.with_(draw.row_text(rng, style, scene, row, "number", f"{rng.randrange(10)}{rng.randrange(10)}"))
     else:
         scene = shapes_scene(rng, style, least=3, few_colours=rng.random() < 0.6)
     return [scene], ask(rng, scene, ((reason, 1),), rng.choice((1, 2)))

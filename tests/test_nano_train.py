@@ -1,0 +1,279 @@
+"""Nano's world and its training: answers follow from the picture, labels, overfitting, exact resume, refusals."""
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minivl import InputError, Picture, load, pipeline, video_prompt
+from minivl.prompt import IMAGE
+from minivl.tokenizer import Tokenizer
+from weights_tools.nano import draw, evaluate, recipe, train, warmup, world
+
+TINY = recipe.Stage("tiny", 6, 4e-3, {"shapes": 1, "texts": 1}, wide=0.3, batch=5, warmup=2)
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    return recipe.save(recipe.initial(), tmp_path_factory.mktemp("nano") / "untrained", {})
+
+
+@pytest.fixture(scope="module")
+def tokenizer(untrained):
+    return Tokenizer.load(untrained)
+
+
+# ---- the world ------------------------------------------------------------------------------------------------------
+
+def test_an_example_is_its_seed_and_index():
+    assert world.example("a", 7) == world.example("a", 7) != world.example("a", 8)
+    one, two = (draw.draw(world.example("a", 12).pictures[0]).tobytes() for _ in range(2))
+    assert one == two
+
+
+def test_every_task_is_met_and_every_picture_is_marked():
+    tasks = Counter()
+    for i in range(1500):
+        example = world.example("tasks", i)
+        assert example.turns
+        marks = [turn.question.count(IMAGE) for turn in example.turns]
+        assert marks[0] == len(example.pictures) and not any(marks[1:])
+        tasks.update(turn.task for turn in example.turns)
+    assert set(evaluate.TARGETS) - {"read new words", "read letters"} == set(tasks)
+
+
+def scene(*things):
+    return world.Scene(tuple(draw.Thing(kind, colour, row, column, size) for kind, colour, row, column, size in things))
+
+
+def test_answers_say_what_is_there():
+    s = scene(("star", "red", 0, 0, "large"), ("ring", "orange", 1, 1, "small"), ("star", "blue", 2, 1, "small"))
+    asked = {}
+    for seed in range(3000):
+        rng = random.Random(seed)
+        for question in (world.describe, world.colour, world.kind, world.where, world.size, world.count, world.yes_no,
+                         world.false_premise, world.reason):
+            if turn := question(rng, s):
+                assert asked.setdefault(turn.question, turn.answer) == turn.answer, turn.question
+    for question, answer in {
+        "Describe the picture.": "There are three shapes: a large red star in the top left corner, a small orange ring in the "
+                                 "middle and a small blue star at the bottom.",
+        "What colour is the ring?": "The ring is orange.",
+        "Where is the red star?": "The red star is in the top left corner.",
+        "How many stars are there?": "There are two stars.",
+        "How many small shapes are there?": "There are two small shapes.",
+        "How many green shapes are there?": "There are no green shapes.",
+        "Is there a blue ring?": "No, there is no blue ring.",
+        "Is there an orange ring?": "Yes, there is an orange ring.",
+        "Where is the heart?": "There is no heart in the picture.",
+        "What is on the right?": "There is nothing on the right.",
+        "Are there five shapes?": "No, there are three shapes.",
+        "Is the ring small or large?": "The ring is small.",
+        "How many shapes are below the ring?": "The ring is in the middle. The other shapes are a star in the top left corner "
+                                               "and a star at the bottom. One of them is below it.\nFinal Answer: 1",
+        "Which shape is directly above the ring?": None,        # nothing is there: not asked
+        "What colour is the shape directly below the ring?": "The ring is in the middle. The shape directly below it is a "
+                                                             "small blue star.\nFinal Answer: blue",
+        "Are there more red shapes than blue shapes?": "There is one red shape and one blue shape. One is not more than one."
+                                                       "\nFinal Answer: no",
+        "How many stars and rings are there together?": "There are two stars and one ring. Two plus one is three."
+                                                        "\nFinal Answer: 3",
+    }.items():
+        assert asked.get(question) == answer, question
+
+
+def test_small_print_stays_inside_a_tile_and_is_lost_in_the_thumbnail():
+    for seed in range(200):
+        rng = random.Random(seed)
+        empty = world.Scene((), **draw.geometry(rng, draw.Style(world.TRAINED), wide=True))
+        thing = draw.small_print(rng, draw.Style(world.TRAINED), empty)
+        (width, height), (columns, rows) = draw.text_size(thing), empty.grid
+        x, y = thing.shift[0] * columns * draw.TILE, thing.shift[1] * rows * draw.TILE
+        assert int((x - width / 2) // draw.TILE) == int((x + width / 2) // draw.TILE)
+        assert int((y - height / 2) // draw.TILE) == int((y + height / 2) // draw.TILE)
+        assert min(thing.radius / columns, thing.radius / rows) <= 7     # pixels of a whole letter in the thumbnail
+
+
+def test_held_out_words_are_never_written_in_training():
+    assert len(world.HELD_OUT) > 80 and not set(world.HELD_OUT) & set(world.TRAINED)
+    style = draw.Style(world.TRAINED, made_up=0)
+    written = {draw.a_text(random.Random(i), style)[1] for i in range(3000)}
+    assert not written & set(world.HELD_OUT) and len(written & set(world.TRAINED)) > 200
+
+
+def test_marks_lie_on_what_they_mark():
+    for seed in range(60):
+        rng = random.Random(seed)
+        s = world.Scene((), grid=rng.choice(((1, 1), (2, 1))), scale=rng.uniform(1, 1.5))
+        s = s.with_(draw.shape(rng, (0, rng.randrange(3)), rng.choice([k for k in draw.SHAPES if k != "ring"]), "red"),
+                    draw.row_text(rng, draw.Style(world.TRAINED), s, 2, "word", "HHHHH"))
+        image = draw.draw(s)
+        for thing, letter, x, y in draw.marks(s):
+            pixel = image.getpixel((int(x * image.width), int(y * image.height)))
+            near = sum(abs(p - q) for p, q in zip(pixel, draw.COLOURS[thing.colour]))
+            assert near < 220, (seed, letter, pixel, thing)     # the bar of an H is at its middle
+
+
+def test_squares_of_the_warmup():
+    s = world.Scene((draw.Thing("star", "blue", 2, 2, "small"), draw.Thing("word", "red", 0, text="AB", radius=28)))
+    found = warmup.targets(s).view(4, 4, 7)
+    assert found[3, 3].tolist() == [0, 0, 0, 0, 1 + draw.SHAPES.index("star"), 1 + list(draw.COLOURS).index("blue"), 1]
+    letters = [(r, c, warmup.LETTERS[int(v) - 1]) for r in range(4) for c in range(4) for v in found[r, c, :4] if v]
+    assert letters == [(0, 1, "A"), (0, 2, "B")]
+    scores = torch.zeros(1, 16, sum(n for _, n in warmup.FIELDS))
+    assert warmup.loss_and_hits(scores, found.view(1, 16, 7))[1]["letter"] == 0
+
+
+# ---- what the model reads -------------------------------------------------------------------------------------------
+
+def test_the_pipeline_asks_as_training_does(untrained):
+    pipe, kinds = pipeline(untrained), Counter()
+    for i in range(120):
+        example = world.example("prompts", i)
+        question, pictures = example.turns[0].question, [draw.draw(s) for s in example.pictures]
+        last = question.split("\n")[-1]
+        kind = "video" if "Frame1" in question else len(pictures)
+        if kind == "video":
+            prompt = video_prompt(last, pictures)
+        elif len(pictures) == 2:
+            prompt = (question.replace(IMAGE, "<IMAGE_TOKEN>"), [Picture(p, example.max_num) for p in pictures])
+        else:
+            prompt = (last, Picture(pictures[0], example.max_num)) if pictures else question
+        open_question = replace(example, turns=(world.Turn(question, None, ""),))
+        assert pipe._read(prompt).ids == train.ids_of(open_question, train.tiles_of(example), pipe.tokenizer), question
+        kinds[kind] += 1
+    assert set(kinds) == {"video", 0, 1, 2}
+
+
+def test_labels_are_the_answers_and_their_end(tokenizer):
+    example = world.Example((), (world.Turn("Hi", "Hello there.", ""), world.Turn("<|im_end|>", "", ""),
+                                 world.Turn("And?", "No.", "")))
+    ids = train.ids_of(example, [], tokenizer)
+    labels = train.labels_of(ids, tokenizer)
+    assert all(label in (train.IGNORE, id) for id, label in zip(ids, labels))
+    learned = tokenizer.decode([x for x in labels if x != train.IGNORE], skip_special_tokens=False)
+    assert learned == "Hello there.<|im_end|>No.<|im_end|>"
+    runs = "".join("x" if x != train.IGNORE else " " for x in labels).split()
+    assert len(runs) == 2               # the newline after <|im_end|> is not learned
+
+
+def test_the_system_message_is_cheap(tokenizer):
+    assert len(train.ids_of(world.Example((), (world.Turn("Hi", "Hi", ""),)), [], tokenizer)) < 35
+    assert len(tokenizer.encode('It says "LAMP".')) == 9          # a written word is spelled
+
+
+def test_pixels_are_those_of_the_package():
+    from minivl import tiling
+    tiles = [t for picture in train.tiles_of(world.example("px", 3)) for t in picture]
+    assert torch.equal(train.normalise(train.pixels(tiles)), tiling.to_pixel_values(tiles))
+
+
+def test_logits_of_a_padded_batch_are_those_of_each_alone(untrained, tokenizer):
+    model = load(untrained)
+    examples = [e for e in (world.example("pad", i) for i in range(6)) if e.pictures]
+    tiles = [train.tiles_of(e) for e in examples]
+    rows = [train.ids_of(e, t, tokenizer) for e, t in zip(examples, tiles)]
+    assert len({len(r) for r in rows}) > 2
+    ids, labels, x = train.collate(rows, tiles, tokenizer)
+    with torch.no_grad():
+        together, wanted = train.answer_logits(model, ids, labels, train.normalise(x))
+        alone = [train.answer_logits(model, *(t if i < 2 else train.normalise(t) for i, t in enumerate(
+            train.collate([row], [t], tokenizer)))) for row, t in zip(rows, tiles)]
+    torch.testing.assert_close(together, torch.cat([logits for logits, _ in alone]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(wanted, torch.cat([w for _, w in alone]))
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+def test_muon_moves_along_all_directions_alike():
+    for r, c in ((24, 60), (60, 24), (32, 32)):
+        gradient = torch.randn(r, 3) @ torch.randn(3, c) + 0.02 * torch.randn(r, c)
+        singular = torch.linalg.svdvals(train.orthogonalise(gradient[None])[0])
+        assert 0.3 < singular.min() and singular.max() < 1.3
+        p = torch.nn.Parameter(torch.zeros(r, c))
+        p.grad = gradient
+        train.Muon([p], lr=0.1).step()
+        assert float(p.detach().pow(2).mean().sqrt()) == pytest.approx(0.2 * 0.1, rel=0.3)
+        assert (p * gradient).sum() < 0
+
+
+def test_one_batch_can_be_learned_by_heart(tokenizer):
+    stage = recipe.Stage("heart", 60, 4e-3, {"shapes": 1, "texts": 1}, wide=0, batch=4, warmup=5)
+    model = recipe.initial().train()
+    model.img_context_token_id = tokenizer.id("<IMG_CONTEXT>")
+    batch, opts = train.Batches(stage, 0, tokenizer)[0], train.optimisers(model, stage)
+    losses = [train.train_step(model, batch, opts, train.rate(stage, i))[0] for i in range(stage.steps)]
+    assert losses[0] > 5 and losses[-1] < 0.05
+    ids, labels, x = batch[0]
+    logits, wanted = train.answer_logits(model, ids, labels, train.normalise(x))
+    assert torch.equal(logits.argmax(-1), wanted)
+
+
+@pytest.mark.parametrize("first", ["answers", "squares"])
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, first):
+    stages = (replace(TINY, task=first, mix={"shapes": 1, "texts": 1}), replace(TINY, name="second", steps=3))
+    whole = train.train(tmp_path / "whole", stages, workers=0, watch_every=100)
+    parts = tmp_path / "parts"
+    for _ in range(2):      # killed in the first stage, then in the second
+        train.train(parts, stages, workers=0, watch_every=100, stop_at=4)
+    resumed = train.train(parts, stages, workers=0, watch_every=100)
+    a, b = load(whole).state_dict(), load(resumed).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    before = load(tmp_path / "whole" / "stage-1").state_dict()
+    assert not all(torch.equal(a[name], before[name]) for name in a)
+    assert not (parts / "state.pt").exists()
+    lines = [json.loads(line) for line in (parts / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [6, 3]
+
+
+def test_the_warmup_leaves_the_decoder_alone(tmp_path):
+    after = load(train.train(tmp_path, (replace(TINY, task="squares"),), workers=0))
+    start = recipe.initial()
+    same = {n: torch.equal(p, dict(start.named_parameters())[n].half().float()) for n, p in after.named_parameters()}
+    assert all(same[n] for n in same if n.startswith("language_model."))
+    assert not any(same[n] for n in same if n.endswith("qkv.weight") or n == "mlp1.1.weight")
+
+
+def test_teacher_forced_accuracy_is_greedy_accuracy(tmp_path, tokenizer):
+    stage = recipe.Stage("some", 80, 4e-3, {"talk": 1}, wide=0, batch=8, warmup=5)
+    folder = train.train(tmp_path, (stage,), workers=0, watch_every=1000)
+    model, pipe = load(folder), pipeline(folder)
+    examples = [world.example("watch", i, mix=stage.mix) for i in range(16)]
+    forced = train.accuracy(model, tokenizer, n=16, mix=stage.mix)["talk"]
+    right = total = 0
+    for example in examples:
+        for i, turn in enumerate(example.turns):
+            item = evaluate.Item((), example.turns[:i + 1], 1)
+            messages = evaluate.prompt(item, [], [t.answer for t in example.turns[:i]])
+            right += pipe(messages).text == turn.answer
+            total += 1
+    assert forced == pytest.approx(right / total) and 0 < forced
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"mix": {"shape": 1}}, "shape in the mix; kinds of examples are shapes, texts"),
+    ({"mix": {}}, "they must be positive"), ({"steps": 0}, "steps is 0"), ({"lr": 3.0}, "lr is 3.0"),
+    ({"wide": 1.5}, "wide is 1.5"), ({"warmup": 7}, r"warmup is 7, it must be in 0\.\.6"), ({"task": "look"}, "task is 'look'")])
+def test_a_bad_stage_is_refused(change, says):
+    with pytest.raises(InputError, match=says):
+        replace(TINY, **change)
+
+
+def test_another_recipe_in_the_folder_is_refused(tmp_path):
+    train.train(tmp_path, (TINY,), workers=0, stop_at=2)
+    with pytest.raises(InputError, match="another recipe"):
+        train.train(tmp_path, (replace(TINY, lr=1e-3),), workers=0)
+
+
+def test_the_sha256_is_that_of_the_recipe():
+    assert recipe.sha256() == recipe.sha256() != recipe.sha256(recipe.QUICK) != recipe.sha256(seed=1)
+
+
+def test_an_infinite_loss_stops_the_training(tokenizer):
+    model = recipe.initial()
+    model.img_context_token_id = tokenizer.id("<IMG_CONTEXT>")
+    model.language_model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="the loss is nan"):
+        train.train_step(model, train.Batches(TINY, 0, tokenizer)[0], train.optimisers(model, TINY), 1.0)

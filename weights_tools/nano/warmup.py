@@ -1,0 +1,54 @@
+"""Warm-up of nano's vision tower and projector: name what lies in each square of 28 x 28 pixels.
+
+    tile -> vision_model -> unshuffle -> mlp1 -> visual token -> a linear head, thrown away afterwards -> what is there
+
+A visual token stands for such a square. Asked directly, square by square, the tower learns letters many times faster than
+through a decoder that cannot speak yet. (The family's tower comes pretrained, too.)
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from weights_tools.nano.draw import COLOURS, SHAPES, SIZES, marks
+
+LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SIDE, SLOTS = 4, 4      # squares of a tile along each side; columns of a square that may each hold the middle of a letter
+# What is asked of a square, and how many answers there are; 0 always means nothing.
+FIELDS = [("letter", 1 + len(LETTERS))] * SLOTS + [("shape", 1 + len(SHAPES)), ("colour", 1 + len(COLOURS)),
+                                                   ("size", 1 + len(SIZES))]
+WEIGHT_OF_NOTHING = 0.1     # most slots are empty
+
+
+def targets(scene) -> torch.Tensor:
+    """uint8[16, 7]: for each square, row by row, the letter in each slot and the shape, its colour and its size."""
+    found = torch.zeros(SIDE * SIDE, len(FIELDS), dtype=torch.uint8)
+    for thing, letter, x, y in marks(scene):
+        column, row = (min(SIDE - 1, max(0, int(v * SIDE))) for v in (x, y))
+        square = found[row * SIDE + column]
+        if letter:
+            square[min(SLOTS - 1, max(0, int((x * SIDE - column) * SLOTS)))] = 1 + LETTERS.index(letter)
+        else:
+            square[SLOTS:] = torch.tensor([1 + SHAPES.index(thing.kind), 1 + list(COLOURS).index(thing.colour),
+                                           1 + SIZES.index(thing.size)], dtype=torch.uint8)
+    return found
+
+
+def head(width: int) -> nn.Linear:
+    """Visual token -> scores of every answer to every field, side by side."""
+    return nn.Linear(width, sum(n for _, n in FIELDS))
+
+
+def loss_and_hits(scores, wanted) -> tuple:
+    """float[N, 16, sum], uint8[N, 16, 7] -> mean loss, {field: share right where something is}."""
+    loss, right, seen = 0.0, {}, {}
+    for i, ((field, n), part) in enumerate(zip(FIELDS, scores.split([n for _, n in FIELDS], dim=-1))):
+        weight = torch.ones(n, device=scores.device)
+        weight[0] = WEIGHT_OF_NOTHING
+        target = wanted[..., i].long().flatten()
+        loss = loss + F.cross_entropy(part.flatten(0, -2), target, weight) / len(FIELDS)
+        there = target > 0
+        right[field] = right.get(field, 0) + int((part.flatten(0, -2).argmax(-1) == target)[there].sum())
+        seen[field] = seen.get(field, 0) + int(there.sum())
+    return loss, {field: right[field] / max(1, seen[field]) for field in right}
