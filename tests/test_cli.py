@@ -91,9 +91,13 @@ def test_errors_are_one_line_and_exit_2(tiny, capsys, arguments, message):
 def test_missing_model(capsys):
     assert main(["chat", "-m", "does/not/exist", "-p", "x"]) == 2
     assert "error: does/not/exist does not exist" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as error:
-        main(["chat", "-p", "x"])
-    assert error.value.code == 2
+
+
+def test_the_shipped_model_is_the_default(capsys, monkeypatch):
+    opened = []
+    monkeypatch.setattr("minivl.__main__.pipeline", lambda name, config: opened.append(name) or minivl.pipeline(name, config))
+    assert main(["chat", "-p", "Hello!"]) == 0
+    assert opened == ["nano"] and len(capsys.readouterr().out) > 5
 
 
 def test_help_reads_well(capsys):

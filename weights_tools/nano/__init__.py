@@ -1,0 +1,8 @@
+"""Nano, the small trained model inside the package: its world, its training, its measuring.
+
+    draw.py -> world.py          pictures and what is said about them
+    recipe.py                    sizes, tokenizer, stages, sha256
+    warmup.py, data.py, train.py python -m weights_tools.nano.train OUT [--quick]
+    evaluate.py                  python -m weights_tools.nano.evaluate
+    ship.py                      python -m weights_tools.nano.ship FOLDER
+"""

@@ -43,8 +43,8 @@ class Item:
     max_num: int
 
 
-def items(task: str, n: int, seed=HELD_OUT) -> list:
-    """The first n questions of a task, one from each picture."""
+def items(task: str, n: int, seed=HELD_OUT, wide: bool = False) -> list:
+    """The first n questions of a task, one from each picture. `wide`: only about pictures of several tiles."""
     style = STYLES.get(task, Style(world.TRAINED))
     wanted = "read words" if task in STYLES else task
     found, index = [], 0
@@ -52,7 +52,7 @@ def items(task: str, n: int, seed=HELD_OUT) -> list:
         example = world.example(seed, index, style=style)
         index += 1
         which = [i for i, turn in enumerate(example.turns) if turn.task == wanted]
-        if not which:
+        if not which or wide and (example.max_num == 1 or example.pictures[0].grid == (1, 1)):
             continue
         i = which[index % len(which)]
         marks = "".join(re.findall(r"[^\n]*<image>\n", example.turns[0].question))
@@ -98,9 +98,9 @@ def ask(pipe, questions: list, pictures=None) -> list:
     return [a[-1] for a in answers]
 
 
-def measure(pipe, task: str, n: int, seed=HELD_OUT, change=None) -> tuple:
+def measure(pipe, task: str, n: int, seed=HELD_OUT, change=None, wide: bool = False) -> tuple:
     """(share right, [(item, answer), ...]). `change(items, pictures)` may alter the pictures first."""
-    questions, results = items(task, n, seed), []
+    questions, results = items(task, n, seed, wide), []
     for first in range(0, n, 100):
         part = questions[first:first + 100]
         pictures = [[draw(scene) for scene in item.pictures] for item in part]
@@ -129,35 +129,32 @@ def shuffled(seed, part, pictures):
     return [pictures[other[i]] for i in range(len(part))]
 
 
-def ablations(pipe, n: int, progress=lambda text: None) -> list:
-    """[(what, task, share right as it is, share right so), ...] on the same questions."""
-    def few_tiles(part, pictures):
+def ablations(pipe, n: int) -> list:
+    """[(what is changed, task, share right as it is, share right so), ...], each pair on the same questions."""
+    def one_tile(part, pictures):
         part[:] = [replace(item, max_num=1) for item in part]
         return pictures
 
-    rows, config, order = [], pipe.model.config, pipe.model.pixel_unshuffle
-    whole = {}
+    model, before, rows = pipe.model, {}, []
+    config, unshuffle = model.config, model.pixel_unshuffle
 
-    def row(what, task, change=None):
-        progress(what)
-        if task not in whole:
-            whole[task] = WIDE[task](pipe, n)
-        rows.append((what, task, whole[task], WIDE[task](pipe, n, change=change)))
+    def row(what, task, change=None, config=config, unshuffle=unshuffle, wide=False):
+        if (task, wide) not in before:
+            before[task, wide] = measure(pipe, task, n, wide=wide)[0]
+        model.config, model.pixel_unshuffle = config, unshuffle
+        try:
+            rows.append((what, task, before[task, wide], measure(pipe, task, n, change=change, wide=wide)[0]))
+        finally:
+            model.config, model.pixel_unshuffle = original
 
-    WIDE = {task: (lambda pipe, n, change=None, task=task: measure(pipe, task, n, change=change)[0]) for task in TARGETS}
-    row("one tile only (max_num=1)", "small print", few_tiles)
-    try:
-        pipe.model.config = replace(config, use_thumbnail=False)
-        for task in ("small print", "count", "describe"):
-            row("no thumbnail", task)
-        pipe.model.config = config
-        pipe.model.pixel_unshuffle = WrongOrder()
-        for task in ("colour", "read words"):
-            row("pixel unshuffle in the wrong channel order", task)
-    finally:
-        pipe.model.config, pipe.model.pixel_unshuffle = config, order
+    original = config, unshuffle
+    row("one tile only (max_num=1)", "small print", one_tile)
+    for task in ("count", "place", "read words", "small print"):
+        row("no thumbnail (pictures of several tiles)", task, config=replace(config, use_thumbnail=False), wide=True)
+    for task in ("colour", "shape", "read words"):
+        row("pixel unshuffle in the wrong channel order", task, unshuffle=WrongOrder())
     for task in ("colour", "shape", "place", "count", "read words", "yes", "no"):
-        row("pictures shuffled between the questions", task, partial(shuffled, 0))
+        row("pictures exchanged between the questions", task, partial(shuffled, 0))
     return rows
 
 
@@ -198,7 +195,7 @@ def main(argv=None) -> int:
     print(table([str(c) for c in args.checkpoints], scores) if not args.tasks else json.dumps(report, indent=1))
     if args.ablations:
         pipe = pipeline(args.checkpoints[0], EngineConfig(max_batch_size=25))
-        report["ablations"] = ablations(pipe, args.n, progress=lambda text: print(text, file=sys.stderr))
+        report["ablations"] = ablations(pipe, args.n)
         print("\n| change | task | as it is | so |\n|---|---|---|---|")
         for what, task, before, after in report["ablations"]:
             print(f"| {what} | {task} | {100 * before:.1f} | {100 * after:.1f} |")

@@ -100,6 +100,15 @@ def small_files(awq: bool = False) -> dict:
             **synthesize.generation_and_preprocessor("nano", config)}
 
 
+def save_small_files(folder) -> Path:
+    """Config and tokenizer into a folder, made if it is not there."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in small_files().items():
+        (folder / name).write_bytes(text.encode("utf-8"))
+    return folder
+
+
 def initial(seed: int = SEED) -> MiniVL:
     """Untrained nano, float32: matrices with the root of their inputs, branches into the residual stream smaller."""
     model = MiniVL(Config.from_json(config_json()))
@@ -124,10 +133,7 @@ def initial(seed: int = SEED) -> MiniVL:
 
 def save(model: MiniVL, folder, note: dict) -> Path:
     """The model as a float16 checkpoint folder in the released format. `note` goes into the weights' metadata."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in small_files().items():
-        (folder / name).write_bytes(text.encode("utf-8"))
+    folder = save_small_files(folder)
     tensors = {name: tensor.detach().half() for name, tensor in model.state_dict().items()}
     save_checkpoint(tensors, folder, overwrite=True, metadata={k: str(v) for k, v in note.items()})
     return folder

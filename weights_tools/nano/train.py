@@ -19,95 +19,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from minivl import load
 from minivl.limits import InputError
 from minivl.model import MiniVL
-from minivl.prompt import encode
-from minivl.tiling import MEAN, STD, tile
 from minivl.tokenizer import Tokenizer
 from weights_tools import run
 from weights_tools.nano import recipe, warmup, world
-from weights_tools.nano.draw import TILE, Style, draw
-
-IGNORE = -100           # label of a token that is not learned, as in cross_entropy
-MICRO = 16              # conversations through the model at once: memory, and less padding
-TOKENS_PER_TILE = 16
-
-
-# ---- data -----------------------------------------------------------------------------------------------------------
-
-def labels_of(ids: list, tokenizer: Tokenizer) -> list:
-    """The ids themselves where an answer stands, its <|im_end|> included, IGNORE elsewhere.
-
-    Masked: system and user turns, the header "<|im_start|>assistant\\n" and the newline after <|im_end|>.
-    Source: InternVL internvl/train/dataset.py:711-810 @2410d1d.
-    """
-    header = [tokenizer.id("<|im_start|>"), *tokenizer.encode("assistant\n")]
-    labels, inside, end = [], False, tokenizer.id("<|im_end|>")
-    for i, id in enumerate(ids):
-        inside = inside and id != header[0]     # an empty answer is only its header, see minivl.prompt
-        labels.append(id if inside else IGNORE)
-        if id == end:
-            inside = False
-        elif ids[i + 1 - len(header):i + 1] == header:
-            inside = True
-    return labels
-
-
-def tiles_of(example: world.Example, **how) -> list:
-    """[[tile, ...], ...] of each picture. `how`: other arguments of minivl.tiling.tile."""
-    return [tile(draw(scene), tile_size=TILE, **{"max_num": example.max_num, **how}) for scene in example.pictures]
-
-
-def pixels(tiles: list) -> torch.Tensor:
-    """[tile, ...] -> uint8[N, R, R, 3], a fourth of the bytes of pixel_values to send between processes."""
-    return torch.stack([torch.frombuffer(bytearray(t.tobytes()), dtype=torch.uint8).view(TILE, TILE, 3) for t in tiles]
-                       ) if tiles else torch.empty(0, TILE, TILE, 3, dtype=torch.uint8)
-
-
-def normalise(x: torch.Tensor) -> torch.Tensor:
-    """uint8[N, R, R, 3] -> pixel_values float32[N, 3, R, R], as minivl.tiling.to_pixel_values."""
-    mean, std = (torch.tensor(c, device=x.device).view(1, 3, 1, 1) for c in (MEAN, STD))
-    return ((x.permute(0, 3, 1, 2).float() / 255 - mean) / std).contiguous()
-
-
-def ids_of(example: world.Example, tiles: list, tokenizer: Tokenizer) -> list:
-    """The whole conversation as token ids."""
-    return encode(tokenizer, example.messages(), [len(t) for t in tiles], tokens_per_tile=TOKENS_PER_TILE)
-
-
-def collate(rows: list, tiles: list, tokenizer: Tokenizer) -> tuple:
-    """Conversations and their tiles -> ids, labels int64[B, T] (padded on the right) and pixels uint8[N, R, R, 3]."""
-    T = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (T - len(row)) for row in rows])
-    labels = torch.tensor([labels_of(row, tokenizer) + [IGNORE] * (T - len(row)) for row in rows])
-    return ids, labels, pixels([t for pictures in tiles for picture in pictures for t in picture])
-
-
-class Batches(Dataset):
-    """Batch number i of a stage: always the same. A list of micro-batches: (ids, labels, pixels), conversations of similar
-    length together; or, in the warm-up, (targets, pixels)."""
-
-    def __init__(self, stage: recipe.Stage, seed, tokenizer: Tokenizer):
-        self.stage, self.seed, self.tokenizer = stage, f"{seed} {stage.name}", tokenizer
-
-    def __len__(self):
-        return self.stage.steps
-
-    def __getitem__(self, i):
-        style, size = Style(world.TRAINED, wide=self.stage.wide), self.stage.batch
-        examples = [world.example(self.seed, i * size + n, self.stage.mix, style) for n in range(size)]
-        if self.stage.task == "squares":
-            scenes = [scene for e in examples for scene in e.pictures]
-            tiles = [tile(draw(scene), max_num=1, tile_size=TILE)[0] for scene in scenes]
-            return [(torch.stack([warmup.targets(scene) for scene in scenes]), pixels(tiles))]
-        tiles = [tiles_of(e) for e in examples]
-        pairs = sorted(((ids_of(e, t, self.tokenizer), t) for e, t in zip(examples, tiles)), key=lambda pair: len(pair[0]))
-        return [collate(*zip(*pairs[n:n + MICRO]), self.tokenizer) for n in range(0, size, MICRO)]
-
+from weights_tools.nano.data import IGNORE, MICRO, Batches, collate, ids_of, normalise, tiles_of
+from weights_tools.nano.draw import Style
 
 # ---- model and optimiser --------------------------------------------------------------------------------------------
 
@@ -257,9 +179,7 @@ def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 
         if (folder / "model.safetensors").exists():
             model = load(folder)
             continue
-        for name, text in recipe.small_files().items():
-            folder.mkdir(exist_ok=True)
-            (folder / name).write_bytes(text.encode("utf-8"))
+        recipe.save_small_files(folder)
         tokenizer = Tokenizer.load(folder)
         model.img_context_token_id = tokenizer.id("<IMG_CONTEXT>")
         model = model.float().train().requires_grad_(True).to(device)
