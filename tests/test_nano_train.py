@@ -118,12 +118,14 @@ def test_marks_lie_on_what_they_mark():
 
 def test_squares_of_the_warmup():
     s = world.Scene((draw.Thing("star", "blue", 2, 2, "small"), draw.Thing("word", "red", 0, text="AB", radius=28)))
-    found = warmup.targets(s).view(4, 4, 7)
-    assert found[3, 3].tolist() == [0, 0, 0, 0, 1 + draw.SHAPES.index("star"), 1 + list(draw.COLOURS).index("blue"), 1]
+    found = warmup.targets(s).view(4, 4, 10)
+    blue, red = (1 + list(draw.COLOURS).index(colour) for colour in ("blue", "red"))
+    assert found[3, 3].tolist() == [0, 0, 0, 0, 1 + draw.SHAPES.index("star"), 1, 3, 3, blue, 16]
+    assert found[0, 1].tolist()[4:] == [0, 0, 0, 1, red, 2]
     letters = [(r, c, warmup.LETTERS[int(v) - 1]) for r in range(4) for c in range(4) for v in found[r, c, :4] if v]
     assert letters == [(0, 1, "A"), (0, 2, "B")]
     scores = torch.zeros(1, 16, sum(n for _, n in warmup.FIELDS))
-    assert warmup.loss_and_hits(scores, found.view(1, 16, 7))[1]["letter"] == 0
+    assert warmup.loss_and_hits(scores, found.view(1, 16, 10))[1]["letter"] == 0
 
 
 # ---- what the model reads -------------------------------------------------------------------------------------------

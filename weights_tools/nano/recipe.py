@@ -27,7 +27,7 @@ from weights_tools.nano.draw import TILE
 SEED = 0
 VISION = {"hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 6, "num_attention_heads": 5,
           "image_size": TILE}
-LLM = {"_name_or_path": "nano", "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 4,
+LLM = {"_name_or_path": "nano", "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 3,
        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 800, "rope_theta": 10000.0,
        "max_position_embeddings": 2048}     # widths are multiples of 128, the group of AWQ
 
@@ -63,11 +63,11 @@ class Stage:
 
 EASY = {"shapes": 50, "texts": 44, "talk": 3, "texture": 3}
 SQUARES = {"shapes": 30, "texts": 50, "print": 18, "texture": 2}
-STAGES = (Stage("squares", 1200, 4e-3, SQUARES, wide=0.0, task="squares"),
-          Stage("look", 800, 4e-3, EASY, wide=0.0, floor=0.5, batch=32),
-          Stage("everything", 3200, 4e-3, world.MIX, wide=0.25, batch=32))
+STAGES = (Stage("squares", 1000, 4e-3, SQUARES, wide=0.0, task="squares"),
+          Stage("look", 1000, 4e-3, EASY, wide=0.0, floor=0.5, batch=16),
+          Stage("everything", 3000, 4e-3, world.MIX, wide=0.25, batch=32))
 QUICK = (Stage("squares", 600, 4e-3, SQUARES, wide=0.0, task="squares"),
-         Stage("quick", 1000, 4e-3, {**EASY, "follow": 6, "reason": 8, "compare": 8}, wide=0.0),)
+         Stage("quick", 900, 4e-3, {**EASY, "follow": 6, "reason": 8, "compare": 8}, wide=0.0, batch=32))
 
 
 def config_json(awq: bool = False) -> dict:
