@@ -65,7 +65,7 @@ EASY = {"shapes": 50, "texts": 44, "talk": 3, "texture": 3}
 SQUARES = {"shapes": 30, "texts": 50, "print": 18, "texture": 2}
 STAGES = (Stage("squares", 1000, 4e-3, SQUARES, wide=0.0, task="squares"),
           Stage("look", 1000, 4e-3, EASY, wide=0.0, floor=0.5, batch=16),
-          Stage("everything", 3000, 4e-3, world.MIX, wide=0.25, batch=32))
+          Stage("everything", 2600, 4e-3, world.MIX, wide=0.25, batch=32))
 QUICK = (Stage("squares", 600, 4e-3, SQUARES, wide=0.0, task="squares"),
          Stage("quick", 900, 4e-3, {**EASY, "follow": 6, "reason": 8, "compare": 8}, wide=0.0, batch=32))
 
