@@ -44,7 +44,7 @@ class Stage:
     warmup: int = 100       # steps until the learning rate is reached
     floor: float = 0.0      # share of the learning rate left at the end of the cosine
     weight_decay: float = 0.05
-    task: str = "answers"   # or "squares": the vision tower and the projector alone, see warmup.py
+    task: str = "answers"   # "squares": vision tower and projector alone, see warmup.py; "decoder": answers, these two frozen
 
     def __post_init__(self):
         unknown = set(self.mix) - set(world.KINDS)
@@ -55,19 +55,20 @@ class Stage:
                                ("warmup", 0, self.steps), ("floor", 0, 1), ("weight_decay", 0, 1)):
             if not low <= getattr(self, key) <= high:
                 raise InputError(f"stage {self.name}: {key} is {getattr(self, key)}, it must be in {low}..{high}")
-        if self.task not in ("answers", "squares"):
-            raise InputError(f"stage {self.name}: task is {self.task!r}; tasks are answers and squares")
+        if self.task not in ("answers", "squares", "decoder"):
+            raise InputError(f"stage {self.name}: task is {self.task!r}; tasks are answers, squares and decoder")
         if not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:
             raise InputError(f"stage {self.name}: the shares of the mix are {self.mix}; they must be positive")
 
 
-EASY = {"shapes": 50, "texts": 44, "talk": 3, "texture": 3}
 SQUARES = {"shapes": 30, "texts": 50, "print": 18, "texture": 2}
+FIRST = {"name": 50, "spell": 50}
 STAGES = (Stage("squares", 1000, 4e-3, SQUARES, wide=0.0, task="squares"),
-          Stage("look", 1000, 4e-3, EASY, wide=0.0, floor=0.5, batch=16),
-          Stage("everything", 2600, 4e-3, world.MIX, wide=0.25, batch=32))
+          Stage("first words", 700, 4e-3, FIRST, wide=0.0, floor=0.5, batch=48, task="decoder"),
+          Stage("everything", 1900, 4e-3, world.MIX, wide=0.25, batch=32))
 QUICK = (Stage("squares", 600, 4e-3, SQUARES, wide=0.0, task="squares"),
-         Stage("quick", 900, 4e-3, {**EASY, "follow": 6, "reason": 8, "compare": 8}, wide=0.0, batch=32))
+         Stage("first words", 300, 4e-3, FIRST, wide=0.0, floor=0.5, batch=48, task="decoder"),
+         Stage("quick", 600, 4e-3, {"shapes": 50, "texts": 44, "talk": 3, "texture": 3}, wide=0.0, batch=32))
 
 
 def config_json(awq: bool = False) -> dict:

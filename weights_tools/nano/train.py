@@ -85,7 +85,10 @@ def orthogonalise(x, steps=5):
 
 def optimisers(model: MiniVL, stage: recipe.Stage, head=None) -> list:
     """Muon for the matrices of the patches, the blocks and the projector; AdamW for embeddings, head, norms and biases."""
-    learned = {n: p for n, p in model.named_parameters() if not head or not n.startswith("language_model.")}
+    decoder = {"squares": (False,), "decoder": (True,), "answers": (False, True)}[stage.task]
+    learned = {n: p for n, p in model.named_parameters() if n.startswith("language_model.") in decoder}
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in learned)
     matrices = {n: p for n, p in learned.items() if p.ndim in (2, 4) and "embed_tokens" not in n and "lm_head" not in n}
     rest = [p for n, p in learned.items() if n not in matrices] + (list(head.parameters()) if head else [])
     decayed, free = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim != 2]
@@ -182,7 +185,7 @@ def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 
         recipe.save_small_files(folder)
         tokenizer = Tokenizer.load(folder)
         model.img_context_token_id = tokenizer.id("<IMG_CONTEXT>")
-        model = model.float().train().requires_grad_(True).to(device)
+        model = model.float().train().to(device)
         torch.manual_seed(seed)
         head = warmup.head(recipe.LLM["hidden_size"]).to(device) if stage.task == "squares" else None
         opts, first = optimisers(model, stage, head), 0

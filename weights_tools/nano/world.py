@@ -464,9 +464,9 @@ def shapes_scene(rng, style, least=0, wide=None, few_colours=False) -> Scene:
 
 def shapes_example(rng, style):
     scene = shapes_scene(rng, style)
-    turns = ask(rng, scene, QUESTIONS["shapes"], 5)
+    turns = ask(rng, scene, QUESTIONS["shapes"], 3)
     if rng.random() < 0.35:     # last, so that no earlier answer can be read off it
-        turns = [*turns[:rng.choice((0, 2, 3))], describe(rng, scene)]
+        turns = [*turns[:rng.choice((0, 1, 2))], describe(rng, scene)]
     return [scene], turns
 
 
@@ -477,10 +477,24 @@ def texts_example(rng, style):
     free = [row for row in range(3) if row not in rows]
     if free and rng.random() < 0.3:
         scene = scene.with_(*[draw.shape(rng, cell) for cell in draw.cells(rng, rng.randint(1, 2), free)])
-    turns = ask(rng, scene, QUESTIONS["texts"], 1 + 2 * len(rows))
+    turns = ask(rng, scene, QUESTIONS["texts"], 1 + len(rows))
     if rng.random() < 0.1:
         turns = turns[:1] + [describe(rng, scene)]
     return [scene], turns
+
+
+def name_example(rng, style):
+    """For the start of training: few shapes and one question about what is where."""
+    scene = Scene((), **draw.geometry(rng, style))
+    scene = scene.with_(*[draw.shape(rng, cell) for cell in draw.cells(rng, rng.randint(1, 4))])
+    return [scene], ask(rng, scene, ((kind, 3), (colour, 2), (where, 2), (describe, 2)), 1)
+
+
+def spell_example(rng, style):
+    """For the start of training: one short text to be read."""
+    scene = Scene((), **draw.geometry(rng, style))
+    scene = scene.with_(draw.row_text(rng, style, scene, rng.randrange(3), *draw.a_text(rng, style, 2, 4)))
+    return [scene], ask(rng, scene, ((read, 1),), 1)
 
 
 def print_example(rng, style):
@@ -631,7 +645,7 @@ def talk_example(rng, style):
     return [], turns
 
 
-KINDS = {"shapes": shapes_example, "texts": texts_example, "print": print_example, "compare": compare_example,
+KINDS = {"name": name_example, "spell": spell_example, "shapes": shapes_example, "texts": texts_example, "print": print_example, "compare": compare_example,
          "video": video_example, "follow": follow_example, "reason": reason_example, "texture": texture_example,
          "talk": talk_example}
 MIX = {"shapes": 30, "texts": 24, "print": 12, "compare": 9, "video": 8, "follow": 6, "reason": 8, "texture": 1.5, "talk": 1.5}
