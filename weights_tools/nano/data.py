@@ -78,7 +78,7 @@ class Batches(Dataset):
 
     def __getitem__(self, i):
         style, size = Style(world.TRAINED, wide=self.stage.wide), self.stage.batch
-        examples = [world.example(self.seed, i * size + n, self.stage.mix, style) for n in range(size)]
+        examples = [world.example(self.seed, i * size + n, self.stage.mix, style, self.stage.alone) for n in range(size)]
         if self.stage.task == "squares":
             scenes = [scene for e in examples for scene in e.pictures]
             tiles = [tile(draw(scene), max_num=1, tile_size=TILE)[0] for scene in scenes]

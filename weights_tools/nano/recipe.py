@@ -44,6 +44,7 @@ class Stage:
     warmup: int = 100       # steps until the learning rate is reached
     floor: float = 0.0      # share of the learning rate left at the end of the cosine
     weight_decay: float = 0.05
+    alone: bool = False     # one question about each picture, not a conversation
     task: str = "answers"   # "squares": vision tower and projector alone, see warmup.py; "decoder": answers, these two frozen
 
     def __post_init__(self):

@@ -135,11 +135,11 @@ def watch(model: MiniVL, tokenizer: Tokenizer, stage: recipe.Stage, head=None) -
     if head:
         *wanted, x = Batches(replace(stage, batch=128), "watch", tokenizer)[0][0]
         return warmup.loss_and_hits(head(model.visual_tokens(normalise(x.to(model.device)))), wanted[0].to(model.device))[1]
-    return accuracy(model, tokenizer, mix=stage.mix, style=Style(world.TRAINED, wide=stage.wide))
+    return accuracy(model, tokenizer, mix=stage.mix, style=Style(world.TRAINED, wide=stage.wide), alone=stage.alone)
 
 
 @torch.no_grad()
-def accuracy(model: MiniVL, tokenizer: Tokenizer, seed="watch", n=192, **how) -> dict:
+def accuracy(model: MiniVL, tokenizer: Tokenizer, seed="watch", n=384, **how) -> dict:
     """task -> share of answers exactly right on n held-out conversations, teacher forced.
 
     An answer is right if every token is the most probable one after the right tokens before it: then, and only then,
