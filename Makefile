@@ -18,13 +18,15 @@ setup: .venv/ready  ## the virtual environment .venv/ with everything needed
 	$(PY) -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e ".[dev,video]"
 	@touch .venv/ready
 
-demo: setup     ## a small trained model answers questions about pictures
+demo: setup     ## a small model answers a question about a picture
 	@echo
-	@$(PY) -m minivl demo
+	@echo "A tiny model with RANDOM weights, made on the spot: what it writes is nonsense, the way there is the real one."
+	@$(PY) -m weights_tools.synthesize build/tiny --size tiny --awq --overwrite
 	@echo
-	@echo 'Your own:      .venv/bin/python -m minivl chat PICTURE          (a conversation; it knows shapes, words and numbers)'
-	@echo '               .venv/bin/python -m minivl chat minivl/nano/samples/count.png -p "How many rings are there?"'
-	@echo 'The 4B model:  .venv/bin/python -m minivl chat -m OpenGVLab/InternVL2_5-4B-MPO-AWQ PICTURE     (downloads 3.3 GB)'
+	@echo "tests/golden/tiger.jpeg> describe this image"
+	@$(PY) -m minivl chat -m build/tiny tests/golden/tiger.jpeg -p "describe this image" --max-new-tokens 24
+	@echo
+	@echo "Your own: .venv/bin/python -m minivl chat -m build/tiny PICTURE     The 4B model: see README.md"
 
 test: setup     ## all tests
 	$(PY) -m pytest

@@ -85,6 +85,9 @@ def find(path_or_id, *, revision: str | None = None) -> Path:
                          "like OpenGVLab/InternVL2_5-4B-MPO-AWQ")
     text = os.path.expanduser(os.fspath(path_or_id))
     if text in SHIPPED and not os.path.isdir(text):
+        if not SHIPPED[text].is_dir():
+            raise InputError(f"{text} is not trained in this copy of minivl; name a folder or hub id, or train it: "
+                             "python -m weights_tools.nano.train RUN --quick, then use the folder it prints")
         text = str(SHIPPED[text])
     if os.path.isdir(text):
         if revision is not None:

@@ -68,7 +68,8 @@ def test_answers_say_what_is_there():
         "Is there a blue ring?": "No, there is no blue ring.",
         "Is there an orange ring?": "Yes, there is an orange ring.",
         "Where is the heart?": "There is no heart in the picture.",
-        "What is on the right?": "There is nothing on the right.",
+        "What is on the right?": "On the right there is nothing.",
+        "What is in the middle?": "In the middle there is a small orange ring.",
         "Are there five shapes?": "No, there are three shapes.",
         "Is the ring small or large?": "The ring is small.",
         "How many shapes are below the ring?": "The ring is in the middle. The other shapes are a star in the top left corner "
@@ -118,14 +119,16 @@ def test_marks_lie_on_what_they_mark():
 
 def test_squares_of_the_warmup():
     s = world.Scene((draw.Thing("star", "blue", 2, 2, "small"), draw.Thing("word", "red", 0, text="AB", radius=28)))
-    found = warmup.targets(s).view(4, 4, 10)
+    found = warmup.targets(s).view(4, 4, 16)
     blue, red = (1 + list(draw.COLOURS).index(colour) for colour in ("blue", "red"))
-    assert found[3, 3].tolist() == [0, 0, 0, 0, 1 + draw.SHAPES.index("star"), 1, 3, 3, blue, 16]
-    assert found[0, 1].tolist()[4:] == [0, 0, 0, 1, red, 2]
+    first, second = (1 + warmup.LETTERS.index(letter) for letter in "AB")
+    assert found[3, 3].tolist() == [0] * 10 + [1 + draw.SHAPES.index("star"), 1, 3, 3, blue, 16]
+    assert found[0, 1].tolist()[4:] == [first, 0, 0, 0, 0, 0, 0, 0, 0, 1, red, 2]
+    assert found[0, 2].tolist()[4:] == [0, second, 0, 0, 0, 0, 0, 0, 0, 1, red, 3]
     letters = [(r, c, warmup.LETTERS[int(v) - 1]) for r in range(4) for c in range(4) for v in found[r, c, :4] if v]
     assert letters == [(0, 1, "A"), (0, 2, "B")]
     scores = torch.zeros(1, 16, sum(n for _, n in warmup.FIELDS))
-    assert warmup.loss_and_hits(scores, found.view(1, 16, 10))[1]["letter"] == 0
+    assert warmup.loss_and_hits(scores, found.view(1, 16, 16))[1]["letter"] == 0
 
 
 # ---- what the model reads -------------------------------------------------------------------------------------------
@@ -213,14 +216,31 @@ def test_one_batch_can_be_learned_by_heart(tokenizer):
     assert torch.equal(logits.argmax(-1), wanted)
 
 
+def test_one_question_alone_keeps_its_pictures():
+    for i in range(300):
+        example, whole = world.example("alone", i, alone=True), world.example("alone", i)
+        assert example.pictures == whole.pictures and len(example.turns) <= len(whole.turns)
+        assert sum(turn.question.count(IMAGE) for turn in example.turns) == len(example.pictures)
+        if len(example.turns) > 1:
+            assert {turn.task for turn in example.turns} & {"follow-up", "talk"}
+
+
+def test_first_words_leave_the_tower_alone(tmp_path):
+    after = load(train.train(tmp_path, (replace(TINY, task="decoder"),), workers=0, watch_n=8))
+    start = dict(recipe.initial().named_parameters())
+    same = {n: torch.equal(p, start[n].half().float()) for n, p in after.named_parameters()}
+    assert all(same[n] for n in same if not n.startswith("language_model."))
+    assert not any(same[n] for n in same if n.startswith("language_model.") and n.endswith("proj.weight"))
+
+
 @pytest.mark.parametrize("first", ["answers", "squares"])
 def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, first):
     stages = (replace(TINY, task=first, mix={"shapes": 1, "texts": 1}), replace(TINY, name="second", steps=3))
-    whole = train.train(tmp_path / "whole", stages, workers=0, watch_every=100)
+    whole = train.train(tmp_path / "whole", stages, workers=0, watch_n=8, watch_every=100)
     parts = tmp_path / "parts"
     for _ in range(2):      # killed in the first stage, then in the second
-        train.train(parts, stages, workers=0, watch_every=100, stop_at=4)
-    resumed = train.train(parts, stages, workers=0, watch_every=100)
+        train.train(parts, stages, workers=0, watch_n=8, watch_every=100, stop_at=4)
+    resumed = train.train(parts, stages, workers=0, watch_n=8, watch_every=100)
     a, b = load(whole).state_dict(), load(resumed).state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
     before = load(tmp_path / "whole" / "stage-1").state_dict()
@@ -231,7 +251,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, first):
 
 
 def test_the_warmup_leaves_the_decoder_alone(tmp_path):
-    after = load(train.train(tmp_path, (replace(TINY, task="squares"),), workers=0))
+    after = load(train.train(tmp_path, (replace(TINY, task="squares"),), workers=0, watch_n=8))
     start = recipe.initial()
     same = {n: torch.equal(p, dict(start.named_parameters())[n].half().float()) for n, p in after.named_parameters()}
     assert all(same[n] for n in same if n.startswith("language_model."))
@@ -240,7 +260,7 @@ def test_the_warmup_leaves_the_decoder_alone(tmp_path):
 
 def test_teacher_forced_accuracy_is_greedy_accuracy(tmp_path, tokenizer):
     stage = recipe.Stage("some", 80, 4e-3, {"talk": 1}, wide=0, batch=8, warmup=5)
-    folder = train.train(tmp_path, (stage,), workers=0, watch_every=1000)
+    folder = train.train(tmp_path, (stage,), workers=0, watch_n=8, watch_every=1000)
     model, pipe = load(folder), pipeline(folder)
     examples = [world.example("watch", i, mix=stage.mix) for i in range(16)]
     forced = train.accuracy(model, tokenizer, n=16, mix=stage.mix)["talk"]
@@ -255,7 +275,7 @@ def test_teacher_forced_accuracy_is_greedy_accuracy(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"mix": {"shape": 1}}, "shape in the mix; kinds of examples are shapes, texts"),
+    ({"mix": {"shape": 1}}, "shape in the mix; kinds of examples are name, spell"),
     ({"mix": {}}, "they must be positive"), ({"steps": 0}, "steps is 0"), ({"lr": 3.0}, "lr is 3.0"),
     ({"wide": 1.5}, "wide is 1.5"), ({"warmup": 7}, r"warmup is 7, it must be in 0\.\.6"), ({"task": "look"}, "task is 'look'")])
 def test_a_bad_stage_is_refused(change, says):
@@ -264,9 +284,9 @@ def test_a_bad_stage_is_refused(change, says):
 
 
 def test_another_recipe_in_the_folder_is_refused(tmp_path):
-    train.train(tmp_path, (TINY,), workers=0, stop_at=2)
+    train.train(tmp_path, (TINY,), workers=0, watch_n=8, stop_at=2)
     with pytest.raises(InputError, match="another recipe"):
-        train.train(tmp_path, (replace(TINY, lr=1e-3),), workers=0)
+        train.train(tmp_path, (replace(TINY, lr=1e-3),), workers=0, watch_n=8)
 
 
 def test_the_sha256_is_that_of_the_recipe():

@@ -28,7 +28,7 @@ SEED = 0
 VISION = {"hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 6, "num_attention_heads": 5,
           "image_size": TILE}
 LLM = {"_name_or_path": "nano", "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 3,
-       "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 800, "rope_theta": 10000.0,
+       "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 800, "rope_theta": 10000.0,
        "max_position_embeddings": 2048}     # widths are multiples of 128, the group of AWQ
 
 
@@ -64,12 +64,15 @@ class Stage:
 
 SQUARES = {"shapes": 30, "texts": 50, "print": 18, "texture": 2}
 FIRST = {"name": 50, "spell": 50}
-STAGES = (Stage("squares", 1000, 4e-3, SQUARES, wide=0.0, task="squares"),
-          Stage("first words", 700, 4e-3, FIRST, wide=0.0, floor=0.5, batch=48, task="decoder"),
-          Stage("everything", 1900, 4e-3, world.MIX, wide=0.25, batch=32))
-QUICK = (Stage("squares", 600, 4e-3, SQUARES, wide=0.0, task="squares"),
-         Stage("first words", 300, 4e-3, FIRST, wide=0.0, floor=0.5, batch=48, task="decoder"),
-         Stage("quick", 600, 4e-3, {"shapes": 50, "texts": 44, "talk": 3, "texture": 3}, wide=0.0, batch=32))
+STAGES = (Stage("squares", 2400, 4e-3, SQUARES, wide=0.0, task="squares"),
+          Stage("first words", 2000, 4e-3, FIRST, wide=0.0, floor=0.5, batch=16, task="decoder"),
+          Stage("one question", 3000, 3e-3, {"name": 10, "spell": 15, "shapes": 40, "texts": 31, "talk": 2, "texture": 2},
+                wide=0.0, floor=0.5, batch=24, alone=True),
+          Stage("everything", 3200, 3e-3, world.MIX, wide=0.25, batch=32))
+QUICK = (Stage("squares", 700, 4e-3, SQUARES, wide=0.0, task="squares"),
+         Stage("first words", 900, 4e-3, FIRST, wide=0.0, floor=0.3, batch=16, task="decoder"),
+         Stage("one question", 800, 3e-3, {"name": 10, "spell": 15, "shapes": 40, "texts": 31, "talk": 4}, wide=0.0, batch=24,
+               alone=True))
 
 
 def config_json(awq: bool = False) -> dict:

@@ -130,16 +130,16 @@ def train_step(model: MiniVL, batch: list, opts: list, share: float, head=None) 
 
 
 @torch.no_grad()
-def watch(model: MiniVL, tokenizer: Tokenizer, stage: recipe.Stage, head=None) -> dict:
-    """How a stage goes, on held-out examples: task or field -> share right."""
+def watch(model: MiniVL, tokenizer: Tokenizer, stage: recipe.Stage, head=None, n: int = 384) -> dict:
+    """How a stage goes, on n held-out examples: task or field -> share right."""
     if head:
-        *wanted, x = Batches(replace(stage, batch=128), "watch", tokenizer)[0][0]
+        *wanted, x = Batches(replace(stage, batch=n), "watch", tokenizer)[0][0]
         return warmup.loss_and_hits(head(model.visual_tokens(normalise(x.to(model.device)))), wanted[0].to(model.device))[1]
-    return accuracy(model, tokenizer, mix=stage.mix, style=Style(world.TRAINED, wide=stage.wide), alone=stage.alone)
+    return accuracy(model, tokenizer, n=n, mix=stage.mix, style=Style(world.TRAINED, wide=stage.wide), alone=stage.alone)
 
 
 @torch.no_grad()
-def accuracy(model: MiniVL, tokenizer: Tokenizer, seed="watch", n=384, **how) -> dict:
+def accuracy(model: MiniVL, tokenizer: Tokenizer, seed="watch", n=192, **how) -> dict:
     """task -> share of answers exactly right on n held-out conversations, teacher forced.
 
     An answer is right if every token is the most probable one after the right tokens before it: then, and only then,
@@ -164,9 +164,11 @@ def accuracy(model: MiniVL, tokenizer: Tokenizer, seed="watch", n=384, **how) ->
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 1, device: str = "cpu",
-          save_every: int = 250, watch_every: int = 250, stop_at: int | None = None) -> Path:
+          save_every: int = 250, watch_every: int = 250, watch_n: int = 384,
+          stop_at: int | None = None) -> Path:
     """Run all stages into the folder `out`, or go on where an earlier run stopped; the folder of the last stage.
 
+    `watch_n`: held-out examples that are tried every `watch_every` steps, and at the end of a stage.
     `stop_at`: leave after this many steps of this call, with a checkpoint (for tests and for lent machines).
     """
     out = Path(out)
@@ -209,7 +211,7 @@ def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 
                 done += 1
                 last = step + 1 == stage.steps
                 if (step + 1) % watch_every == 0 or last:
-                    seen = {k: round(v, 3) for k, v in watch(model, tokenizer, stage, head).items()}
+                    seen = {k: round(v, 3) for k, v in watch(model, tokenizer, stage, head, watch_n).items()}
                     line = {"stage": stage.name, "step": step + 1, "loss": round(mean, 4), **seen}
                     with open(out / "log.jsonl", "a") as log:
                         log.write(json.dumps({**line, "seconds": round(time.perf_counter() - start)}) + "\n")

@@ -15,32 +15,37 @@ from weights_tools.nano.draw import COLOURS, SHAPES, SIZES, marks
 
 LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SIDE, SLOTS = 4, 4      # squares of a tile along each side; columns of a square that may each hold the middle of a letter
+LONGEST = 6             # letters of a line: "nth letter" is the first, second, ... of its line, if it stands here. To spell a
+                        # word the decoder then looks for its number, and need not find out what stands right of what.
 # What is asked of a square, and how many answers there are; 0 always means nothing. "square" is the square's own number: a
 # visual token that does not say where it is leaves "what is at the top?" to the decoder (it answered 17 % right).
-FIELDS = [("letter", 1 + len(LETTERS))] * SLOTS + [
+FIELDS = [("letter", 1 + len(LETTERS))] * SLOTS + [("nth letter", 1 + len(LETTERS))] * LONGEST + [
     ("shape", 1 + len(SHAPES)), ("size", 1 + len(SIZES)), ("column", 1 + 3), ("row", 1 + 3), ("colour", 1 + len(COLOURS)),
     ("square", 1 + SIDE * SIDE)]
 WEIGHT_OF_NOTHING = 0.1     # most slots are empty
 
 
 def targets(scene) -> torch.Tensor:
-    """uint8[16, 10]: of each square, row by row, the letters, the shape, its size, column, row, colour; the square's number.
+    """uint8[16, 16]: of each square, row by row, letters, nth letters, shape, size, column, row, colour, own number.
 
     Letters have a row and a colour too.
     """
     found = torch.zeros(SIDE * SIDE, len(FIELDS), dtype=torch.uint8)
     found[:, -1] = torch.arange(1, SIDE * SIDE + 1)
+    number, last = 0, None
     for thing, letter, x, y in marks(scene):
+        number, last = (number + 1 if thing is last else 0), thing
         column, row = (min(SIDE - 1, max(0, int(v * SIDE))) for v in (x, y))
         square = found[row * SIDE + column]
         if letter:
             square[min(SLOTS - 1, max(0, int((x * SIDE - column) * SLOTS)))] = 1 + LETTERS.index(letter)
+            square[SLOTS + number] = 1 + LETTERS.index(letter)
         else:
-            square[SLOTS:SLOTS + 3] = torch.tensor([1 + SHAPES.index(thing.kind), 1 + SIZES.index(thing.size),
+            square[-6:-3] = torch.tensor([1 + SHAPES.index(thing.kind), 1 + SIZES.index(thing.size),
                                                     1 + thing.column], dtype=torch.uint8)
         if thing.kind != "print":       # it stands between the rows
-            square[SLOTS + 3] = 1 + thing.row
-        square[SLOTS + 4] = 1 + list(COLOURS).index(thing.colour)
+            square[-3] = 1 + thing.row
+        square[-2] = 1 + list(COLOURS).index(thing.colour)
     return found
 
 
@@ -50,7 +55,7 @@ def head(width: int) -> nn.Linear:
 
 
 def loss_and_hits(scores, wanted) -> tuple:
-    """float[N, 16, sum], uint8[N, 16, 10] -> mean loss, {field: share right where something is}."""
+    """float[N, 16, sum], uint8[N, 16, 16] -> mean loss, {field: share right where something is}."""
     loss, right, seen = 0.0, {}, {}
     for i, ((field, n), part) in enumerate(zip(FIELDS, scores.split([n for _, n in FIELDS], dim=-1))):
         weight = torch.ones(n, device=scores.device)

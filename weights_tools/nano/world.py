@@ -156,8 +156,10 @@ def kind(rng, scene):
                                 f"What is the {thing.colour} shape?")), f"The {thing.colour} shape is {a(thing.kind)}.", "shape")
     where = place(thing)
     if rng.random() < 0.5:
-        return Turn(rng.choice((f"What shape is {where}?", f"Which shape is {where}?")), f"It is {a(thing.kind)}.", "shape")
-    return Turn(rng.choice((f"What is {where}?", f"What do you see {where}?")), f"It is {a(name(thing))}.", "shape")
+        return Turn(rng.choice((f"What shape is {where}?", f"Which shape is {where}?")),
+                    f"{where.capitalize()} there is {a(thing.kind)}.", "shape")
+    return Turn(rng.choice((f"What is {where}?", f"What do you see {where}?")),
+                f"{where.capitalize()} there is {a(name(thing))}.", "shape")
 
 
 def where(rng, scene):
@@ -268,7 +270,7 @@ def false_premise(rng, scene):
         r, c = rng.choice(empty)
         return Turn(rng.choice((f"What is {PLACES[r][c]}?", f"What do you see {PLACES[r][c]}?",
                                 f"Which shape is {PLACES[r][c]}?", f"What colour is the shape {PLACES[r][c]}?")),
-                    f"There is nothing {PLACES[r][c]}.", "false premise")
+                    f"{PLACES[r][c].capitalize()} there is nothing.", "false premise")
     if not absent:
         return None
     noun = rng.choice(absent)
@@ -295,16 +297,18 @@ def read(rng, scene):
                     f"It says {listed([chr(34) + t.text + chr(34) for t in texts])}.", "read all")
     thing = rng.choice(texts)
     task = "read words" if thing.kind == "word" else "read numbers"
+    answer = f'It says "{thing.text}".'
     if len(texts) == 1:
         questions = ["What does it say?", "What is written here?", "Read the text.", f"Read the {thing.kind}.",
                      f"What is the {thing.kind}?", f"Which {thing.kind} is it?"]
     else:
         questions = [f"What does it say {place(thing)}?", f"What is written {place(thing)}?", f"Read the text {place(thing)}."]
-        if only(texts, colour=thing.colour):
-            questions.append(f"What does the {thing.colour} text say?")
-        if only(texts, kind=thing.kind):
-            questions.append(f"What is the {thing.kind}?")
-    return Turn(rng.choice(questions), f'It says "{thing.text}".', task)
+        answer = f'{place(thing).capitalize()} it says "{thing.text}".'
+        if only(texts, colour=thing.colour) and rng.random() < 0.3:
+            questions, answer = [f"What does the {thing.colour} text say?"], f'The {thing.colour} text says "{thing.text}".'
+        elif only(texts, kind=thing.kind) and rng.random() < 0.3:
+            questions, answer = [f"What is the {thing.kind}?"], f'The {thing.kind} is "{thing.text}".'
+    return Turn(rng.choice(questions), answer, task)
 
 
 PRINT_QUESTIONS = ("What does the small print say?", "Read the small print.", "What is the small print?")
@@ -410,8 +414,8 @@ def follow_up(rng, scene):
     opening = [Turn(f"Is there {a(k)}?", f"Yes, there is {a(k)}.", "yes"),
                Turn(f"Where is the {k}?", f"The {k} is {place(thing)}.", "place"),
                Turn(f"What colour is the {k}?", f"The {k} is {thing.colour}.", "colour"),
-               Turn(f"What is {place(thing)}?", f"It is {a(name(thing))}.", "shape"),
-               Turn(f"What shape is {place(thing)}?", f"It is {a(k)}.", "shape")]
+               Turn(f"What is {place(thing)}?", f"{place(thing).capitalize()} there is {a(name(thing))}.", "shape"),
+               Turn(f"What shape is {place(thing)}?", f"{place(thing).capitalize()} there is {a(k)}.", "shape")]
     same = [t for t in scene.shapes if t.colour == thing.colour and t != thing]
     later = [Turn(rng.choice(("What colour is it?", "And what colour is it?", "Which colour does it have?")),
                   f"It is {thing.colour}.", "follow-up"),
@@ -426,7 +430,8 @@ def follow_up(rng, scene):
     others = [t for t in scene.shapes if t != thing]
     if others:
         other = rng.choice(others)
-        later.append(Turn(rng.choice((f"And what is {place(other)}?", f"And {place(other)}?")), f"It is {a(name(other))}.",
+        later.append(Turn(rng.choice((f"And what is {place(other)}?", f"And {place(other)}?")),
+                          f"{place(other).capitalize()} there is {a(name(other))}.",
                           "follow-up"))
     first = rng.choice(opening)
     told = {"colour": 0, "place": 1}.get(first.task)
