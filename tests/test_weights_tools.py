@@ -413,7 +413,7 @@ def test_real_vocabulary_is_checked_and_copied(tmp_path, monkeypatch, made):
 
 def test_small_files_have_the_released_lengths():
     for size, length, ids in [("4B", 129, [151644, 151645, 151643]), ("38B", 117, [151644, 151645])]:
-        small = synthesize._generation_and_preprocessor(size, config_json(size))
+        small = synthesize.generation_and_preprocessor(size, config_json(size))
         assert json.loads(small["generation_config.json"])["eos_token_id"] == ids
         assert (len(small["generation_config.json"]), len(small["preprocessor_config.json"])) == (length, 287)
 
