@@ -58,7 +58,17 @@ def to_pixel_values(tiles: list) -> torch.Tensor:
     """[RGB tile, ...] with pixels 0..255 -> normalised float32[N, 3, R, R]."""
     if not tiles:
         raise ValueError("no tiles are given; cut a picture with tile()")
-    pixels = [torch.frombuffer(bytearray(t.tobytes()), dtype=torch.uint8).view(t.height, t.width, 3) for t in tiles]
-    x = torch.stack(pixels).permute(0, 3, 1, 2).float() / 255                     # (N, 3, R, R)
-    mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
+    return normalise(to_pixels(tiles))
+
+
+def to_pixels(tiles: list) -> torch.Tensor:
+    """[RGB tile, ...], at least one -> uint8[N, R, R, 3]."""
+    return torch.stack([torch.frombuffer(bytearray(t.tobytes()), dtype=torch.uint8).view(t.height, t.width, 3)
+                        for t in tiles])
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8[N, R, R, 3] -> float32[N, 3, R, R] with the mean and spread the tower was trained on."""
+    x = pixels.permute(0, 3, 1, 2).float() / 255                                  # (N, 3, R, R)
+    mean, std = (torch.tensor(c, device=pixels.device).view(1, 3, 1, 1) for c in (MEAN, STD))
     return ((x - mean) / std).contiguous()                                       # (N, 3, R, R)

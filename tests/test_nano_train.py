@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minivl import InputError, Picture, load, pipeline, video_prompt
+from minivl import InputError, Picture, load, pipeline, tiling, video_prompt
 from minivl.prompt import IMAGE
 from minivl.tokenizer import Tokenizer
 from weights_tools.nano import data, draw, evaluate, recipe, train, warmup, world
@@ -170,9 +170,8 @@ def test_the_system_message_is_cheap(tokenizer):
 
 
 def test_pixels_are_those_of_the_package():
-    from minivl import tiling
     tiles = [t for picture in data.tiles_of(world.example("px", 3)) for t in picture]
-    assert torch.equal(data.normalise(data.pixels(tiles)), tiling.to_pixel_values(tiles))
+    assert torch.equal(tiling.normalise(data.pixels(tiles)), tiling.to_pixel_values(tiles))
 
 
 def test_logits_of_a_padded_batch_are_those_of_each_alone(untrained, tokenizer):
@@ -183,8 +182,8 @@ def test_logits_of_a_padded_batch_are_those_of_each_alone(untrained, tokenizer):
     assert len({len(r) for r in rows}) > 2
     ids, labels, x = data.collate(rows, tiles, tokenizer)
     with torch.no_grad():
-        together, wanted = train.answer_logits(model, ids, labels, data.normalise(x))
-        alone = [train.answer_logits(model, *(t if i < 2 else data.normalise(t) for i, t in enumerate(
+        together, wanted = train.answer_logits(model, ids, labels, tiling.normalise(x))
+        alone = [train.answer_logits(model, *(t if i < 2 else tiling.normalise(t) for i, t in enumerate(
             data.collate([row], [t], tokenizer)))) for row, t in zip(rows, tiles)]
     torch.testing.assert_close(together, torch.cat([logits for logits, _ in alone]), rtol=1e-4, atol=1e-4)
     assert torch.equal(wanted, torch.cat([w for _, w in alone]))
@@ -212,7 +211,7 @@ def test_one_batch_can_be_learned_by_heart(tokenizer):
     losses = [train.train_step(model, batch, opts, train.rate(stage, i))[0] for i in range(stage.steps)]
     assert losses[0] > 5 and losses[-1] < 0.05
     ids, labels, x = batch[0]
-    logits, wanted = train.answer_logits(model, ids, labels, data.normalise(x))
+    logits, wanted = train.answer_logits(model, ids, labels, tiling.normalise(x))
     assert torch.equal(logits.argmax(-1), wanted)
 
 
@@ -267,7 +266,7 @@ def test_teacher_forced_accuracy_is_greedy_accuracy(tmp_path, tokenizer):
     right = total = 0
     for example in examples:
         for i, turn in enumerate(example.turns):
-            item = evaluate.Item((), example.turns[:i + 1], 1)
+            item = world.Example((), example.turns[:i + 1], 1)
             messages = evaluate.prompt(item, [], [t.answer for t in example.turns[:i]])
             right += pipe(messages).text == turn.answer
             total += 1

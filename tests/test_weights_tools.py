@@ -406,7 +406,7 @@ def test_real_vocabulary_is_checked_and_copied(tmp_path, monkeypatch, made):
         (folder / "config.json").read_text())["llm_config"]["vocab_size"] == 151674
     # The released file's bytes: all 31 tokens, their order is their ids.
     ids = {token: 151643 + i for i, token in enumerate(synthesize.ADDED_TOKENS)}
-    assert synthesize._json(ids).encode() == (source / "added_tokens.json").read_bytes()
+    assert synthesize.json_text(ids).encode() == (source / "added_tokens.json").read_bytes()
     with pytest.raises(InputError, match="has 600 tokens, size 4B has 151674"):
         synthesize.synthesize(tmp_path / "y", "4B", tokenizer=made("plain"))
 

@@ -10,17 +10,17 @@ Source: LMDeploy v0.6.4 lite/quantization/awq.py:130-353, lite/apis/auto_awq.py;
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from minivl import Picture, Pipeline, load
+from minivl import Pipeline, load
 from minivl.awq import pack
 from minivl.checkpoint import SMALL_FILES, find
 from minivl.config import read_json
@@ -29,6 +29,7 @@ from minivl.limits import InputError
 from minivl.tokenizer import Tokenizer
 from weights_tools import run
 from weights_tools.files import check_free_of_weights, save_checkpoint
+from weights_tools.synthesize import json_text, quantization_block
 
 GROUP = 128             # in features that share a scale and a zero point
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
@@ -110,19 +111,14 @@ def watch_inputs(model):
 
 def calibration(model, tokenizer, examples: int = 64, seed="calibration") -> dict:
     """act_absmax of every decoder linear on pictures and questions of nano's world, answers included."""
-    from weights_tools.nano import draw, world
+    from weights_tools.nano import draw, evaluate, world
     pipe = Pipeline(model, tokenizer)
     with watch_inputs(model) as seen, torch.no_grad():
         for i in tqdm(range(examples), desc="calibrating", unit="prompt", disable=None):
             example = world.example(seed, i)
-            content = [{"type": "text", "text": example.turns[0].question}]
-            content += [{"type": "image_data", "image_data": {"data": Picture(draw.draw(s), example.max_num)}}
-                        for s in example.pictures]
-            messages = [{"role": "user", "content": content}]
-            for turn, later in zip(example.turns, [*example.turns[1:], None]):
-                messages.append({"role": "assistant", "content": turn.answer})
-                messages.append({"role": "user", "content": later.question if later else "Thank you!"})
-            pipe(messages, GenerationConfig(max_new_tokens=1))
+            whole = replace(example, turns=(*example.turns, world.Turn("Thank you!", "", "talk")))
+            answers = [turn.answer for turn in example.turns]
+            pipe(evaluate.prompt(whole, [draw.draw(s) for s in example.pictures], answers), GenerationConfig(max_new_tokens=1))
     return seen
 
 
@@ -150,13 +146,12 @@ def save_quantized(source, out, tensors: dict, group_size: int = GROUP, overwrit
     source, out = Path(source), Path(out)
     save_checkpoint(tensors, out, overwrite=overwrite, metadata=metadata)
     config = read_json(source / "config.json")
-    config["llm_config"]["quantization_config"] = {"bits": 4, "group_size": group_size, "quant_method": "awq",
-                                                   "version": "gemm", "zero_point": True}
+    config["llm_config"]["quantization_config"] = quantization_block(group_size)
     config["torch_dtype"] = config["llm_config"]["torch_dtype"] = config["vision_config"]["torch_dtype"] = "float16"
     for name in (*SMALL_FILES, "preprocessor_config.json"):
         if name != "config.json" and (source / name).is_file():
             shutil.copyfile(source / name, out / name)
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (out / "config.json").write_text(json_text(config), encoding="utf-8")
     return out
 
 

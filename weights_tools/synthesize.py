@@ -85,7 +85,7 @@ def synthesize(out, size: str = "tiny", *, awq: bool = False, format: str = "saf
         raise InputError("the tiny size has a tokenizer of its own with 600 tokens; leave --tokenizer out")
     out = Path(out)
     check_free_of_weights(out, overwrite)
-    small = {"config.json": _json(config), **generation_and_preprocessor(size, config),
+    small = {"config.json": json_text(config), **generation_and_preprocessor(size, config),
              **(tiny_tokenizer() if size == "tiny" else _copied_tokenizer(size, tokenizer, config))}
     wanted = meta_tensors(config)
     layers = {"vision_model": config["vision_config"]["num_hidden_layers"],
@@ -121,8 +121,7 @@ def config_json(size: str, *, awq: bool = False, dtype: str | None = None, group
         raise InputError(f"group size {group_size} must divide the in features of every decoder linear, {widths[0]} "
                          f"and {widths[1]} for {size}; the released files have 128")
     ids = {token: llm["vocab_size"] - len(ADDED_TOKENS) + i for i, token in enumerate(ADDED_TOKENS)}
-    block = {"quantization_config": {"bits": 4, "group_size": group_size, "quant_method": "awq", "version": "gemm",
-                                     "zero_point": True}} if awq else {}
+    block = {"quantization_config": quantization_block(group_size)} if awq else {}
     return {
         "_commit_hash": None, "_name_or_path": f"InternVL2_5-{size}-random", "architectures": ["InternVLChatModel"],
         "downsample_ratio": 0.5, "dynamic_image_size": True, "force_image_size": vision["image_size"],
@@ -152,15 +151,21 @@ def generation_and_preprocessor(size: str, config: dict) -> dict[str, str]:
     ends = [first + 1, first + 2] + [first] * (size != "38B")      # the released 38B file does not list <|endoftext|>
     side = config["force_image_size"]
     return {
-        "generation_config.json": _json({"_from_model_config": True, "eos_token_id": ends,
+        "generation_config.json": json_text({"_from_model_config": True, "eos_token_id": ends,
                                          "transformers_version": "4.45.1"}),
-        "preprocessor_config.json": _json({
+        "preprocessor_config.json": json_text({
             "crop_size": side, "do_center_crop": True, "do_normalize": True, "do_resize": True,
             "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.485, 0.456, 0.406],
             "image_std": [0.229, 0.224, 0.225], "resample": 3, "size": side})}
 
 
-def _json(data: dict) -> str:
+def quantization_block(group_size: int) -> dict:
+    """`quantization_config` as LMDeploy writes it."""
+    return {"bits": 4, "group_size": group_size, "quant_method": "awq", "version": "gemm", "zero_point": True}
+
+
+def json_text(data: dict) -> str:
+    """A JSON file of a checkpoint."""
     return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -204,7 +209,7 @@ def train_tokenizer(texts, vocab_size: int) -> dict[str, str]:
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return {"vocab.json": json.dumps(vocabulary, ensure_ascii=False) + "\n",
             "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
-            "added_tokens.json": _json({token: size + i for i, token in enumerate(ADDED_TOKENS)})}
+            "added_tokens.json": json_text({token: size + i for i, token in enumerate(ADDED_TOKENS)})}
 
 
 def _copied_tokenizer(size: str, folder, config: dict) -> dict[str, str]:

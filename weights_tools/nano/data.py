@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from minivl.prompt import encode
-from minivl.tiling import MEAN, STD, tile
+from minivl.tiling import tile, to_pixels
 from minivl.tokenizer import Tokenizer
 from weights_tools.nano import recipe, warmup, world
 from weights_tools.nano.draw import TILE, Style, draw
@@ -42,15 +42,8 @@ def tiles_of(example: world.Example, **how) -> list:
 
 
 def pixels(tiles: list) -> torch.Tensor:
-    """[tile, ...] -> uint8[N, R, R, 3], a fourth of the bytes of pixel_values to send between processes."""
-    return torch.stack([torch.frombuffer(bytearray(t.tobytes()), dtype=torch.uint8).view(TILE, TILE, 3) for t in tiles]
-                       ) if tiles else torch.empty(0, TILE, TILE, 3, dtype=torch.uint8)
-
-
-def normalise(x: torch.Tensor) -> torch.Tensor:
-    """uint8[N, R, R, 3] -> pixel_values float32[N, 3, R, R], as minivl.tiling.to_pixel_values."""
-    mean, std = (torch.tensor(c, device=x.device).view(1, 3, 1, 1) for c in (MEAN, STD))
-    return ((x.permute(0, 3, 1, 2).float() / 255 - mean) / std).contiguous()
+    """[tile, ...], perhaps none -> uint8[N, R, R, 3], a fourth of the bytes of pixel_values to send between processes."""
+    return to_pixels(tiles) if tiles else torch.empty(0, TILE, TILE, 3, dtype=torch.uint8)
 
 
 def ids_of(example: world.Example, tiles: list, tokenizer: Tokenizer) -> list:

@@ -143,7 +143,7 @@ def text_size(thing: Thing) -> tuple:
 
 
 def _line(thing: Thing, scene: Scene, k: int) -> tuple:
-    """A text as a mask before rotation, and the centre it goes to, all k times larger than the picture: (mask, x, y)."""
+    """A text, k times larger than the picture: (mask, turned as it stands; its centre x, y; its length before turning)."""
     width, height = (k * side for side in scene.size)
     # Words grow with the picture, as shapes do, so that the thumbnail shows them; small print does not.
     grow = 1.0 if thing.kind == "print" else min(scene.grid)
@@ -152,18 +152,18 @@ def _line(thing: Thing, scene: Scene, k: int) -> tuple:
     left, top, right, bottom = _font(size).getbbox(thing.text, stroke_width=stroke)
     mask = Image.new("L", (right - left + 4, bottom - top + 4), 0)
     ImageDraw.Draw(mask).text((2 - left, 2 - top), thing.text, fill=255, font=_font(size), stroke_width=stroke)
+    length = mask.width
+    if thing.angle:
+        mask = mask.rotate(thing.angle, Image.Resampling.BILINEAR, expand=True)
     if thing.kind == "print":
-        return mask, width * thing.shift[0], height * thing.shift[1]
-    turned = mask.rotate(thing.angle, expand=True).size if thing.angle else mask.size
-    x = width / 2 + thing.shift[0] * max(0.0, (width - turned[0]) / 2 - 2 * k)
-    y = height * (2 * thing.row + 1) / 6 + thing.shift[1] * max(0.0, (height / 3 - turned[1]) / 2)
-    return mask, x, y
+        return mask, width * thing.shift[0], height * thing.shift[1], length
+    x = width / 2 + thing.shift[0] * max(0.0, (width - mask.width) / 2 - 2 * k)
+    y = height * (2 * thing.row + 1) / 6 + thing.shift[1] * max(0.0, (height / 3 - mask.height) / 2)
+    return mask, x, y, length
 
 
 def _write(image, thing, scene, k):
-    mask, x, y = _line(thing, scene, k)
-    if thing.angle:
-        mask = mask.rotate(thing.angle, Image.Resampling.BILINEAR, expand=True)
+    mask, x, y, _ = _line(thing, scene, k)
     image.paste(COLOURS[thing.colour], (round(x - mask.width / 2), round(y - mask.height / 2)), mask)
 
 
@@ -175,11 +175,11 @@ def marks(scene: Scene) -> list:
             x, y = _centre(thing, scene.size)
             found.append((thing, "", x / scene.size[0], y / scene.size[1]))
             continue
-        mask, x, y = _line(thing, scene, 4)
+        _, x, y, length = _line(thing, scene, 4)
         turn, width, height = math.radians(thing.angle), 4 * scene.size[0], 4 * scene.size[1]
         lengths = [_font(100).getlength(thing.text[:i]) for i in range(len(thing.text) + 1)]
         for letter, start, end in zip(thing.text, lengths, lengths[1:]):
-            off = ((start + end) / 2 / lengths[-1] - 0.5) * mask.width      # along the line
+            off = ((start + end) / 2 / lengths[-1] - 0.5) * length      # along the line
             found.append((thing, letter, (x + off * math.cos(turn)) / width, (y - off * math.sin(turn)) / height))
     return found
 

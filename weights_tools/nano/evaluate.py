@@ -13,10 +13,9 @@ import random
 import re
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -28,23 +27,16 @@ from weights_tools.nano.draw import Style, draw
 
 # What is asked -> the share of right answers that was aimed at when nano was planned (None: no aim was set).
 TARGETS = {"describe": None, "colour": 0.97, "shape": 0.97, "place": 0.97, "size": None, "count": 0.92, "read words": 0.90,
-           "read new words": None, "read letters": None, "read numbers": None, "read all": None, "small print": None, "compare": 0.90, "video": 0.95,
+           "read new words": None, "read letters": None, "read numbers": None, "read all": None,
+           "small print": None, "compare": 0.90, "video": 0.95,
            "follow-up": 0.92, "yes": 0.95, "no": 0.95, "false premise": None, "reason": 0.60, "unknown": None, "talk": None}
 STYLES = {"read words": Style(world.TRAINED, made_up=0), "read new words": Style(world.HELD_OUT, made_up=0),
           "read letters": Style((), made_up=1)}     # words seen in training; never seen; letters at random
 HELD_OUT = "held out"       # the seed of these questions; training uses others
 
 
-@dataclass(frozen=True)
-class Item:
-    """One question of the test: a conversation whose last turn counts."""
-    pictures: tuple         # of world scenes
-    turns: tuple            # of world.Turn
-    max_num: int
-
-
 def items(task: str, n: int, seed=HELD_OUT, wide: bool = False) -> list:
-    """The first n questions of a task, one from each picture. `wide`: only about pictures of several tiles."""
+    """The first n questions of a task: conversations whose last turn counts, one from each picture. `wide`: only about pictures of several tiles."""
     style = STYLES.get(task, Style(world.TRAINED))
     wanted = "read words" if task in STYLES else task
     found, index = [], 0
@@ -61,11 +53,11 @@ def items(task: str, n: int, seed=HELD_OUT, wide: bool = False) -> list:
         else:
             turn = example.turns[i]
             turns = (replace(turn, question=turn.question if i == 0 else marks + turn.question),)
-        found.append(Item(example.pictures, turns, example.max_num))
+        found.append(world.Example(example.pictures, turns, example.max_num))
     return found
 
 
-def prompt(item: Item, pictures: list, answers: list) -> list:
+def prompt(item: world.Example, pictures: list, answers: list) -> list:
     """Messages for the pipeline: the turns so far with the model's own answers, then the next question."""
     messages = []
     for i, (turn, answer) in enumerate(zip(item.turns, [*answers, None])):

@@ -101,7 +101,7 @@ def tokenizer_files() -> dict:
 def small_files(awq: bool = False) -> dict:
     """Name -> text of everything in a checkpoint folder but the weights."""
     config = config_json(awq)
-    return {"config.json": json.dumps(config, indent=2, sort_keys=True) + "\n", **tokenizer_files(),
+    return {"config.json": synthesize.json_text(config), **tokenizer_files(),
             **synthesize.generation_and_preprocessor("nano", config)}
 
 

@@ -10,8 +10,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from PIL import Image
-
 from minivl import EngineConfig, load, pipeline
 from minivl.checkpoint import SHIPPED, safetensors_header
 from minivl.limits import InputError

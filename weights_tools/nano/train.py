@@ -25,10 +25,11 @@ from tqdm import tqdm
 from minivl import load
 from minivl.limits import InputError
 from minivl.model import MiniVL
+from minivl.tiling import normalise
 from minivl.tokenizer import Tokenizer
 from weights_tools import run
 from weights_tools.nano import recipe, warmup, world
-from weights_tools.nano.data import IGNORE, MICRO, Batches, collate, ids_of, normalise, tiles_of
+from weights_tools.nano.data import IGNORE, MICRO, Batches, collate, ids_of, tiles_of
 from weights_tools.nano.draw import Style
 
 # ---- model and optimiser --------------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weights_tools.nano.train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", help="folder for checkpoints, log and the finished stages")
-    parser.add_argument("--quick", action="store_true", help="the short recipe: at most 25 minutes on 2 CPU cores")
+    parser.add_argument("--quick", action="store_true", help="the short recipe, planned for 25 minutes on 2 CPU cores")
     parser.add_argument("--seed", type=int, default=recipe.SEED, help="default %(default)s, that of the shipped files")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
