@@ -131,6 +131,28 @@ def test_squares_of_the_warmup():
     assert warmup.loss_and_hits(scores, found.view(1, 16, 16))[1]["letter"] == 0
 
 
+def test_squares_of_a_tile_are_those_of_its_part_of_the_picture():
+    whole = world.Scene((draw.Thing("star", "blue", 2, 2, "small"), draw.Thing("word", "red", 0, text="AB", radius=28),
+                         draw.Thing("print", "black", 0, text="XYZ", radius=12, shift=(0.75, 0.5))), grid=(2, 1))
+    thumbnail = warmup.targets(whole)
+    letters = [warmup.LETTERS.index(c) + 1 for c in "XYZ"]
+    assert not torch.isin(thumbnail[:, :10], torch.tensor(letters)).any()       # small print is for the tiles
+    tiles = {n: warmup.targets(whole, (n / 2, 0, (n + 1) / 2, 1)) for n in (0, 1)}
+    assert (tiles[0][:, -5:-2] == warmup.IGNORE).all() and (tiles[1][:, -5:-2] == warmup.IGNORE).all()
+    assert not torch.isin(tiles[0][:, :10], torch.tensor(letters)).any()
+    assert [[v for v in tiles[1][:, 4 + n].tolist() if v][-1] for n in range(3)] == letters      # nth of the line
+    assert tiles[1][:, -6].max() == 1 + draw.SHAPES.index("star") and tiles[0][:, -6].max() == 0
+    assert tiles[1].view(4, 4, -1)[3, 2, -6] > 0 and thumbnail.view(4, 4, -1)[3, 3, -6] > 0      # twice as far to the right
+    for n in range(2):      # the tile itself: what the picture shows there
+        shown = dict(zip("tn", warmup.views(whole, random.Random(n))))
+        assert torch.equal(shown["t"][1], thumbnail) and any(torch.equal(shown["n"][1], t) for t in tiles.values())
+    scores = torch.zeros(1, 16, sum(n for _, n in warmup.FIELDS), requires_grad=True)
+    loss, _ = warmup.loss_and_hits(scores, tiles[1].view(1, 16, 16))
+    loss.backward()
+    first = sum(n for _, n in warmup.FIELDS[:-5])
+    assert not scores.grad[..., first:first + 3 + 4 + 4].any() and scores.grad[..., :first].any()
+
+
 # ---- what the model reads -------------------------------------------------------------------------------------------
 
 def test_the_pipeline_asks_as_training_does(untrained):

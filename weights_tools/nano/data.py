@@ -4,6 +4,8 @@
 """
 from __future__ import annotations
 
+import random
+
 import torch
 from torch.utils.data import Dataset
 
@@ -73,9 +75,9 @@ class Batches(Dataset):
         style, size = Style(world.TRAINED, wide=self.stage.wide), self.stage.batch
         examples = [world.example(self.seed, i * size + n, self.stage.mix, style, self.stage.alone) for n in range(size)]
         if self.stage.task == "squares":
-            scenes = [scene for e in examples for scene in e.pictures]
-            tiles = [tile(draw(scene), max_num=1, tile_size=TILE)[0] for scene in scenes]
-            return [(torch.stack([warmup.targets(scene) for scene in scenes]), pixels(tiles))]
+            rng = random.Random(f"{self.seed} {i}")
+            tiles, targets = zip(*[view for e in examples for scene in e.pictures for view in warmup.views(scene, rng)])
+            return [(torch.stack(targets), pixels(tiles))]
         tiles = [tiles_of(e) for e in examples]
         pairs = sorted(((ids_of(e, t, self.tokenizer), t) for e, t in zip(examples, tiles)), key=lambda pair: len(pair[0]))
         return [collate(*zip(*pairs[n:n + MICRO]), self.tokenizer) for n in range(0, size, MICRO)]

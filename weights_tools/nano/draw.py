@@ -268,9 +268,10 @@ def row_text(rng, style: Style, scene: Scene, row: int, kind=None, text=None) ->
 
 
 def small_print(rng, style: Style, scene: Scene) -> Thing:
-    """A short line of 11 to 14 pixels, inside one tile, away from the shapes where that can be done."""
+    """A short line of 11 to 14 pixels, inside one tile, away from shapes and other print where that can be done."""
     kind, text = a_text(rng, style, 3, 5)
-    taken = {(t.row, t.column) for t in scene.things}
+    taken = {(t.row, t.column) for t in scene.things if t.kind != "print"}
+    taken |= {(int(3 * t.shift[1]), int(3 * t.shift[0]) + d) for t in scene.things if t.kind == "print" for d in (-1, 0, 1)}
     for attempt in range(40):
         thing = Thing("print", rng.choice(("black", "white", "blue", "red")), 0, text=text, radius=rng.uniform(11, 14),
                       bold=rng.random() < 0.3)

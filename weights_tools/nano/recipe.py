@@ -21,7 +21,7 @@ from minivl.prompt import SYSTEM
 from minivl.tokenizer import Tokenizer
 from weights_tools import synthesize
 from weights_tools.files import save_checkpoint
-from weights_tools.nano import world
+from weights_tools.nano import warmup, world
 from weights_tools.nano.draw import TILE
 
 SEED = 0
@@ -62,9 +62,9 @@ class Stage:
             raise InputError(f"stage {self.name}: the shares of the mix are {self.mix}; they must be positive")
 
 
-SQUARES = {"shapes": 30, "texts": 50, "print": 18, "texture": 2}
+SQUARES = {"shapes": 20, "texts": 30, "print": 20, "page": 28, "texture": 2}
 FIRST = {"name": 50, "spell": 50}
-STAGES = (Stage("squares", 2400, 4e-3, SQUARES, wide=0.0, task="squares"),
+STAGES = (Stage("squares", 8000, 4e-3, SQUARES, wide=0.25, batch=48, task="squares"),
           Stage("first words", 2000, 4e-3, FIRST, wide=0.0, floor=0.5, batch=16, task="decoder"),
           Stage("one question", 3000, 3e-3, {"name": 10, "spell": 15, "shapes": 40, "texts": 31, "talk": 2, "texture": 2},
                 wide=0.0, floor=0.5, batch=16, alone=True, task="decoder"),
@@ -147,6 +147,6 @@ def save(model: MiniVL, folder, note: dict) -> Path:
 def sha256(stages=STAGES, seed: int = SEED) -> str:
     """Of the recipe: sizes, stages, tokenizer, and what 200 examples of the world say."""
     said = [[asdict(turn) for turn in world.example(seed, i).turns] for i in range(200)]
-    recipe = {"seed": seed, "vision": VISION, "llm": LLM, "stages": [asdict(stage) for stage in stages], "world": said,
+    recipe = {"seed": seed, "fields": warmup.FIELDS, "vision": VISION, "llm": LLM, "stages": [asdict(stage) for stage in stages], "world": said,
               "vocab": tokenizer_files()["vocab.json"]}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

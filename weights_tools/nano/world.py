@@ -512,6 +512,17 @@ def spell_example(rng, style):
     return [scene], ask(rng, scene, ((read, 1),), 1)
 
 
+def page_example(rng, style):
+    """For the warm-up: a picture full of letters."""
+    scene = Scene((), **draw.geometry(rng, style))
+    if rng.random() < 0.5:
+        scene = scene.with_(*[draw.row_text(rng, style, scene, row) for row in range(3)])
+    else:
+        for _ in range(rng.randint(2, 5)):
+            scene = scene.with_(draw.small_print(rng, style, scene))
+    return [scene], [false_premise(rng, scene) or outside(rng, scene)]
+
+
 def print_example(rng, style):
     scene = Scene((), **draw.geometry(rng, style, wide=rng.random() < 4 * style.wide))
     scene = scene.with_(*[draw.shape(rng, cell) for cell in draw.cells(rng, rng.randint(0, 3))])
@@ -660,9 +671,9 @@ def talk_example(rng, style):
     return [], turns
 
 
-KINDS = {"name": name_example, "spell": spell_example, "shapes": shapes_example, "texts": texts_example, "print": print_example,
-         "compare": compare_example, "video": video_example, "follow": follow_example, "reason": reason_example, "texture": texture_example,
-         "talk": talk_example}
+KINDS = {"name": name_example, "spell": spell_example, "page": page_example, "shapes": shapes_example, "texts": texts_example,
+         "print": print_example, "compare": compare_example, "video": video_example, "follow": follow_example,
+         "reason": reason_example, "texture": texture_example, "talk": talk_example}
 MIX = {"shapes": 30, "texts": 24, "print": 12, "compare": 9, "video": 8, "follow": 6, "reason": 8, "texture": 1.5, "talk": 1.5}
 
 
