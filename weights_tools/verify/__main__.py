@@ -1,0 +1,120 @@
+"""Does minivl compute what the original computes? python -m weights_tools.verify CHECKPOINT PICTURE -p PROMPT
+
+    the original, in its own environment -> trace;   minivl on the same input -> where they first differ
+
+Exit code 0: agrees; 1: differs; 2: could not run.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from minivl import Tokenizer
+from minivl.checkpoint import find
+from minivl.config import Config
+from minivl.limits import InputError
+from weights_tools import run
+from weights_tools.verify import compare, report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def reference_python(given=None) -> Path:
+    """The interpreter of the environment with transformers."""
+    python = Path(given or os.environ.get("MINIVL_REFERENCE") or ROOT / ".reference" / "bin" / "python")
+    if not python.exists():
+        raise InputError(f"there is no reference environment ({python} does not exist); build it with `make reference`, "
+                         "name its python with --python, or compare with a recorded trace (--trace FILE)")
+    return python
+
+
+def record(checkpoint, pictures: list, prompt: str, path, *, max_num: int, max_new_tokens: int = 8, dtype: str = "float32",
+           stages=None, trust_remote_code: bool = False, like=None, image_token_id=None, python=None, resident: float = 4.0) -> Path:
+    """Run the reference in a process of its own; the trace's path. `like`: take ids and pixels from this trace instead."""
+    python, folder = reference_python(python), find(checkpoint)
+    if like:
+        request = {"like": str(Path(like).resolve()), "image_token_id": image_token_id}
+    else:
+        messages = [{"role": "user", "content": "<image>\n" * len(pictures) + prompt}]
+        request = {"pictures": [str(Path(p).resolve()) for p in pictures], "messages": messages, "max_num": max_num}
+        if missing := [p for p in request["pictures"] if not Path(p).is_file()]:
+            raise InputError(f"{missing[0]} is no file")
+    request |= {"max_new_tokens": max_new_tokens, "dtype": dtype, "stages": stages}
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "request.json"
+        file.write_text(json.dumps(request), encoding="utf-8")
+        command = [str(python), str(Path(__file__).with_name("reference.py")), str(folder), str(file), str(path),
+                   "--resident", str(resident), *(["--trust-remote-code"] if trust_remote_code else [])]
+        # Its own packages only: nothing of this environment, and no network.
+        code = subprocess.run(command, env={**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "HF_HUB_OFFLINE": "1"}).returncode
+    if code:
+        raise InputError(f"the reference could not run (exit code {code}); its message stands above")
+    return Path(path)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m weights_tools.verify", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="folder or hub id")
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="files")
+    parser.add_argument("-p", "--prompt", default="describe this image", help="the question (default: %(default)s)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--record", metavar="FILE", help="only run the reference and write its trace")
+    what.add_argument("--trace", metavar="FILE", help="only compare, with a trace recorded before")
+    what.add_argument("--shrink", nargs=2, metavar=("TRACE", "FILE"), help="write a trace with a few hundred values of each stage")
+    parser.add_argument("--stages", nargs="+", metavar="PATTERN", help='only these, e.g. "vit.*" logits')
+    parser.add_argument("--layers", type=int, metavar="N", help="only the first N layers of tower and decoder; no answer")
+    parser.add_argument("--max-tiles", type=int, metavar="N", help="most tiles of a picture (default: the checkpoint's)")
+    parser.add_argument("--max-new-tokens", type=int, default=8, metavar="N", help="of the greedy answer (default %(default)s)")
+    parser.add_argument("--dtype", choices=list(compare.TOLERANCE), default="float32", help="of both (default %(default)s)")
+    parser.add_argument("--tolerance", type=float, help="relative error of a stage that is still agreement")
+    parser.add_argument("--trust-remote-code", action="store_true",
+                        help="the reference is the Python code inside CHECKPOINT, which can do anything on this machine")
+    parser.add_argument("--python", metavar="PATH", help="of the reference environment (default: .reference/bin/python)")
+    parser.add_argument("--resident", type=float, default=4.0, metavar="GB",
+                        help="the reference keeps models up to this size in memory, larger ones go layer by layer (default %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="the result for programs")
+    parser.add_argument("--html", metavar="FILE", help="the result as one page with pictures")
+    args = parser.parse_args(argv)
+    if args.shrink:
+        print(compare.shrink(compare.Trace.open(args.shrink[0]), args.shrink[1]))
+        return 0
+    if not args.checkpoint:
+        raise InputError("give a checkpoint: a folder, or a hub id such as OpenGVLab/InternVL2_5-4B-MPO-AWQ")
+    folder = find(args.checkpoint)
+    stages, tokens = args.stages, args.max_new_tokens
+    if args.layers is not None:
+        stages = [f"{part}.layers.{i}" for part in ("vit", "llm") for i in range(args.layers)]
+        stages += ["vit.embeddings", "pixel_unshuffle", "projector", "inputs_embeds"]
+        tokens = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        path = args.trace
+        if not path:
+            path = args.record or Path(scratch) / "trace.safetensors"
+            record(folder, args.pictures, args.prompt, path, max_num=args.max_tiles or Config.load(folder).max_dynamic_patch,
+                   max_new_tokens=tokens, dtype=args.dtype, stages=stages, trust_remote_code=args.trust_remote_code,
+                   python=args.python, resident=args.resident)
+            if args.record:
+                print(path)
+                return 0
+        result = compare.compare(folder, compare.Trace.open(path), pictures=args.pictures or None, stages=stages, dtype=args.dtype,
+                                 tolerance=args.tolerance)
+    words = str
+    if (folder / "vocab.json").exists():
+        tokenizer = Tokenizer.load(folder)
+        words = lambda id: tokenizer.decode([id], skip_special_tokens=False)     # noqa: E731
+    if args.json:
+        Path(args.json).write_text(json.dumps(result.json(), indent=1) + "\n", encoding="utf-8")
+    if args.html:
+        Path(args.html).write_text(report.html(result, words), encoding="utf-8")
+    print(report.text(result, words))
+    return 0 if result.agrees else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

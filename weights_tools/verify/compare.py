@@ -1,0 +1,359 @@
+"""minivl against a recorded trace: inputs, then every stage, then the tokens.
+
+    trace (safetensors) + checkpoint -> rows: stage, shape, relative error, where, what it looks like -> Report
+
+A trace holds whole stages, or, where it was shrunk for the repository, a few hundred values of each (`picks`).
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+import minivl
+from minivl.checkpoint import find
+from minivl.limits import InputError
+from minivl.prompt import encode, render
+from minivl.qwen2 import KVCache
+from minivl.trace import relative_error
+from weights_tools.files import WEIGHT_FILE, save_safetensors
+
+INPUTS = ("prompt", "tiles", "pixel_values", "input_ids", "stop tokens")
+# Relative error |a - b| / |b| of a stage that still is agreement, by the dtype of the computation.
+TOLERANCE = {"float32": (2e-5, "two orders of summation differ by about 1e-6 at the last layer of 36; a real mistake by 1e-3 "
+                               "and more"),
+             "bfloat16": (6e-2, "8 bits: each rounding is up to 4e-3, and dozens of layers add theirs"),
+             "float16": (1e-2, "11 bits: each rounding is up to 5e-4")}
+SLICE = 509     # values kept of a stage in a shrunk trace: a prime, so that the picks meet every row and channel
+
+
+# ---- traces ---------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Trace:
+    """A recorded run: tensors by stage, read when asked for, and the facts about it."""
+    path: Path
+    facts: dict
+    names: list
+
+    @classmethod
+    def open(cls, path) -> Trace:
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"{path} is no file; record a trace first (--record {path})")
+        try:
+            with safe_open(path, "pt") as file:
+                names, metadata = list(file.keys()), file.metadata() or {}
+        except Exception as error:
+            raise InputError(f"{path} is no safetensors file ({error}); a trace is written by --record") from None
+        facts = json.loads(metadata.get("trace", "{}"))
+        if "input_ids" not in names or "llm.norm" not in names and "logits" not in names and "projector" not in names:
+            raise InputError(f"{path} holds {', '.join(names[:5]) or 'nothing'}; a trace has input_ids and stages such as "
+                             "llm.norm, see the names in minivl/trace.py")
+        return cls(path, facts, names)
+
+    def __getitem__(self, name) -> torch.Tensor:
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(name)
+
+    @property
+    def stages(self) -> list:
+        """In the order of the computation."""
+        known = [n for n in self.names if n.split(".")[0] in ("vit", "pixel_unshuffle", "projector", "inputs_embeds", "llm", "logits")]
+        return sorted(known, key=_order)
+
+    def shape(self, name) -> list:
+        return self.facts.get("slices", {}).get(name) or list(self[name].shape)
+
+
+def _order(stage: str) -> tuple:
+    part, *rest = stage.split(".")
+    rank = ("vit", "pixel_unshuffle", "projector", "inputs_embeds", "llm", "logits").index(part)
+    number = rest[-1] if rest else "0"
+    return rank, int(number) if number.isdigit() else (-1 if number == "embeddings" else 10**6)
+
+
+def picks(numel: int) -> torch.Tensor:
+    """Indices int64[<= SLICE] into a flattened tensor: spread evenly, the same for everybody."""
+    return torch.arange(min(SLICE, numel)) * numel // min(SLICE, numel)
+
+
+def shrink(trace: Trace, path) -> Path:
+    """The trace with SLICE values of each stage: kilobytes, for a repository."""
+    tensors, shapes = {}, {}
+    for name in trace.names:
+        tensor = trace[name]
+        if name in ("input_ids", "greedy") or tensor.numel() <= SLICE:
+            tensors[name] = tensor
+        else:
+            shapes[name] = list(tensor.shape)
+            tensors[name] = tensor.flatten()[picks(tensor.numel())].clone()
+    return save_safetensors(tensors, path, {"trace": json.dumps({**trace.facts, "slices": shapes})})
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Row:
+    """One line: an input or a stage."""
+    stage: str
+    shape: list
+    error: float | None = None          # relative, |a - b| / |b|; None where that means nothing
+    largest: float | None = None        # max |a - b|
+    at: list | None = None              # where
+    cosine: float | None = None
+    agrees: bool = True
+    note: str = ""                      # what it looks like, if it does not agree
+
+
+@dataclass
+class Report:
+    """Everything that was compared. `first` is the first stage beyond tolerance, None if all agree."""
+    checkpoint: str
+    trace: str
+    reference: dict
+    dtype: str
+    tolerance: float
+    rows: list = field(default_factory=list)
+    logits: dict | None = None          # top5, kl, rank at the end of the prompt
+    tokens: list = field(default_factory=list)      # of the answer: reference, minivl, margin
+    maps: dict = field(default_factory=dict)        # stage -> error per patch and tile, for the page
+
+    @property
+    def first(self):
+        return next((row for row in self.rows if not row.agrees), None)
+
+    @property
+    def parted(self):
+        """Number of the first token that differs, None if all agree."""
+        return next((i for i, t in enumerate(self.tokens) if t["reference"] != t["minivl"]), None)
+
+    @property
+    def agrees(self) -> bool:
+        return self.first is None and self.parted is None
+
+    def json(self) -> dict:
+        return {**{k: v for k, v in asdict(self).items() if k != "maps"}, "first": self.first and self.first.stage,
+                "parted": self.parted, "agrees": self.agrees}
+
+
+# ---- comparing ------------------------------------------------------------------------------------------------------
+
+HINTS = {   # first stage that differs -> where to look
+    "prompt": "minivl/prompt.py: template, system message, newlines, where the picture stands",
+    "tiles": "minivl/tiling.py choose_grid: the rule for the grid, the tie rule, the thumbnail",
+    "pixel_values": "minivl/tiling.py: order of the tiles, resampling filter, mean and spread; the picture's mode",
+    "input_ids": "minivl/tokenizer.py, or the number of placeholders per tile",
+    "stop tokens": "minivl/checkpoint.py _token_ids",
+    "vit.embeddings": "minivl/vit.py Embeddings: patch convolution, CLS first, position embedding",
+    "vit.layers": "minivl/vit.py Layer: norm and its eps, order of q, k, v, scale, GELU, LayerScale",
+    "pixel_unshuffle": "minivl/model.py (CLS dropped?) and minivl/pixel_unshuffle.py: (dy, dx, c), ps_version",
+    "projector": "minivl/projector.py: LayerNorm eps 1e-5, GELU between the two linears",
+    "inputs_embeds": "minivl/model.py embed: which rows the visual tokens take, in which order",
+    "llm.layers": "minivl/qwen2.py: RoPE, biases of q, k, v, grouping of heads, mask, SwiGLU; with int4 minivl/awq.py",
+    "llm.norm": "minivl/qwen2.py RMSNorm, or the last decoder layer, which some traces do not hold",
+    "logits": "lm_head: is it that of this checkpoint, untied?",
+}
+
+
+def hint(stage: str) -> str:
+    return HINTS.get(stage) or HINTS.get(stage.rsplit(".", 1)[0], "")
+
+
+def look(a, b) -> str:
+    """What the difference of two tensors of one shape looks like, in a few words. Dimensions: tile or batch, token, channel."""
+    a, b = a.double(), b.double()
+    if not torch.isfinite(a).all():
+        return f"{int((~torch.isfinite(a)).sum())} values are not finite"
+    if torch.allclose(a.flatten().sort().values, b.flatten().sort().values, rtol=1e-4, atol=1e-6):
+        return "the same numbers in another order"
+    remarks, difference = [], a - b
+    scale = float((a * b).sum() / (b * b).sum().clamp(min=1e-300))
+    if abs(scale - 1) > 1e-3 and relative_error(a, scale * b) < 0.1 * relative_error(a, b):
+        remarks.append(f"everything is {scale:.4g} times the reference")
+    if a.ndim == 3:
+        for axis, what in ((0, "tile"), (1, "token"), (2, "channel")):
+            others = [d for d in range(3) if d != axis]
+            per = difference.pow(2).sum(others).sqrt() / b.pow(2).sum(others).sqrt().clamp(min=1e-12)
+            wrong = (per > 0.05 * per.max()).nonzero().flatten().tolist()
+            if len(per) > 1 and 0 < len(wrong) < len(per):
+                shown = ", ".join(map(str, wrong[:6])) + (", ..." if len(wrong) > 6 else "")
+                remarks.append(f"{len(wrong)} of {len(per)} {what}s differ: {shown}")
+            if what == "token" and len(per) > 8 and per[0] < 0.02 * per.max():
+                half = len(per) // 2
+                later = float(per[half:].mean() / per[1:half].mean().clamp(min=1e-12))
+                remarks.append("the first token agrees" + (", the error grows with the position" if later > 1.3 else ""))
+    return "; ".join(remarks)
+
+
+def compare(checkpoint, trace: Trace, *, pictures=None, stages=None, dtype: str = "float32", model=None,
+            tolerance: float | None = None) -> Report:
+    """Run minivl on a trace's input. `pictures`: the files it was recorded with, to compare the inputs too.
+
+    `stages`: patterns; only these are compared, the rest of the model runs as far as it must.
+    Raises InputError where the trace is of other weights or other pictures.
+    """
+    folder = find(checkpoint)
+    if "weights" in trace.facts:
+        mine = file_digest(folder)
+        if mine != trace.facts["weights"]:
+            raise InputError(f"{trace.path} was recorded from other weights (sha256 {trace.facts['weights'][:12]}, "
+                             f"{folder} has {mine[:12]}); record again with --record")
+    if model is None:
+        model = minivl.load(folder, dtype=dtype)
+    if model.img_context_token_id is None:
+        model.img_context_token_id = trace.facts.get("image_token_id")
+    limit = TOLERANCE[dtype][0] if tolerance is None else tolerance
+    report = Report(str(checkpoint), str(trace.path), {k: trace.facts.get(k) for k in ("reference", "versions", "dtype")}, dtype, limit)
+    wanted = [s for s in trace.stages if not stages or any(fnmatchcase(s, p) for p in stages)]
+    if not wanted:
+        raise InputError(f"no stage of the trace matches {', '.join(stages)}; it has {', '.join(trace.stages)}")
+    pixels = compare_inputs(report, model, folder, trace, pictures)
+    ids, missing = trace["input_ids"], set(wanted)
+
+    def check(name, got):
+        if name in missing:
+            missing.discard(name)
+            report.rows.append(compare_stage(report, trace, name, got))
+            bar.update()
+
+    # The first token of the answer comes with the prompt, the rest by teacher forcing: the same tokens before each.
+    greedy = trace["greedy"].tolist() if "greedy" in trace.names else []
+    with torch.no_grad(), minivl.trace(model, *wanted) as t, tqdm(total=len(wanted), desc="comparing", unit="stage", disable=None) as bar:
+        t.record = check
+        visual = None if pixels is None else model.visual_tokens(pixels)
+        if any(s.startswith(("inputs_embeds", "llm", "logits")) for s in wanted) or greedy:
+            cache = KVCache()
+            x = model.embed(ids, visual)
+            logits = model.language_model(x, cache)[0]
+            if "logits" in wanted:
+                compare_logits(report, trace, logits)
+            t.record = lambda name, got: None
+            for n, token in enumerate(greedy):
+                best = logits[-1].topk(2)
+                report.tokens.append({"reference": token, "minivl": int(best.indices[0]),
+                                      "margin": float(best.values[0] - best.values[1])})
+                if n + 1 < len(greedy):
+                    logits = model.language_model(model.embed(torch.tensor([[token]])), cache)[0]
+    report.rows += [Row(name, trace.shape(name), agrees=False, note="minivl did not compute this stage") for name in wanted if name in missing]
+    for row in report.rows:
+        if not row.agrees:
+            row.note = "; ".join(filter(None, (row.note, "look at " + hint(row.stage))))
+    return report
+
+
+def file_digest(folder: Path) -> str:
+    """sha256 over the weight files, as the reference computes it."""
+    total = sha256()
+    for path in weight_files(folder):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                total.update(block)
+    return total.hexdigest()
+
+
+def weight_files(folder: Path) -> list:
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        if (folder / f"{stem}.{suffix}.index.json").exists():
+            index = json.loads((folder / f"{stem}.{suffix}.index.json").read_text("utf-8"))
+            return [folder / name for name in sorted(set(index["weight_map"].values()))]
+        if (folder / f"{stem}.{suffix}").exists():
+            return [folder / f"{stem}.{suffix}"]
+    raise InputError(f"{folder} has no weight files ({WEIGHT_FILE.pattern})")
+
+
+def compare_inputs(report: Report, model, folder: Path, trace: Trace, pictures):
+    """Rows for prompt, tiles, pixels and ids where the trace tells how it made them; the pixel_values to go on with."""
+    facts, config = trace.facts, model.config
+    shrunk = "pixel_values" in facts.get("slices", {})
+    want = trace["pixel_values"] if "pixel_values" in trace.names else None
+    if facts.get("messages") is None:       # ids and pixels were given to the reference
+        if shrunk:
+            raise InputError(f"{trace.path} is shrunk and tells no picture; nothing can be run")
+        return want
+    messages = [(m["role"], m["content"]) for m in facts["messages"]]
+    images = [minivl.load_image(p) for p in pictures or []]
+    hashes = [sha256(f"{im.size}".encode() + im.tobytes()).hexdigest() for im in images]
+    if pictures is None and facts["pictures"] and shrunk:
+        raise InputError(f"{trace.path} is shrunk: give the {len(facts['pictures'])} pictures it was recorded with")
+    if pictures is not None and hashes != facts["pictures"]:
+        raise InputError(f"{trace.path} was recorded with other pictures (sha256 of the pixels {[h[:12] for h in facts['pictures']]}, "
+                         f"these have {[h[:12] for h in hashes]}); give those, or record again")
+    tokenizer = minivl.Tokenizer.load(folder)
+    messages = [{"role": role, "content": text} for role, text in messages]
+    per_tile = config.num_image_token
+    counts, pixels = facts["tiles"], want
+    if pictures is not None:
+        tiles = [minivl.tiling.tile(im, min_num=config.min_dynamic_patch, max_num=facts["max_num"], tile_size=config.force_image_size,
+                                    use_thumbnail=config.use_thumbnail) for im in images]
+        counts = [len(t) for t in tiles]
+        agrees = counts == facts["tiles"]
+        report.rows.append(Row("tiles", counts, agrees=agrees, note="" if agrees else f"the reference cut {facts['tiles']}"))
+        pixels = minivl.tiling.to_pixel_values([t for picture in tiles for t in picture]) if images else None
+        if pixels is not None:
+            if list(pixels.shape) == trace.shape("pixel_values"):
+                report.rows.append(compare_stage(report, trace, "pixel_values", pixels, limit=1e-5))
+            elif shrunk:
+                raise InputError(f"the picture gives pixel_values {list(pixels.shape)}, the trace has {trace.shape('pixel_values')}, and "
+                                 "being shrunk cannot stand in for them")
+            if not report.rows[-1].agrees and not shrunk:
+                pixels = want       # the model is compared on the reference's pixels
+    system = getattr(config, "system_message", None)
+    text = render(messages, counts, system, tokens_per_tile=per_tile).replace("<IMG_CONTEXT>", "")
+    where = next((i for i, (a, b) in enumerate(zip(text, facts["prompt"])) if a != b), min(len(text), len(facts["prompt"])))
+    agrees = text == facts["prompt"]
+    report.rows.append(Row("prompt", [len(text)], agrees=agrees, note="" if agrees else
+                           f"from character {where}: {text[where:where + 30]!r}, the reference has {facts['prompt'][where:where + 30]!r}"))
+    ids, theirs = encode(tokenizer, messages, counts, system, tokens_per_tile=per_tile), trace["input_ids"][0].tolist()
+    where = next((i for i, (a, b) in enumerate(zip(ids, theirs)) if a != b), min(len(ids), len(theirs)))
+    report.rows.append(Row("input_ids", [len(ids)], agrees=ids == theirs, note="" if ids == theirs else
+                           f"{len(ids)} and {len(theirs)} ids, from number {where}: {ids[where:where + 5]}, the reference has "
+                           f"{theirs[where:where + 5]}"))
+    if "stop" in facts:
+        agrees = facts["stop"] in model.eos_token_ids and not {facts["image_token_id"]} & set(model.eos_token_ids)
+        report.rows.append(Row("stop tokens", [len(model.eos_token_ids)], agrees=agrees, note="" if agrees else
+                               f"{sorted(model.eos_token_ids)}, the reference stops at {facts['stop']}"))
+    report.rows.sort(key=lambda row: INPUTS.index(row.stage))
+    return pixels
+
+
+def compare_stage(report: Report, trace: Trace, name: str, got, limit=None) -> Row:
+    """One stage against the trace; keeps a map of the error of vision stages."""
+    shape, limit = trace.shape(name), report.tolerance if limit is None else limit
+    got = got.detach().float().cpu()
+    if name == "logits":
+        got = got[:, trace.facts.get("logits_from", 0):]
+    if list(got.shape) != shape:
+        return Row(name, list(got.shape), agrees=False, note=f"the reference has shape {shape}")
+    want = trace[name].float()
+    sliced = name in trace.facts.get("slices", {})
+    index = picks(got.numel()) if sliced else None
+    a = got.flatten()[index] if sliced else got
+    error, difference = relative_error(a, want), (a - want).abs().nan_to_num(nan=float("inf"))
+    flat = int(difference.argmax())
+    flat = int(index[flat]) if sliced else flat
+    at = [int(i) for i in torch.unravel_index(torch.tensor(flat), got.shape)]
+    cosine = float(torch.nn.functional.cosine_similarity(a.double().flatten(), want.double().flatten(), dim=0))
+    row = Row(name, shape, error, float(difference.max()), at, cosine, agrees=bool(error <= limit))     # NaN does not agree
+    if not row.agrees and not sliced:
+        row.note = look(a, want)
+    if name.startswith("vit.") and not sliced:
+        report.maps[name] = (a - want)[:, 1:].pow(2).sum(-1).sqrt() / want[:, 1:].pow(2).sum(-1).sqrt().clamp(min=1e-12)
+    return row
+
+
+def compare_logits(report: Report, trace: Trace, logits):
+    """Top 5 side by side, KL and the rank of the reference's token, at the end of the prompt."""
+    if "logits" in trace.facts.get("slices", {}):
+        return
+    a, b = logits[-1].float().log_softmax(-1), trace["logits"][0, -1].float().log_softmax(-1)
+    best = int(b.argmax())
+    report.logits = {"top5": [{"reference": [int(i), float(b[i])], "minivl": [int(j), float(a[j])]}
+                              for i, j in zip(b.topk(5).indices, a.topk(5).indices)],
+                     "kl": float((b.exp() * (b - a)).sum()), "rank": int((a > a[best]).sum()) + 1}

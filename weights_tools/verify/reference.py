@@ -1,0 +1,373 @@
+"""Run other people's code on a checkpoint and record every stage: python weights_tools/reference.py FOLDER REQUEST TRACE
+
+    REQUEST (json: pictures, messages, limits) -> the reference's own tiles, prompt and ids -> its own model -> TRACE
+
+The reference is transformers' InternVL (its vision tower, projector and Qwen2), or, only with --trust-remote-code, the
+modelling code inside the checkpoint's folder. This file runs in an environment of its own (`make reference`) and imports
+nothing of minivl: what both share could not be checked. All that is said here about weights, tiles and prompts is
+therefore written a second time, from the sources named. `weights_tools.verify` starts it.
+
+Weights stay in their files: a layer is read, dequantised and cast when its turn comes, and forgotten afterwards, so that
+the 4B runs in a few GB. `--resident GB`: models up to this size are kept.
+
+TRACE is one safetensors file: the stages by the names of minivl.trace, pixel_values, input_ids, greedy, and as metadata
+everything that tells what was run on what. Exit codes: 0, or 2 with one line on stderr.
+"""
+import argparse
+import hashlib
+import json
+import platform
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LAST_LOGITS = 32        # positions whose logits are kept of a long prompt: all of 3,000 x 151,674 would be 2 GB
+
+
+class CannotRun(Exception):
+    """What the user can correct, with the next step."""
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def weight_files(folder: Path) -> list:
+    """The files that hold weights. Source of the order: shared facts of the released repositories."""
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / index).exists():
+            return [folder / name for name in sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [folder / name]
+    raise CannotRun(f"{folder} has no model.safetensors or pytorch_model.bin; give a checkpoint's folder")
+
+
+def digest(paths) -> str:
+    """sha256 of the bytes of some files, one after the other."""
+    total = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                total.update(block)
+    return total.hexdigest()
+
+
+class Weights:
+    """Released names -> tensors, read when asked for. int4 linears answer to their `.weight`."""
+
+    ORDER = (0, 16, 4, 20, 8, 24, 12, 28)     # shift of column 8c + j in word c; AutoAWQ packing_utils.py @88e4c76b
+
+    def __init__(self, folder: Path, group_size=None):
+        from safetensors import safe_open
+        self.read, self.group_size = {}, group_size
+        for path in weight_files(folder):
+            if path.suffix == ".safetensors":
+                file = safe_open(path, "pt")
+                self.read |= {name: partial(file.get_tensor, name) for name in file.keys()}
+            else:
+                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                self.read |= {name: partial(tensors.__getitem__, name) for name in tensors}
+
+    def __call__(self, name: str, dtype) -> torch.Tensor:
+        if name in self.read:
+            return self.read[name]().to(dtype)
+        prefix = name.removesuffix("weight")
+        if not name.endswith("weight") or prefix + "qweight" not in self.read:
+            raise CannotRun(f"the checkpoint has no tensor {name}")
+        words, zeros, scales = (self.read[prefix + part]() for part in ("qweight", "qzeros", "scales"))
+        q, z = torch.empty(words.shape[0], scales.shape[1]), torch.empty(scales.shape)
+        for j, shift in enumerate(self.ORDER):
+            q[:, j::8] = (words >> shift & 15).float()
+            z[:, j::8] = (zeros >> shift & 15).float()
+        q = q.view(len(z), -1, z.shape[1]).sub_(z[:, None]).mul_(scales[:, None].float())
+        return q.flatten(0, 1).T.to(dtype)
+
+
+# ---- inputs, as the reference makes them ----------------------------------------------------------------------------
+
+def tiles_of(image, size: int, least: int, most: int, thumbnail: bool):
+    """float32[tiles, 3, size, size] of one RGB picture, by transformers' processor on Pillow."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+    processor = GotOcr2ImageProcessorPil(size={"height": size, "width": size}, image_mean=list(MEAN), image_std=list(STD),
+                                         crop_to_patches=most > 1, min_patches=least, max_patches=most)
+    tiles = processor(image, return_tensors="pt")["pixel_values"]
+    return tiles if thumbnail or len(tiles) == 1 else tiles[:-1]      # the processor knows no use_thumbnail
+
+
+def rendered(messages: list, tiles: list, per_tile: int, system=None) -> str:
+    """The prompt as text. Source: InternVL conversation.py:238-247, 393-402, modeling_internvl_chat.py:343-398 @2410d1d."""
+    text = f"<|im_start|>system\n{SYSTEM if system is None else system}<|im_end|>\n"
+    for message in messages:
+        text += f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
+    if messages[-1]["role"] == "user":
+        text += "<|im_start|>assistant\n"
+    for n in tiles:
+        text = text.replace("<image>", f"<img>{'<IMG_CONTEXT>' * (per_tile * n)}</img>", 1)
+    return text
+
+
+def tokenizer_of(folder: Path):
+    """transformers' Qwen2 tokenizer from vocab.json, merges.txt and added_tokens.json."""
+    from tokenizers import AddedToken
+    from transformers import Qwen2Tokenizer
+    vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+    merges = [tuple(line.split(" ")) for line in (folder / "merges.txt").read_text("utf-8").split("\n")
+              if line and not line.startswith("#version")]
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
+    added = json.loads((folder / "added_tokens.json").read_text("utf-8"))
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in sorted(added, key=added.get)])
+    wrong = {token: (tokenizer.convert_tokens_to_ids(token), id) for token, id in added.items()
+             if tokenizer.convert_tokens_to_ids(token) != id}
+    if wrong:
+        raise CannotRun(f"transformers' tokenizer gives added tokens other ids than added_tokens.json: {wrong}")
+    return tokenizer
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+def hf_config(config: dict):
+    """The released config.json -> transformers' InternVLConfig. Its names: convert_internvl_weights_to_hf.py @015d3b27."""
+    from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
+    vision, llm = config["vision_config"], config["llm_config"]
+    if llm["architectures"][0] != "Qwen2ForCausalLM":
+        raise CannotRun(f"transformers has no {llm['architectures'][0]} of its own; record the code inside the checkpoint "
+                        "with --trust-remote-code, or compare with an existing trace")
+    vision_config = InternVLVisionConfig(
+        hidden_size=vision["hidden_size"], num_hidden_layers=vision["num_hidden_layers"],
+        num_attention_heads=vision["num_attention_heads"], intermediate_size=vision["intermediate_size"],
+        attention_bias=vision["qkv_bias"], use_qk_norm=vision["qk_normalization"], hidden_act=vision["hidden_act"],
+        norm_type=vision["norm_type"], layer_norm_eps=vision["layer_norm_eps"], image_size=vision["image_size"],
+        patch_size=vision["patch_size"], num_channels=vision.get("num_channels", 3))
+    text_config = Qwen2Config(
+        vocab_size=llm["vocab_size"], hidden_size=llm["hidden_size"], intermediate_size=llm["intermediate_size"],
+        num_hidden_layers=llm["num_hidden_layers"], num_attention_heads=llm["num_attention_heads"],
+        num_key_value_heads=llm["num_key_value_heads"], rms_norm_eps=llm["rms_norm_eps"],
+        max_position_embeddings=llm["max_position_embeddings"], tie_word_embeddings=False, use_sliding_window=False,
+        rope_parameters={"rope_type": "default", "rope_theta": llm["rope_theta"]})
+    return InternVLConfig(vision_config=vision_config, text_config=text_config, downsample_ratio=config["downsample_ratio"],
+                          tie_word_embeddings=False)
+
+
+def released_name(name: str):
+    """transformers' parameter name -> (released name, which third of it or None). Source: as hf_config."""
+    third = None
+    for i, part in enumerate("qkv"):
+        if f".attention.{part}_proj." in name:
+            name, third = name.replace(f".attention.{part}_proj.", ".attn.qkv."), i
+    for theirs, ours in (("model.vision_tower.embeddings.cls_token", "vision_model.embeddings.class_embedding"),
+                         ("model.vision_tower.embeddings.patch_embeddings.projection", "vision_model.embeddings.patch_embedding"),
+                         ("model.vision_tower.embeddings.position_embeddings", "vision_model.embeddings.position_embedding"),
+                         ("model.vision_tower.encoder.layer.", "vision_model.encoder.layers."),
+                         (".attention.projection_layer.", ".attn.proj."), (".attention.q_norm.", ".attn.q_norm."),
+                         (".attention.k_norm.", ".attn.k_norm."), (".layernorm_before.", ".norm1."),
+                         (".layernorm_after.", ".norm2."), (".lambda_1", ".ls1"), (".lambda_2", ".ls2"),
+                         ("model.multi_modal_projector.layer_norm.", "mlp1.0."),
+                         ("model.multi_modal_projector.linear_1.", "mlp1.1."),
+                         ("model.multi_modal_projector.linear_2.", "mlp1.3."),
+                         ("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")):
+        name = name.replace(theirs, ours) if theirs.startswith(".") or name.startswith(theirs) else name
+    return name, third
+
+
+def transformers_model(folder: Path, config: dict, dtype, resident: float):
+    """transformers' InternVL, empty, with hooks that fill a part before it runs and empty it afterwards."""
+    from transformers import InternVLForConditionalGeneration
+    block = find_quantization(config)
+    weights = Weights(folder, block and block["group_size"])
+    hf = hf_config(config)
+    hf._attn_implementation = "eager"
+    with torch.device("meta"):
+        model = InternVLForConditionalGeneration(hf).eval()
+    rotary = model.model.language_model.rotary_emb
+    model.model.language_model.rotary_emb = type(rotary)(hf.text_config)        # its table is a buffer, in no file
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    def tensor(name):
+        released, third = released_name(name)
+        value = weights(released, dtype)
+        return value if third is None else value.chunk(3)[third]
+
+    def fill(part, *_):
+        for module in part.modules():
+            for key, p in list(module._parameters.items()):
+                if p is not None and p.is_meta:
+                    value = torch.nn.Parameter(tensor(names[id(p)]).contiguous(), requires_grad=False)
+                    if value.shape != p.shape:
+                        raise CannotRun(f"{names[id(p)]} has shape {tuple(value.shape)} in the file, transformers wants "
+                                        f"{tuple(p.shape)}")
+                    value.empty = p
+                    module._parameters[key] = value
+
+    def free(part, *_):
+        for module in part.modules():
+            for key, p in list(module._parameters.items()):
+                if hasattr(p, "empty"):
+                    module._parameters[key] = p.empty
+
+    core = model.model
+    parts = [core.vision_tower.embeddings, *core.vision_tower.encoder.layer, core.multi_modal_projector,
+             core.language_model.embed_tokens, *core.language_model.layers, core.language_model.norm, model.lm_head]
+    missing = {names[id(p)] for p in model.parameters()} - {names[id(p)] for part in parts for p in part.parameters()}
+    if missing:
+        raise CannotRun(f"this transformers has parts that are not known here: {sorted(missing)[:3]}; use version 5.23")
+    if sum(p.numel() for p in model.parameters()) * dtype.itemsize <= resident * 1e9:
+        for part in parts:
+            fill(part)
+    else:
+        for part in parts:
+            part.register_forward_pre_hook(fill)
+            part.register_forward_hook(free)
+    core.config.image_token_id = core.config.text_config.vocab_size     # set by the caller
+    stages = {"vit.embeddings": (core.vision_tower.embeddings, "out"),
+              **{f"vit.layers.{i}": (layer, "out") for i, layer in enumerate(core.vision_tower.encoder.layer)},
+              "pixel_unshuffle": (core.multi_modal_projector, "in"), "projector": (core.multi_modal_projector, "out"),
+              "inputs_embeds": (core.language_model, "in"),
+              **{f"llm.layers.{i}": (layer, "out") for i, layer in enumerate(core.language_model.layers)},
+              "llm.norm": (core.language_model.norm, "out"), "logits": (model.lm_head, "out")}
+    return model, stages
+
+
+def remote_model(folder: Path, dtype):
+    """The code inside the checkpoint's folder, with the names of its own modules, which are the released ones."""
+    from transformers import AutoModel
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
+    llm = model.language_model
+    embeddings = getattr(llm.model, "embed_tokens", None) or llm.model.tok_embeddings
+    head = getattr(llm, "lm_head", None) or llm.output
+    stages = {"vit.embeddings": (model.vision_model.embeddings, "out"),
+              **{f"vit.layers.{i}": (layer, "out") for i, layer in enumerate(model.vision_model.encoder.layers)},
+              "pixel_unshuffle": (model.mlp1, "in"), "projector": (model.mlp1, "out"),
+              "inputs_embeds": (llm.model, "in"),
+              **{f"llm.layers.{i}": (layer, "out") for i, layer in enumerate(llm.model.layers)},
+              "llm.norm": (llm.model.norm, "out"), "logits": (head, "out")}
+    return model, stages, embeddings
+
+
+def find_quantization(config):
+    """The dict with quant_method, wherever in config.json it stands; None for float checkpoints."""
+    if isinstance(config, dict):
+        if "quant_method" in config:
+            return config
+        return next((found for value in config.values() if (found := find_quantization(value))), None)
+    return None
+
+
+# ---- the run --------------------------------------------------------------------------------------------------------
+
+def run(folder: Path, request: dict, trust_remote_code: bool, resident: float) -> tuple:
+    """(tensors, metadata) of one run."""
+    import transformers
+    from PIL import Image
+    from tqdm import tqdm
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    dtype = getattr(torch, request.get("dtype", "float32"))
+    size, patch = config["force_image_size"], config["vision_config"]["patch_size"]
+    per_tile = int((size // patch) ** 2 * config["downsample_ratio"] ** 2)
+    tensors, facts = {}, {"reference": "remote code" if trust_remote_code else "transformers"}
+
+    if "like" in request:       # ids and pixels of another trace
+        from safetensors import safe_open
+        with safe_open(request["like"], "pt") as file:
+            ids, pixels = file.get_tensor("input_ids"), file.get_tensor("pixel_values")
+        image_token = request["image_token_id"]
+    else:
+        images = [Image.open(path).convert("RGB") for path in request["pictures"]]
+        tiles = [tiles_of(image, size, config.get("min_dynamic_patch", 1), request["max_num"], config.get("use_thumbnail", True))
+                 for image in images]
+        tokenizer = tokenizer_of(folder)
+        prompt = rendered(request["messages"], [len(t) for t in tiles], per_tile, config.get("system_message"))
+        ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)])
+        pixels = torch.cat(tiles) if tiles else None
+        image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+        facts |= {"prompt": prompt.replace("<IMG_CONTEXT>", ""), "tiles": [len(t) for t in tiles],
+                  "pictures": [hashlib.sha256(f"{im.size}".encode() + im.tobytes()).hexdigest() for im in images]}
+    stop = None if "like" in request else tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tensors["input_ids"] = ids
+    if pixels is not None:
+        tensors["pixel_values"] = pixels
+
+    if trust_remote_code:
+        model, stages, embeddings = remote_model(folder, dtype)
+    else:
+        model, stages = transformers_model(folder, config, dtype, resident)
+        model.config.image_token_id = model.model.config.image_token_id = image_token
+    wanted = request.get("stages")
+    order = [name for name in stages if not wanted or any(Path(name).match(pattern) for pattern in wanted)]
+    T, V = ids.shape[1], config["llm_config"]["vocab_size"]
+    keep = T if T * V <= 64_000_000 else LAST_LOGITS
+    handles, bar = [], tqdm(total=len(stages), desc="reference", unit="stage", disable=None)
+
+    def save(name, value):
+        value = value[0] if isinstance(value, tuple) else value
+        if name in order and name not in tensors:
+            tensors[name] = (value[:, -keep:] if name == "logits" else value).detach().clone()
+        bar.update()
+
+    for name, (module, side) in stages.items():
+        if side == "out":
+            handles.append(module.register_forward_hook(lambda _, args, out, name=name: save(name, out)))
+        else:
+            handles.append(module.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: save(name, args[0] if args else kwargs["inputs_embeds"]), with_kwargs=True))
+    start, written = time.perf_counter(), []
+    with torch.no_grad():
+        if trust_remote_code:
+            x = embeddings(ids)
+            if pixels is not None:
+                x = x.masked_scatter((ids == image_token)[..., None], model.extract_feature(pixels.to(dtype)).to(x.dtype))
+            step, past = {"inputs_embeds": x}, None
+        else:
+            step, past = {"input_ids": ids, "pixel_values": None if pixels is None else pixels.to(dtype)}, None
+        for n in range(max(1, request["max_new_tokens"])):
+            if trust_remote_code:
+                out = model.language_model(**step, past_key_values=past, use_cache=True)
+            else:
+                out = model(**step, past_key_values=past, use_cache=True,
+                            logits_to_keep=0 if keep == T else keep)
+            for handle in handles:      # only the prompt's stages are recorded
+                handle.remove()
+            past, token = out.past_key_values, out.logits[0, -1].argmax()
+            written.append(int(token))
+            step = {"input_ids": token.view(1, 1)}
+    bar.close()
+    if request["max_new_tokens"]:
+        tensors["greedy"] = torch.tensor(written)
+    missing = [name for name in order if name not in tensors and (pixels is not None or name.startswith(("llm", "logits")))]
+    if missing:
+        raise CannotRun(f"the reference's forward pass did not come by {missing[:4]}; this version of it is not known here")
+    facts |= {"order": [name for name in order if name in tensors], "logits_from": T - keep, "dtype": str(dtype).removeprefix("torch."),
+              "image_token_id": image_token, "stop": stop, "max_num": request.get("max_num"), "messages": request.get("messages"),
+              "weights": digest(weight_files(folder)), "config": digest([folder / "config.json"]),
+              "versions": {"transformers": transformers.__version__, "torch": torch.__version__, "python": platform.python_version()},
+              "seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads()}
+    return tensors, facts
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("request", type=Path, help="json: pictures, messages, max_num, max_new_tokens, dtype, stages")
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the modelling code inside FOLDER")
+    parser.add_argument("--resident", type=float, default=4.0, metavar="GB", help="models up to this size stay in memory")
+    args = parser.parse_args(argv)
+    try:
+        import resource
+
+        from safetensors.torch import save_file
+        tensors, facts = run(args.folder, json.loads(args.request.read_text("utf-8")), args.trust_remote_code, args.resident)
+        facts["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
+        save_file({name: t.contiguous() for name, t in tensors.items()}, args.trace, metadata={"trace": json.dumps(facts)})
+    except (CannotRun, OSError, ImportError, KeyError) as error:
+        missing = f"; build the environment again with `make reference`" if isinstance(error, ImportError) else ""
+        print(f"reference: {type(error).__name__ + ': ' if not isinstance(error, CannotRun) else ''}{error}{missing}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The result of a comparison for people: a table in the terminal, one HTML page with pictures and nothing to fetch.
+
+    Report -> text(report), html(report)
+"""
+from __future__ import annotations
+
+import base64
+import html as escape_html
+import io
+import math
+
+import torch
+from PIL import Image
+
+from weights_tools.verify.compare import TOLERANCE, Report
+
+
+def number(x, digits=2) -> str:
+    return "" if x is None else "0" if x == 0 else f"{x:.{digits - 1}e}"
+
+
+def verdict(report: Report) -> str:
+    """One sentence."""
+    reference = report.reference.get("reference") or "the trace"
+    if report.agrees:
+        worst = max((row.error for row in report.rows if row.error is not None), default=0)
+        tokens = f", all {len(report.tokens)} tokens are the same" if report.tokens else ""
+        return f"agrees with {reference}: largest relative error {number(worst)} of {len(report.rows)} stages{tokens}"
+    if report.first:
+        return f"differs from {reference}, first at {report.first.stage}: {report.first.note}"
+    t = report.tokens[report.parted]
+    return (f"every stage agrees, token {report.parted + 1} of the answer differs: {t['minivl']}, the reference has "
+            f"{t['reference']}; the two best scores were {t['margin']:.2g} apart")
+
+
+def text(report: Report, words=str) -> str:
+    """The table. `words`: token id -> how it reads."""
+    lines = [f"{'stage':<18}{'shape':<22}{'rel. error':>11}{'max |a-b|':>11}  {'at':<18}{'1 - cosine':>11}"]
+    for row in report.rows:
+        mark = " " if row.agrees else "<" if row is not report.first else "<== first difference"
+        lines.append(f"{row.stage:<18}{'x'.join(map(str, row.shape)):<22}{number(row.error):>11}{number(row.largest):>11}  "
+                     f"{str(row.at or ''):<18}{'' if row.cosine is None else number(max(0.0, 1 - row.cosine)):>11} {mark}")
+    lines.append(f"tolerance {report.tolerance:.0e} in {report.dtype}: {TOLERANCE[report.dtype][1]}")
+    if report.logits:
+        lines += ["", f"end of the prompt: KL {number(report.logits['kl'])}, the reference's token has rank {report.logits['rank']}",
+                  f"    {'reference':<34}minivl"]
+        for pair in report.logits["top5"]:
+            cells = [f"{words(i)!r:<22.22} {p:8.4f}" for i, p in (pair["reference"], pair["minivl"])]
+            lines.append(f"    {cells[0]:<34}{cells[1]}")
+    if report.tokens:
+        same = report.parted if report.parted is not None else len(report.tokens)
+        lines += ["", f"greedy answer: {same} of {len(report.tokens)} tokens agree; smallest margin between the two best scores "
+                      f"{min(t['margin'] for t in report.tokens[:same + 1]):.3g}"]
+    return "\n".join([*lines, "", verdict(report)])
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .15rem .6rem; border-bottom: 1px solid #8884; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } tr.bad td { font-weight: 600; background: #d4303020; }
+.verdict { padding: .6rem 1rem; border-left: .4rem solid; } .ok { border-color: #2a8a4a; } .no { border-color: #d43030; }
+svg text { fill: currentColor; font: 11px system-ui, sans-serif; } svg .axis { stroke: currentColor; opacity: .35; }
+img.map { image-rendering: pixelated; width: 9rem; margin: .2rem; border: 1px solid #8888; } figure { margin: 1rem 0; }
+code { font-size: .92em; }
+"""
+
+
+def curve(report: Report) -> str:
+    """Relative error of each stage, logarithmic, with the tolerance, as SVG. A cross marks a stage that does not agree."""
+    rows = [row for row in report.rows if row.error is not None]
+    if not rows:
+        return ""
+    W, H, left, bottom = 960, 300, 50, 90
+    values = [max(row.error if math.isfinite(row.error) else 10.0, 1e-9) for row in rows]
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(*values, report.tolerance)) + 0.01)
+
+    def y(value):
+        return 10 + (H - bottom - 10) * (high - math.log10(value)) / max(1, high - low)
+
+    def x(i):
+        return left + (W - left - 10) * (i + 0.5) / len(rows)
+    parts = [f'<line class="axis" x1="{left}" x2="{W}" y1="{y(10.0 ** e):.1f}" y2="{y(10.0 ** e):.1f}"/>'
+             f'<text x="{left - 8}" y="{y(10.0 ** e) + 4:.1f}" text-anchor="end">1e{e}</text>' for e in range(low, high + 1)]
+    parts.append(f'<line x1="{left}" x2="{W}" y1="{y(report.tolerance):.1f}" y2="{y(report.tolerance):.1f}" stroke="#d43030" '
+                 f'stroke-dasharray="6 4"/><text x="{W - 4}" y="{y(report.tolerance) - 4:.1f}" text-anchor="end">tolerance</text>')
+    parts.append('<polyline fill="none" stroke="currentColor" opacity=".6" points="'
+                 + " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(values)) + '"/>')
+    step = max(1, len(rows) // 32)
+    for i, (row, value) in enumerate(zip(rows, values)):
+        title = f"<title>{row.stage}: {number(row.error)}</title>"
+        if row.agrees:
+            parts.append(f'<circle cx="{x(i):.1f}" cy="{y(value):.1f}" r="3.5" fill="currentColor">{title}</circle>')
+        else:
+            parts.append(f'<path d="M{x(i) - 5:.1f} {y(value) - 5:.1f} l10 10 m0 -10 l-10 10" stroke="#d43030" stroke-width="2.5">'
+                         f'{title}</path>')
+        if i % step == 0:
+            parts.append(f'<text transform="translate({x(i) + 4:.1f} {H - bottom + 14}) rotate(60)">{row.stage}</text>')
+    return f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="relative error of each stage">{"".join(parts)}</svg>'
+
+
+def picture(error, top: float) -> str:
+    """One tile's error per patch float[P] as a data URL: white is none, dark is `top`."""
+    side = round(error.numel() ** 0.5)
+    grey = (255 - 235 * (error / top).clamp(0, 1)).round().to(torch.uint8)
+    image = Image.frombytes("L", (side, side), bytes(grey.tolist()))
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def html(report: Report, words=str) -> str:
+    """One self-contained page."""
+    def cell(x):
+        return escape_html.escape(str(x))
+    rows = "".join(
+        f'<tr class="{"" if row.agrees else "bad"}"><td><code>{row.stage}</code></td><td>{"x".join(map(str, row.shape))}</td>'
+        f'<td class="n">{number(row.error)}</td><td class="n">{number(row.largest)}</td><td>{cell(row.at or "")}</td>'
+        f'<td class="n">{"" if row.cosine is None else number(max(0.0, 1 - row.cosine))}</td>'
+        f'<td>{"agrees" if row.agrees else "differs: " + cell(row.note)}</td></tr>' for row in report.rows)
+    parts = [f"<h1>minivl against {cell(report.reference.get('reference') or 'a trace')}</h1>",
+             f'<p class="verdict {"ok" if report.agrees else "no"}">{cell(verdict(report))}</p>',
+             f"<p>Checkpoint <code>{cell(report.checkpoint)}</code>, trace <code>{cell(report.trace)}</code>, computed in {report.dtype}, "
+             f"reference in {cell(report.reference.get('dtype') or 'float32')} ({cell(report.reference.get('versions') or 'versions unknown')}).</p>",
+             "<h2>Error of each stage</h2><p>Relative error |a - b| / |b| over the whole tensor. The dashed line is the tolerance: "
+             f"{cell(TOLERANCE[report.dtype][1])}. A cross is a stage beyond it.</p>", curve(report),
+             '<table><tr><th>stage</th><th>shape</th><th class="n">relative error</th><th class="n">max |a - b|</th><th>at</th>'
+             f'<th class="n">1 - cosine</th><th></th></tr>{rows}</table>']
+    if report.maps:
+        first = report.first.stage if report.first and report.first.stage in report.maps else None
+        name = first or list(report.maps)[-1]
+        errors = report.maps[name]
+        top = float(errors.max()) or 1.0
+        parts.append(f"<h2>Where on the tiles</h2><figure><figcaption><code>{name}</code>: relative error of each patch, one square each; "
+                     f"white is 0, black {number(top)}. Tiles in order, the thumbnail last."
+                     f"{'' if first else ' (All agree: this is rounding.)'}</figcaption>"
+                     + "".join(f'<img class="map" alt="tile {i}" title="tile {i}" src="{picture(e, top)}">' for i, e in enumerate(errors))
+                     + "</figure>")
+    if report.logits:
+        parts.append(f"<h2>The first token of the answer</h2><p>KL {number(report.logits['kl'])}; the reference's token has rank "
+                     f"{report.logits['rank']}.</p><table><tr><th>reference</th><th class='n'>log p</th><th>minivl</th><th class='n'>log p</th></tr>"
+                     + "".join(f"<tr><td><code>{cell(repr(words(p['reference'][0])))}</code></td><td class='n'>{p['reference'][1]:.4f}</td>"
+                               f"<td><code>{cell(repr(words(p['minivl'][0])))}</code></td><td class='n'>{p['minivl'][1]:.4f}</td></tr>"
+                               for p in report.logits["top5"]) + "</table>")
+    if report.tokens:
+        parts.append("<h2>The answer, token by token</h2><p>Each after the reference's tokens before it. The margin is the distance of the "
+                     "two best scores: where it is smaller than the rounding, either token is right.</p>"
+                     "<table><tr><th class='n'></th><th>reference</th><th>minivl</th><th class='n'>margin</th></tr>"
+                     + "".join(f"<tr class=\"{'' if t['reference'] == t['minivl'] else 'bad'}\"><td class='n'>{i + 1}</td>"
+                               f"<td><code>{cell(repr(words(t['reference'])))}</code></td><td><code>{cell(repr(words(t['minivl'])))}</code></td>"
+                               f"<td class='n'>{t['margin']:.3g}</td></tr>" for i, t in enumerate(report.tokens)) + "</table>")
+    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>verify</title><style>{STYLE}</style></head>"
+            f"<body>{''.join(parts)}</body></html>")
