@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PY := .venv/bin/python
 
-.PHONY: help setup demo test clean
+.PHONY: help setup demo test reference clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -31,5 +31,12 @@ demo: setup     ## a small model answers a question about a picture
 test: setup     ## all tests
 	$(PY) -m pytest
 
-clean:          ## removes .venv/ and build/
-	rm -rf .venv build *.egg-info
+reference: .reference/ready     ## the environment .reference/ with transformers, for `python -m weights_tools.verify`
+
+.reference/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .reference
+	.reference/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e ".[reference]"
+	@touch .reference/ready
+
+clean:          ## removes .venv/, .reference/ and build/
+	rm -rf .venv .reference build *.egg-info

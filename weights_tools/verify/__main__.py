@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from minivl import Tokenizer
@@ -19,7 +20,7 @@ from minivl.checkpoint import find
 from minivl.config import Config
 from minivl.limits import InputError
 from weights_tools import run
-from weights_tools.verify import compare, report
+from weights_tools.verify import compare, inputs, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,6 +68,7 @@ def main(argv=None) -> int:
     what.add_argument("--record", metavar="FILE", help="only run the reference and write its trace")
     what.add_argument("--trace", metavar="FILE", help="only compare, with a trace recorded before")
     what.add_argument("--shrink", nargs=2, metavar=("TRACE", "FILE"), help="write a trace with a few hundred values of each stage")
+    what.add_argument("--inputs", action="store_true", help="what four engines feed the model for this question, side by side")
     parser.add_argument("--stages", nargs="+", metavar="PATTERN", help='only these, e.g. "vit.*" logits')
     parser.add_argument("--layers", type=int, metavar="N", help="only the first N layers of tower and decoder; no answer")
     parser.add_argument("--max-tiles", type=int, metavar="N", help="most tiles of a picture (default: the checkpoint's)")
@@ -87,6 +89,12 @@ def main(argv=None) -> int:
     if not args.checkpoint:
         raise InputError("give a checkpoint: a folder, or a hub id such as OpenGVLab/InternVL2_5-4B-MPO-AWQ")
     folder = find(args.checkpoint)
+    if args.inputs:
+        config = Config.load(folder)
+        if args.max_tiles:
+            config = replace(config, max_dynamic_patch=args.max_tiles)
+        print(inputs.text(inputs.engines(config, Tokenizer.load(folder), args.pictures, args.prompt)))
+        return 0
     stages, tokens = args.stages, args.max_new_tokens
     if args.layers is not None:
         stages = [f"{part}.layers.{i}" for part in ("vit", "llm") for i in range(args.layers)]

@@ -17,12 +17,13 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 import minivl
-from minivl.checkpoint import find
+from minivl.checkpoint import find, open_weights
 from minivl.limits import InputError
 from minivl.prompt import encode, render
 from minivl.qwen2 import KVCache
 from minivl.trace import relative_error
-from weights_tools.files import WEIGHT_FILE, save_safetensors
+from weights_tools.files import raw_bytes, save_safetensors
+from weights_tools.verify import inputs
 
 INPUTS = ("prompt", "tiles", "pixel_values", "input_ids", "stop tokens")
 # Relative error |a - b| / |b| of a stage that still is agreement, by the dtype of the computation.
@@ -201,7 +202,7 @@ def compare(checkpoint, trace: Trace, *, pictures=None, stages=None, dtype: str 
     """
     folder = find(checkpoint)
     if "weights" in trace.facts:
-        mine = file_digest(folder)
+        mine = weights_digest(folder)
         if mine != trace.facts["weights"]:
             raise InputError(f"{trace.path} was recorded from other weights (sha256 {trace.facts['weights'][:12]}, "
                              f"{folder} has {mine[:12]}); record again with --record")
@@ -217,21 +218,22 @@ def compare(checkpoint, trace: Trace, *, pictures=None, stages=None, dtype: str 
     pixels = compare_inputs(report, model, folder, trace, pictures)
     ids, missing = trace["input_ids"], set(wanted)
 
+    # The first token of the answer comes with the prompt, the rest by teacher forcing: the same tokens before each.
+    greedy = trace["greedy"].tolist() if "greedy" in trace.names and not stages else []
+
     def check(name, got):
         if name in missing:
             missing.discard(name)
             report.rows.append(compare_stage(report, trace, name, got))
             bar.update()
+        if not missing and not greedy:
+            raise Enough
 
-    # The first token of the answer comes with the prompt, the rest by teacher forcing: the same tokens before each.
-    greedy = trace["greedy"].tolist() if "greedy" in trace.names else []
     with torch.no_grad(), minivl.trace(model, *wanted) as t, tqdm(total=len(wanted), desc="comparing", unit="stage", disable=None) as bar:
         t.record = check
-        visual = None if pixels is None else model.visual_tokens(pixels)
-        if any(s.startswith(("inputs_embeds", "llm", "logits")) for s in wanted) or greedy:
-            cache = KVCache()
-            x = model.embed(ids, visual)
-            logits = model.language_model(x, cache)[0]
+        try:
+            cache, visual = KVCache(), None if pixels is None else model.visual_tokens(pixels)
+            logits = model.language_model(model.embed(ids, visual), cache)[0]
             if "logits" in wanted:
                 compare_logits(report, trace, logits)
             t.record = lambda name, got: None
@@ -241,6 +243,8 @@ def compare(checkpoint, trace: Trace, *, pictures=None, stages=None, dtype: str 
                                       "margin": float(best.values[0] - best.values[1])})
                 if n + 1 < len(greedy):
                     logits = model.language_model(model.embed(torch.tensor([[token]])), cache)[0]
+        except Enough:
+            pass
     report.rows += [Row(name, trace.shape(name), agrees=False, note="minivl did not compute this stage") for name in wanted if name in missing]
     for row in report.rows:
         if not row.agrees:
@@ -248,24 +252,18 @@ def compare(checkpoint, trace: Trace, *, pictures=None, stages=None, dtype: str 
     return report
 
 
-def file_digest(folder: Path) -> str:
-    """sha256 over the weight files, as the reference computes it."""
-    total = sha256()
-    for path in weight_files(folder):
-        with open(path, "rb") as file:
-            while block := file.read(1 << 24):
-                total.update(block)
+def weights_digest(folder: Path) -> str:
+    """sha256 over all tensors by name, as the reference computes it: of the numbers, not of the files they are in."""
+    total, tensors = sha256(), open_weights(folder)
+    for name in sorted(tensors):
+        tensor = tensors[name].read().contiguous()
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        total.update(raw_bytes(tensor))
     return total.hexdigest()
 
 
-def weight_files(folder: Path) -> list:
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        if (folder / f"{stem}.{suffix}.index.json").exists():
-            index = json.loads((folder / f"{stem}.{suffix}.index.json").read_text("utf-8"))
-            return [folder / name for name in sorted(set(index["weight_map"].values()))]
-        if (folder / f"{stem}.{suffix}").exists():
-            return [folder / f"{stem}.{suffix}"]
-    raise InputError(f"{folder} has no weight files ({WEIGHT_FILE.pattern})")
+class Enough(Exception):
+    """All stages that were asked for are compared, the rest of the model need not run."""
 
 
 def compare_inputs(report: Report, model, folder: Path, trace: Trace, pictures):
@@ -303,13 +301,20 @@ def compare_inputs(report: Report, model, folder: Path, trace: Trace, pictures):
                 raise InputError(f"the picture gives pixel_values {list(pixels.shape)}, the trace has {trace.shape('pixel_values')}, and "
                                  "being shrunk cannot stand in for them")
             if not report.rows[-1].agrees and not shrunk:
+                if len(pictures) == 1:
+                    row = report.rows[-1]
+                    row.note = "; ".join(filter(None, (row.note, inputs.known_opening(pictures[0], want, config, facts["max_num"]))))
                 pixels = want       # the model is compared on the reference's pixels
     system = getattr(config, "system_message", None)
     text = render(messages, counts, system, tokens_per_tile=per_tile).replace("<IMG_CONTEXT>", "")
     where = next((i for i, (a, b) in enumerate(zip(text, facts["prompt"])) if a != b), min(len(text), len(facts["prompt"])))
-    agrees = text == facts["prompt"]
-    report.rows.append(Row("prompt", [len(text)], agrees=agrees, note="" if agrees else
-                           f"from character {where}: {text[where:where + 30]!r}, the reference has {facts['prompt'][where:where + 30]!r}"))
+    agrees, note = text == facts["prompt"], ""
+    if not agrees:
+        note = f"from character {where}: {text[where:where + 30]!r}, the reference has {facts['prompt'][where:where + 30]!r}"
+        if pictures is not None and len(messages) == 1:
+            question = messages[0]["content"].replace("<image>\n", "")
+            note += "; " + inputs.known(facts["prompt"], inputs.engines(config, tokenizer, pictures, question))
+    report.rows.append(Row("prompt", [len(text)], agrees=agrees, note=note.removesuffix("; ")))
     ids, theirs = encode(tokenizer, messages, counts, system, tokens_per_tile=per_tile), trace["input_ids"][0].tolist()
     where = next((i for i, (a, b) in enumerate(zip(ids, theirs)) if a != b), min(len(ids), len(theirs)))
     report.rows.append(Row("input_ids", [len(ids)], agrees=ids == theirs, note="" if ids == theirs else

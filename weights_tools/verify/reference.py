@@ -14,6 +14,7 @@ TRACE is one safetensors file: the stages by the names of minivl.trace, pixel_va
 everything that tells what was run on what. Exit codes: 0, or 2 with one line on stderr.
 """
 import argparse
+import ctypes
 import hashlib
 import json
 import platform
@@ -26,11 +27,16 @@ import torch
 
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+KNOWN = "5.23"          # of transformers
 LAST_LOGITS = 32        # positions whose logits are kept of a long prompt: all of 3,000 x 151,674 would be 2 GB
 
 
 class CannotRun(Exception):
     """What the user can correct, with the next step."""
+
+
+class Enough(Exception):
+    """All that is wanted is recorded, the rest of the model need not run."""
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -46,24 +52,14 @@ def weight_files(folder: Path) -> list:
     raise CannotRun(f"{folder} has no model.safetensors or pytorch_model.bin; give a checkpoint's folder")
 
 
-def digest(paths) -> str:
-    """sha256 of the bytes of some files, one after the other."""
-    total = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 24):
-                total.update(block)
-    return total.hexdigest()
-
-
 class Weights:
     """Released names -> tensors, read when asked for. int4 linears answer to their `.weight`."""
 
     ORDER = (0, 16, 4, 20, 8, 24, 12, 28)     # shift of column 8c + j in word c; AutoAWQ packing_utils.py @88e4c76b
 
-    def __init__(self, folder: Path, group_size=None):
+    def __init__(self, folder: Path):
         from safetensors import safe_open
-        self.read, self.group_size = {}, group_size
+        self.read = {}
         for path in weight_files(folder):
             if path.suffix == ".safetensors":
                 file = safe_open(path, "pt")
@@ -71,6 +67,15 @@ class Weights:
             else:
                 tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 self.read |= {name: partial(tensors.__getitem__, name) for name in tensors}
+
+    def digest(self) -> str:
+        """sha256 over all tensors by name, with dtype and shape: the same for safetensors and .bin, sharded or not."""
+        total = hashlib.sha256()
+        for name in sorted(self.read):
+            tensor = self.read[name]().contiguous()
+            total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            total.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+        return total.hexdigest()
 
     def __call__(self, name: str, dtype) -> torch.Tensor:
         if name in self.read:
@@ -176,8 +181,7 @@ def released_name(name: str):
 def transformers_model(folder: Path, config: dict, dtype, resident: float):
     """transformers' InternVL, empty, with hooks that fill a part before it runs and empty it afterwards."""
     from transformers import InternVLForConditionalGeneration
-    block = find_quantization(config)
-    weights = Weights(folder, block and block["group_size"])
+    weights = Weights(folder)
     hf = hf_config(config)
     hf._attn_implementation = "eager"
     with torch.device("meta"):
@@ -213,7 +217,7 @@ def transformers_model(folder: Path, config: dict, dtype, resident: float):
              core.language_model.embed_tokens, *core.language_model.layers, core.language_model.norm, model.lm_head]
     missing = {names[id(p)] for p in model.parameters()} - {names[id(p)] for part in parts for p in part.parameters()}
     if missing:
-        raise CannotRun(f"this transformers has parts that are not known here: {sorted(missing)[:3]}; use version 5.23")
+        raise CannotRun(f"this transformers has parts that are not known here: {sorted(missing)[:3]}; use version {KNOWN}")
     if sum(p.numel() for p in model.parameters()) * dtype.itemsize <= resident * 1e9:
         for part in parts:
             fill(part)
@@ -221,7 +225,6 @@ def transformers_model(folder: Path, config: dict, dtype, resident: float):
         for part in parts:
             part.register_forward_pre_hook(fill)
             part.register_forward_hook(free)
-    core.config.image_token_id = core.config.text_config.vocab_size     # set by the caller
     stages = {"vit.embeddings": (core.vision_tower.embeddings, "out"),
               **{f"vit.layers.{i}": (layer, "out") for i, layer in enumerate(core.vision_tower.encoder.layer)},
               "pixel_unshuffle": (core.multi_modal_projector, "in"), "projector": (core.multi_modal_projector, "out"),
@@ -245,15 +248,6 @@ def remote_model(folder: Path, dtype):
               **{f"llm.layers.{i}": (layer, "out") for i, layer in enumerate(llm.model.layers)},
               "llm.norm": (llm.model.norm, "out"), "logits": (head, "out")}
     return model, stages, embeddings
-
-
-def find_quantization(config):
-    """The dict with quant_method, wherever in config.json it stands; None for float checkpoints."""
-    if isinstance(config, dict):
-        if "quant_method" in config:
-            return config
-        return next((found for value in config.values() if (found := find_quantization(value))), None)
-    return None
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------
@@ -303,9 +297,11 @@ def run(folder: Path, request: dict, trust_remote_code: bool, resident: float) -
 
     def save(name, value):
         value = value[0] if isinstance(value, tuple) else value
+        bar.update()
         if name in order and name not in tensors:
             tensors[name] = (value[:, -keep:] if name == "logits" else value).detach().clone()
-        bar.update()
+            if not request["max_new_tokens"] and all(name in tensors for name in order):
+                raise Enough
 
     for name, (module, side) in stages.items():
         if side == "out":
@@ -315,24 +311,27 @@ def run(folder: Path, request: dict, trust_remote_code: bool, resident: float) -
                 lambda _, args, kwargs, name=name: save(name, args[0] if args else kwargs["inputs_embeds"]), with_kwargs=True))
     start, written = time.perf_counter(), []
     with torch.no_grad():
-        if trust_remote_code:
-            x = embeddings(ids)
-            if pixels is not None:
-                x = x.masked_scatter((ids == image_token)[..., None], model.extract_feature(pixels.to(dtype)).to(x.dtype))
-            step, past = {"inputs_embeds": x}, None
-        else:
-            step, past = {"input_ids": ids, "pixel_values": None if pixels is None else pixels.to(dtype)}, None
-        for n in range(max(1, request["max_new_tokens"])):
+        past = None
+        try:
             if trust_remote_code:
-                out = model.language_model(**step, past_key_values=past, use_cache=True)
+                x = embeddings(ids)
+                if pixels is not None:
+                    x = x.masked_scatter((ids == image_token)[..., None], model.extract_feature(pixels.to(dtype)).to(x.dtype))
+                step = {"inputs_embeds": x}
             else:
-                out = model(**step, past_key_values=past, use_cache=True,
-                            logits_to_keep=0 if keep == T else keep)
-            for handle in handles:      # only the prompt's stages are recorded
-                handle.remove()
-            past, token = out.past_key_values, out.logits[0, -1].argmax()
-            written.append(int(token))
-            step = {"input_ids": token.view(1, 1)}
+                step = {"input_ids": ids, "pixel_values": None if pixels is None else pixels.to(dtype)}
+            for n in range(max(1, request["max_new_tokens"])):
+                if trust_remote_code:
+                    out = model.language_model(**step, past_key_values=past, use_cache=True)
+                else:
+                    out = model(**step, past_key_values=past, use_cache=True, logits_to_keep=0 if keep == T else keep)
+                for handle in handles:      # only the prompt's stages are recorded
+                    handle.remove()
+                past, token = out.past_key_values, out.logits[0, -1].argmax()
+                written.append(int(token))
+                step = {"input_ids": token.view(1, 1)}
+        except Enough:
+            pass
     bar.close()
     if request["max_new_tokens"]:
         tensors["greedy"] = torch.tensor(written)
@@ -341,7 +340,7 @@ def run(folder: Path, request: dict, trust_remote_code: bool, resident: float) -
         raise CannotRun(f"the reference's forward pass did not come by {missing[:4]}; this version of it is not known here")
     facts |= {"order": [name for name in order if name in tensors], "logits_from": T - keep, "dtype": str(dtype).removeprefix("torch."),
               "image_token_id": image_token, "stop": stop, "max_num": request.get("max_num"), "messages": request.get("messages"),
-              "weights": digest(weight_files(folder)), "config": digest([folder / "config.json"]),
+              "weights": Weights(folder).digest(),
               "versions": {"transformers": transformers.__version__, "torch": torch.__version__, "python": platform.python_version()},
               "seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads()}
     return tensors, facts
@@ -362,9 +361,13 @@ def main(argv=None) -> int:
         tensors, facts = run(args.folder, json.loads(args.request.read_text("utf-8")), args.trust_remote_code, args.resident)
         facts["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
         save_file({name: t.contiguous() for name, t in tensors.items()}, args.trace, metadata={"trace": json.dumps(facts)})
-    except (CannotRun, OSError, ImportError, KeyError) as error:
-        missing = f"; build the environment again with `make reference`" if isinstance(error, ImportError) else ""
-        print(f"reference: {type(error).__name__ + ': ' if not isinstance(error, CannotRun) else ''}{error}{missing}", file=sys.stderr)
+    except (CannotRun, OSError) as error:
+        print(f"reference: {error}", file=sys.stderr)
+        return 2
+    except (ImportError, AttributeError, TypeError) as error:
+        version = sys.modules["transformers"].__version__ if "transformers" in sys.modules else "missing"
+        print(f"reference: {type(error).__name__}: {error}. transformers is {version}, this was written for {KNOWN}; `make reference` "
+              "builds the right environment", file=sys.stderr)
         return 2
     return 0
 

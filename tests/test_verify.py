@@ -1,0 +1,366 @@
+"""verify: agreement is seen, differences are seen where they are, and what cannot be compared is refused."""
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN, shared
+from PIL import Image
+from safetensors import safe_open
+
+import minivl
+from minivl.config import Config
+from minivl.limits import InputError
+from weights_tools.files import save_safetensors
+from weights_tools.verify import __main__ as cli
+from weights_tools.verify import compare, inputs, mistakes, reference, report
+
+ROOT = Path(__file__).parents[1]
+TIGER = GOLDEN / "tiger.jpeg"
+
+
+def tensors_of(path):
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """(folder, trace, model) of the original code's recording."""
+    folder = GOLDEN / "qwen2-awq"
+    facts = json.loads((folder / "case.json").read_text())
+    model = minivl.load(folder)
+    model.img_context_token_id = facts["image_token_id"]
+    return folder, compare.Trace.open(folder / "expected.safetensors"), model
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny, tmp_path_factory):
+    """A trace of the tiny checkpoint in the form the reference writes, recorded from minivl itself: (path, facts)."""
+    pipe = minivl.pipeline(tiny)
+    config, tokenizer = pipe.model.config, pipe.tokenizer
+    image = minivl.load_image(TIGER)
+    tiles = minivl.tiling.tile(image, max_num=6, tile_size=config.force_image_size)
+    messages = [{"role": "user", "content": "<image>\nWhat is this?"}]
+    per_tile = config.num_image_token
+    prompt = minivl.prompt.render(messages, [len(tiles)], tokens_per_tile=per_tile).replace("<IMG_CONTEXT>", "")
+    ids = torch.tensor([minivl.prompt.encode(tokenizer, messages, [len(tiles)], tokens_per_tile=per_tile)])
+    pixels = minivl.tiling.to_pixel_values(tiles)
+    with torch.no_grad(), minivl.trace(pipe.model) as t:
+        pipe.model(ids, pixels)
+    greedy = minivl.generate(pipe.model, ids, pixels, max_new_tokens=4, ignore_eos=True)[0]
+    facts = {"reference": "minivl", "prompt": prompt, "tiles": [len(tiles)], "messages": messages, "max_num": 6, "logits_from": 0,
+             "pictures": [compare.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()], "dtype": "float32",
+             "image_token_id": tokenizer.id("<IMG_CONTEXT>"), "stop": tokenizer.id("<|im_end|>"), "weights": compare.weights_digest(tiny)}
+    path = tmp_path_factory.mktemp("trace") / "trace.safetensors"
+    save_safetensors({**t, "input_ids": ids, "pixel_values": pixels, "greedy": torch.tensor(greedy.tolist())}, path,
+                     {"trace": json.dumps(facts)})
+    return path, facts
+
+
+def change(path, to, tensors=(), facts=(), drop=()):
+    """A copy of a trace with other tensors and facts."""
+    with safe_open(path, "pt") as file:
+        old = json.loads(file.metadata()["trace"])
+    kept = {**tensors_of(path), **dict(tensors)}
+    return save_safetensors({n: t for n, t in kept.items() if n not in drop}, to, {"trace": json.dumps({**old, **dict(facts)})})
+
+
+# ---- agreement ------------------------------------------------------------------------------------------------------
+
+def test_agrees_with_the_original(golden):
+    folder, trace, model = golden
+    result = compare.compare(folder, trace, model=model)
+    assert result.agrees and len(result.rows) == 11 and len(result.tokens) == 12
+    assert max(row.error for row in result.rows) < 1e-5
+    assert result.logits["rank"] == 1 and abs(result.logits["kl"]) < 1e-6
+    assert "agrees with the trace" in report.text(result)
+
+
+def test_whole_chain_on_a_recorded_trace(tiny, recorded, tmp_path, capsys):
+    path, _ = recorded
+    code = cli.main([str(tiny), str(TIGER), "--trace", str(path), "--html", str(tmp_path / "r.html"), "--json", str(tmp_path / "r.json")])
+    out = capsys.readouterr().out
+    assert code == 0 and "all 4 tokens are the same" in out
+    data = json.loads((tmp_path / "r.json").read_text())
+    assert data["agrees"] and [r["stage"] for r in data["rows"]][:5] == list(compare.INPUTS)
+    assert [r["stage"] for r in data["rows"]][5:9] == ["vit.embeddings", "vit.layers.0", "vit.layers.1", "vit.layers.2"]
+
+    class Reader(HTMLParser):
+        open_tags, text = [], ""
+
+        def handle_starttag(self, tag, attrs):
+            assert not any(k in ("src", "href") and not v.startswith("data:") for k, v in attrs), attrs     # nothing to fetch
+            if tag not in ("meta", "img", "line", "circle", "path", "polyline"):
+                self.open_tags.append(tag)
+
+        def handle_endtag(self, tag):
+            assert tag in ("circle", "path", "line", "polyline") or self.open_tags.pop() == tag
+
+    reader = Reader()
+    page = (tmp_path / "r.html").read_text()
+    reader.feed(page)
+    assert reader.open_tags == [] and page.count("<svg") == 1 and page.count('class="map"') == 7
+
+
+def test_a_shrunk_trace_says_the_same(tiny, recorded, tmp_path):
+    path, _ = recorded
+    small = compare.shrink(compare.Trace.open(path), tmp_path / "small.safetensors")
+    assert small.stat().st_size < 40_000 < path.stat().st_size
+    result = compare.compare(tiny, compare.Trace.open(small), pictures=[TIGER])
+    assert result.agrees and len(result.rows) == 17 and result.rows[-1].shape == list(tensors_of(path)["logits"].shape)
+    for bad, n in (("vit.layers.1", 3), ("logits", 7)):
+        values = tensors_of(small)[bad].clone()
+        values[n] += 1
+        wrong = compare.compare(tiny, compare.Trace.open(change(small, tmp_path / "w.safetensors", {bad: values})), pictures=[TIGER])
+        assert wrong.first.stage == bad
+        flat = int(compare.picks(tensors_of(path)[bad].numel())[n])
+        assert wrong.first.at == [int(i) for i in torch.unravel_index(torch.tensor(flat), tensors_of(path)[bad].shape)]
+
+
+def test_only_some_stages(tiny, recorded, monkeypatch):
+    ran = []
+    monkeypatch.setattr(minivl.qwen2 if hasattr(minivl, "qwen2") else sys.modules["minivl.qwen2"], "attention_mask",
+                        lambda *a: ran.append(1))
+    result = compare.compare(tiny, compare.Trace.open(recorded[0]), stages=["vit.layers.*", "projector"])
+    assert [r.stage for r in result.rows if r.stage not in compare.INPUTS] == ["vit.layers.0", "vit.layers.1", "vit.layers.2", "projector"]
+    assert not ran and result.tokens == []      # the decoder did not run
+
+
+# ---- differences ----------------------------------------------------------------------------------------------------
+
+def test_the_first_stage_that_differs_is_named(golden):
+    folder, trace, model = golden
+    for stage, parameter in (("vit.embeddings", model.vision_model.embeddings.class_embedding), ("vit.layers.1", model.vision_model.encoder.layers[1].ls2),
+                             ("projector", model.mlp1[1].bias), ("llm.layers.1", model.language_model.model.layers[1].input_layernorm.weight),
+                             ("llm.norm", model.language_model.model.norm.weight), ("logits", model.language_model.lm_head.weight)):
+        old = parameter.data.clone()
+        parameter.data[..., 0] += 0.5
+        try:
+            result = compare.compare(folder, trace, model=model)
+        finally:
+            parameter.data.copy_(old)
+        assert result.first.stage == stage and not result.agrees
+        assert f"first at {stage}" in report.verdict(result) and "minivl/" in result.first.note + "minivl/" * (stage == "logits")
+    assert compare.compare(folder, trace, model=model).agrees
+
+
+def test_a_token_that_differs_is_told_with_its_margin(golden, tmp_path):
+    folder, trace, model = golden
+    tensors = tensors_of(trace.path)
+    tensors["greedy"][5] += 1
+    save_safetensors(tensors, tmp_path / "t.safetensors")
+    result = compare.compare(folder, compare.Trace.open(tmp_path / "t.safetensors"), model=model)
+    assert result.first is None and result.parted == 5 and not result.agrees
+    assert re.search(r"token 6 of the answer differs.*apart", report.verdict(result))
+    assert "5 of 12 tokens agree" in report.text(result)
+
+
+def test_nan_and_shapes_do_not_agree(golden):
+    folder, trace, model = golden
+    made = compare.Report("", "", {}, "float32", 2e-5)
+    want = trace["projector"]
+    assert not compare.compare_stage(made, trace, "projector", want * float("nan")).agrees
+    assert compare.compare_stage(made, trace, "projector", want).agrees
+    wrong = compare.compare_stage(made, trace, "projector", want[:, 1:])
+    assert not wrong.agrees and "the reference has shape" in wrong.note
+
+
+def test_what_a_difference_looks_like():
+    torch.manual_seed(0)
+    b = torch.randn(3, 40, 16)
+    assert compare.look(b.flip(0), b) == "the same numbers in another order"
+    assert compare.look(b * 1.5, b).startswith("everything is 1.5 times the reference")
+    a = b.clone()
+    a[1, :, 4:6] += 1
+    assert "1 of 3 tiles differ: 1" in compare.look(a, b) and "2 of 16 channels differ: 4, 5" in compare.look(a, b)
+    a = b + torch.arange(40)[None, :, None] * 0.1 * torch.randn(3, 40, 16)
+    assert "the first token agrees, the error grows with the position" in compare.look(a, b)
+    assert "not finite" in compare.look(b / 0, b)
+    assert compare.look(b + 0.1 * torch.randn(3, 40, 16), b) == ""
+
+
+def test_inputs_that_differ(tiny, recorded, tmp_path):
+    path, facts = recorded
+    result = compare.compare(tiny, compare.Trace.open(change(path, tmp_path / "a.safetensors", facts={"tiles": [3]})), pictures=[TIGER])
+    assert result.first.stage == "tiles"
+    result = compare.compare(tiny, compare.Trace.open(change(path, tmp_path / "b.safetensors", facts={"stop": 1})), pictures=[TIGER])
+    assert result.first.stage == "stop tokens"
+    ids = tensors_of(path)["input_ids"].clone()
+    ids[0, 3] += 1
+    result = compare.compare(tiny, compare.Trace.open(change(path, tmp_path / "c.safetensors", {"input_ids": ids})), pictures=[TIGER])
+    assert result.first.stage == "input_ids" and "from number 3" in result.first.note
+    pixels = tensors_of(path)["pixel_values"].flip(0)       # the model is then compared on the reference's pixels
+    result = compare.compare(tiny, compare.Trace.open(change(path, tmp_path / "d.safetensors", {"pixel_values": pixels})), pictures=[TIGER])
+    assert result.first.stage == "pixel_values" and "another order" in result.first.note
+
+
+def test_known_differences_between_engines_are_named(tiny, recorded, tmp_path):
+    path, facts = recorded
+    fed = inputs.engines(Config.load(tiny), minivl.Tokenizer.load(tiny), [TIGER], "What is this?")
+    theirs = re.sub(r"<IMG_CONTEXT x \d+>", "", fed[3].prompt)
+    result = compare.compare(tiny, compare.Trace.open(change(path, tmp_path / "e.safetensors", facts={"prompt": theirs})), pictures=[TIGER])
+    assert result.first.stage == "prompt" and "prompt of transformers, a known difference" in result.first.note
+
+
+# ---- what cannot be compared ----------------------------------------------------------------------------------------
+
+def test_refusals(tiny, recorded, tmp_path, monkeypatch):
+    path, facts = recorded
+
+    def refused(match, trace=path, checkpoint=tiny, **how):
+        with pytest.raises(InputError, match=match):
+            compare.compare(checkpoint, compare.Trace.open(trace), **how)
+
+    refused("other weights .*record again", change(path, tmp_path / "a.safetensors", facts={"weights": "0" * 64}))
+    Image.new("RGB", (80, 60)).save(tmp_path / "other.png")
+    refused("other pictures", pictures=[tmp_path / "other.png"])
+    refused("other pictures", pictures=[TIGER, TIGER])
+    refused("no stage of the trace matches vot", stages=["vot.*"])
+    refused("is no file; record a trace first", tmp_path / "none")
+    (tmp_path / "text").write_text("hello")
+    refused("is no safetensors file", tmp_path / "text")
+    refused("a trace has input_ids and stages", save_safetensors({"x": torch.zeros(1)}, tmp_path / "x.safetensors"))
+    small = compare.shrink(compare.Trace.open(path), tmp_path / "small.safetensors")
+    refused("is shrunk: give the 1 pictures", small)
+    monkeypatch.setenv("MINIVL_REFERENCE", str(tmp_path / "no" / "python"))
+    with pytest.raises(InputError, match="there is no reference environment .*make reference"):
+        cli.main([str(tiny), str(TIGER)])
+    with pytest.raises(InputError, match="give a checkpoint"):
+        cli.main([])
+
+
+def test_a_stage_that_is_missing(golden, tmp_path):
+    folder, trace, model = golden
+    tensors = tensors_of(trace.path)
+    tensors["vit.layers.7"] = tensors["vit.layers.2"]
+    save_safetensors(tensors, tmp_path / "t.safetensors")
+    with pytest.raises(InputError, match="no stage matches .*vit.layers.7"):
+        compare.compare(folder, compare.Trace.open(tmp_path / "t.safetensors"), model=model)
+
+
+def test_exit_codes(tiny, recorded, tmp_path):
+    """0 agrees, 1 differs, 2 could not run."""
+    path, _ = recorded
+    wrong = change(path, tmp_path / "w.safetensors", {"logits": tensors_of(path)["logits"] * 2})
+    for trace, code in ((path, 0), (wrong, 1), (tmp_path / "none", 2)):
+        done = subprocess.run([sys.executable, "-m", "weights_tools.verify", str(tiny), str(TIGER), "--trace", str(trace)], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert code < 2 or done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# ---- four engines ---------------------------------------------------------------------------------------------------
+
+def test_four_engines_side_by_side(tiny, tmp_path, capsys):
+    assert cli.main([str(tiny), str(TIGER), "--inputs", "-p", "What is this?"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split(" ==")[0][3:] for line in out.split("\n") if line.startswith("== ")] == [
+        "original chat", "LMDeploy 0.6.4", "LMDeploy 0.16", "transformers"]
+    assert out.count(minivl.prompt.SYSTEM) == 3 and out.count("against the original: the same ids and pixels") == 1
+    config, tokenizer = Config.load(tiny), minivl.Tokenizer.load(tiny)
+    fed = inputs.engines(config, tokenizer, [TIGER], "What is this?")
+    ours = minivl.prompt.encode(tokenizer, [("<image>\nWhat is this?", None)], fed[0].tiles, tokens_per_tile=config.num_image_token)
+    assert fed[0].ids == ours == fed[1].ids != fed[2].ids
+    assert fed[2].prompt.index("What is this?") < fed[2].prompt.index("<img>")
+    two = inputs.engines(config, tokenizer, [TIGER, TIGER], "Compare.")
+    assert [one.prompt.count("<img>") for one in two] == [2, 1, 2, 2]
+    with pytest.raises(InputError, match="give the bare question"):
+        inputs.engines(config, tokenizer, [TIGER], "<image> What?")
+
+
+def test_rotation_marks_and_transparency(tiny, tmp_path):
+    config, tokenizer = Config.load(tiny), minivl.Tokenizer.load(tiny)
+    image = Image.open(TIGER).resize((90, 50))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    clear = image.convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(image.size))
+    clear.save(tmp_path / "clear.png")
+    for name, word in (("turned.jpg", "EXIF"), ("clear.png", "transparency lies on white")):
+        fed = inputs.engines(config, tokenizer, [tmp_path / name], "What?")
+        assert fed[1].pixel_error == [0.0] and fed[3].pixel_error != [0.0]
+        assert any(word in r for r in fed[3].remarks) and not any(word in r for r in fed[0].remarks)
+        theirs = minivl.tiling.to_pixel_values(minivl.tiling.tile(inputs.upright_on_white(Image.open(tmp_path / name)), max_num=12,
+                                                                  tile_size=config.force_image_size))
+        assert "as transformers does" in inputs.known_opening(tmp_path / name, theirs, config, 12)
+        assert inputs.known_opening(tmp_path / name, torch.zeros_like(theirs), config, 12) == ""
+    soft = minivl.tiling.to_pixel_values(minivl.tiling.tile(minivl.load_image(TIGER), max_num=6, tile_size=config.force_image_size))
+    assert "another bicubic filter" in inputs.known_opening(TIGER, soft + 0.001 * torch.randn(soft.shape), config, 6)
+
+
+# ---- the reference's own reading of files, which must not share minivl's mistakes -----------------------------------
+
+def test_reference_reads_weights_by_itself(tiny):
+    source = Path(reference.__file__).read_text()
+    assert not re.search(r"^\s*(from|import) (minivl|weights_tools)", source, re.M)
+    weights = reference.Weights(Path(tiny))
+    assert weights.digest() == compare.weights_digest(tiny)
+    model = minivl.load(tiny)
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        layer = model.get_submodule(f"language_model.model.layers.1.{name}")
+        want = minivl.awq.dequantize(layer.qweight, layer.qzeros, layer.scales).T
+        assert torch.equal(weights(f"language_model.model.layers.1.{name}.weight", torch.float32), want)
+    with pytest.raises(reference.CannotRun, match="no tensor nonsense.weight"):
+        weights("nonsense.weight", torch.float32)
+
+
+def test_reference_renders_by_itself():
+    messages = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A cat."},
+                {"role": "user", "content": "Sure? 你好"}]
+    for system in (None, "Be brief."):
+        assert reference.rendered(messages, [3], 4, system) == minivl.prompt.render(messages, [3], system, tokens_per_tile=4)
+
+
+def test_names_of_transformers():
+    assert reference.released_name("model.vision_tower.encoder.layer.3.attention.k_proj.bias") == (
+        "vision_model.encoder.layers.3.attn.qkv.bias", 1)
+    assert reference.released_name("model.vision_tower.encoder.layer.0.lambda_2") == ("vision_model.encoder.layers.0.ls2", None)
+    assert reference.released_name("model.language_model.layers.2.mlp.up_proj.weight") == (
+        "language_model.model.layers.2.mlp.up_proj.weight", None)
+    assert reference.released_name("lm_head.weight") == ("language_model.lm_head.weight", None)
+    assert reference.released_name("model.multi_modal_projector.linear_2.bias") == ("mlp1.3.bias", None)
+
+
+@pytest.mark.skipif(not (ROOT / ".reference" / "ready").exists(), reason="no reference environment, see `make reference`")
+@pytest.mark.parametrize("case", ["qwen2-awq", "qwen2"])
+def test_transformers_agrees(case, tmp_path):
+    """transformers' own classes against the original code's recording, and minivl against both."""
+    folder = GOLDEN / case if (GOLDEN / case).exists() else shared(f"golden/{case}")
+    facts = json.loads((folder / "case.json").read_text())
+    for resident in (4.0, 0.0):     # kept, and layer by layer
+        path = cli.record(folder, [], "", tmp_path / "t.safetensors", max_num=6, max_new_tokens=12, like=folder / "expected.safetensors",
+                          image_token_id=facts["image_token_id"], resident=resident)
+        got, want = tensors_of(path), tensors_of(folder / "expected.safetensors")
+        assert minivl.first_mismatch(got, want, 1e-5) is None
+        assert got["greedy"].tolist() == want["greedy"].tolist()
+    assert compare.compare(folder, compare.Trace.open(path)).agrees
+
+
+@pytest.mark.skipif(not (ROOT / ".reference" / "ready").exists(), reason="no reference environment, see `make reference`")
+def test_transformers_reads_the_same_inputs(tiny, capsys):
+    assert cli.main([str(tiny), str(TIGER), "-p", "Was ist das? 数字 1234"]) == 0
+    assert "17 stages, all 8 tokens are the same" in capsys.readouterr().out
+
+
+# ---- planted mistakes -----------------------------------------------------------------------------------------------
+
+def test_every_mistake_still_fits_the_source():
+    assert len(mistakes.MISTAKES) >= 20 and len({m.name for m in mistakes.MISTAKES}) == len(mistakes.MISTAKES)
+    for mistake in mistakes.MISTAKES:
+        assert (mistakes.PACKAGE / mistake.file).read_text().count(mistake.old) == 1, mistake.name
+        assert mistake.stage in compare.INPUTS or mistake.stage == "answer" or compare._order(mistake.stage)
+
+
+def test_every_mistake_is_caught_where_it_is(tiny, recorded, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "weights_tools.verify.mistakes", str(tiny), str(recorded[0]), str(TIGER), "--json",
+                           str(tmp_path / "m.json")], cwd=ROOT, capture_output=True, text=True)
+    rows = json.loads((tmp_path / "m.json").read_text())
+    assert rows[0]["stage"] is None, rows[0]        # without a mistake nothing differs
+    wrong = {r["mistake"]: r["stage"] for r in rows if r["stage"] != r["wanted"]}
+    assert done.returncode == bool(wrong) and set(wrong) <= {"LayerNorm eps 1e-5 for 1e-6"}, done.stdout

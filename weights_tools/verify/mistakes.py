@@ -1,0 +1,167 @@
+"""Planted mistakes: each a change of one line in minivl, which `verify` must catch, and at the right stage.
+
+    python -m weights_tools.verify.mistakes CHECKPOINT TRACE PICTURE ...      one line per mistake: where it was caught
+
+Each runs in a process of its own, on a copy of the package with the one line changed.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+PACKAGE = Path(__file__).resolve().parents[2] / "minivl"
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """`old` stands once in `file` and becomes `new`. `stage` is the first that must differ; "answer": only the tokens do."""
+    name: str
+    file: str
+    old: str
+    new: str
+    stage: str
+
+
+def _mistakes():
+    def mistake(stage, file, name, old, new):
+        return Mistake(name, file, old, new, stage)
+    return (
+        mistake("pixel_values", "tiling.py", "thumbnail first", "tiles.append(image", "tiles.insert(0, image"),
+        mistake("pixel_values", "tiling.py", "tiles column by column",
+                "for y in range(0, tile_size * rows, tile_size) for x in range(0, tile_size * columns, tile_size)]",
+                "for x in range(0, tile_size * columns, tile_size) for y in range(0, tile_size * rows, tile_size)]"),
+        mistake("pixel_values", "tiling.py", "mean of another model (CLIP)", "MEAN = (0.485, 0.456, 0.406)",
+                "MEAN = (0.481, 0.458, 0.408)"),
+        mistake("pixel_values", "tiling.py", "spread of another model (CLIP)", "STD = (0.229, 0.224, 0.225)",
+                "STD = (0.269, 0.261, 0.276)"),
+        mistake("pixel_values", "tiling.py", "bilinear resize",
+                "stretched = image.resize((tile_size * columns, tile_size * rows), Image.Resampling.BICUBIC)",
+                "stretched = image.resize((tile_size * columns, tile_size * rows), Image.Resampling.BILINEAR)"),
+        mistake("pixel_values", "tiling.py", "height and width exchanged", "pixels.permute(0, 3, 1, 2)", "pixels.permute(0, 3, 2, 1)"),
+        mistake("pixel_values", "tiling.py", "grid of columns and rows exchanged", "abs(aspect - columns / rows)", "abs(aspect - rows / columns)"),
+        mistake("tiles", "tiling.py", "no thumbnail", "if use_thumbnail and len(tiles) > 1:", "if False:"),
+        mistake("prompt", "prompt.py", "system message missing", "_split(SYSTEM if system is None else system, plain)",
+                '_split(system or "", plain)'),
+        mistake("prompt", "prompt.py", "no newline after the role", '(False, role + "\\n"), *body(parts)]', "(False, role), *body(parts)]"),
+        mistake("stop tokens", "checkpoint.py", "stop token wrong", "tuple(sorted(eos))", "(max(eos) + 1,)"),
+        mistake("vit.embeddings", "vit.py", "no position embedding", "return x + position", "return x"),
+        mistake("vit.embeddings", "vit.py", "CLS last", "torch.cat([self.class_embedding.expand(len(x), -1, -1), x], dim=1)",
+                "torch.cat([x, self.class_embedding.expand(len(x), -1, -1)], dim=1)"),
+        mistake("vit.layers.0", "vit.py", "q, k, v in another order", "q, k, v = self.qkv(x).chunk", "q, v, k = self.qkv(x).chunk"),
+        mistake("vit.layers.0", "vit.py", "tanh GELU", "F.gelu(self.fc1(x))", 'F.gelu(self.fc1(x), approximate="tanh")'),
+        mistake("vit.layers.0", "vit.py", "LayerNorm eps 1e-5 for 1e-6", "self.norm1 = norm(config.hidden_size, config.layer_norm_eps)",
+                "self.norm1 = norm(config.hidden_size, 1e-5)"),
+        mistake("vit.layers.0", "vit.py", "LayerScale missing", "x = x + self.ls1 * self.attn", "x = x + self.attn"),
+        mistake("pixel_unshuffle", "model.py", "CLS not removed, the last patch is", "x[:, 1:]", "x[:, :-1]"),
+        mistake("pixel_unshuffle", "pixel_unshuffle.py", "channel order (c, dy, dx)", "x.permute(0, 1, 3, 2, 4, 5)",
+                "x.permute(0, 1, 3, 5, 2, 4)"),
+        mistake("pixel_unshuffle", "pixel_unshuffle.py", "ps_version v1, transposed", "x.permute(0, 1, 3, 2, 4, 5)",
+                "x.permute(0, 3, 1, 2, 4, 5)"),
+        mistake("projector", "projector.py", "tanh GELU in the projector", "nn.GELU()", 'nn.GELU("tanh")'),
+        mistake("inputs_embeds", "model.py", "tiles merged in reverse", "visual_tokens.to(x.dtype)", "visual_tokens.flip(0).to(x.dtype)"),
+        mistake("llm.layers.0", "qwen2.py", "RoPE interleaved", "torch.cat([-second, first], dim=-1) * sin",
+                "torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2) * sin"),
+        mistake("llm.layers.0", "qwen2.py", "RoPE theta", "/ theta ** (pair / head_dim)", "/ (2 * theta) ** (pair / head_dim)"),
+        mistake("llm.layers.0", "qwen2.py", "RoPE frequencies rounded to float16", "/ theta ** (pair / head_dim)",
+                "* (theta ** -(pair / head_dim)).half().float()"),
+        mistake("llm.layers.0", "qwen2.py", "positions off by one after the picture",
+                "position = torch.arange(start, start + T, device=inputs_embeds.device)[None]",
+                "position = torch.arange(start, start + T)[None]; position = position + (position > start + T // 2)"),
+        mistake("llm.layers.0", "qwen2.py", "kv heads dealt round-robin",
+                "q, k, v, attn_mask=mask", "q, *(t.repeat(1, q.shape[1] // t.shape[1], 1, 1) for t in (k, v)), attn_mask=mask"),
+        mistake("llm.layers.0", "qwen2.py", "causal mask one too wide", "attn_mask=mask, is_causal=causal",
+                "attn_mask=torch.ones(q.shape[2], k.shape[2]).tril(k.shape[2] - q.shape[2] + 1).bool()"),
+        mistake("llm.layers.0", "qwen2.py", "RMSNorm takes the mean off", "x32 = x.float()", "x32 = x.float() - x.float().mean(-1, keepdim=True)"),
+        mistake("llm.layers.0", "qwen2.py", "gate and up exchanged", "F.silu(self.gate_proj(x)) * self.up_proj(x)",
+                "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
+        mistake("llm.layers.0", "awq.py", "no bias on q, k, v", "return y if bias is None else y + bias", "return y"),
+        mistake("llm.layers.0", "awq.py", "nibbles in natural order", "PACK_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)",
+                "PACK_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)"),
+        mistake("llm.layers.0", "awq.py", "+1 on the zero points, as GPTQ", "W -= unpack(qzeros)[:, None]", "W -= unpack(qzeros)[:, None] + 1"),
+        mistake("llm.layers.0", "awq.py", "group index off by one", "W *= scales[:, None]", "W *= scales.roll(1, 0)[:, None]"),
+        mistake("llm.layers.0", "awq.py", "no mask after the shift", "(packed >> 4 * nibble) & 0xF", "packed >> 4 * nibble"),
+        mistake("answer", "qwen2.py", "cached steps start at position 0", "cache.length if cache is not None else 0", "0"),
+    )
+
+
+MISTAKES = _mistakes()
+
+
+def plant(mistake: Mistake, folder) -> Path:
+    """A copy of the package with the mistake in it; the folder to put on the path."""
+    source = (PACKAGE / mistake.file).read_text("utf-8")
+    if source.count(mistake.old) != 1:
+        raise ValueError(f"{mistake.name}: {mistake.old!r} stands {source.count(mistake.old)} times in {mistake.file}, not once; the "
+                         "source has changed, mend weights_tools/verify/mistakes.py")
+    shutil.copytree(PACKAGE, Path(folder) / "minivl", ignore=shutil.ignore_patterns("nano", "__pycache__"))
+    (Path(folder) / "minivl" / mistake.file).write_text(source.replace(mistake.old, mistake.new), "utf-8")
+    return Path(folder)
+
+
+def caught(mistake: Mistake | None, checkpoint, trace, pictures, dtype: str = "float32") -> dict:
+    """{"stage": first that differs, "answer", or None, "note"} for one mistake, found in a process of its own.
+
+    A fork of this process, which has not imported minivl: so torch is imported once for all of them.
+    """
+    if "minivl" in sys.modules:
+        raise RuntimeError("minivl is imported already, the copy with the mistake would not be; run this module by itself")
+    receive, send = os.pipe()
+    if child := os.fork():
+        os.close(send)
+        with os.fdopen(receive, encoding="utf-8") as file:
+            answer = file.read()
+        os.waitpid(child, 0)
+        return json.loads(answer)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if mistake:
+                sys.path.insert(0, str(plant(mistake, folder)))
+            from weights_tools.verify import compare
+            if mistake and Path(sys.modules["minivl"].__file__).parent.parent != Path(folder):
+                raise RuntimeError("the copy was not imported")
+            report = compare.compare(checkpoint, compare.Trace.open(trace), pictures=pictures, dtype=dtype)
+            row = report.first
+            result = {"stage": row.stage if row else "answer" if report.parted is not None else None, "note": row.note if row else "",
+                      "error": row.error if row else None}
+    except Exception as error:      # the mistake broke something before the comparison
+        result = {"stage": f"{type(error).__name__}", "note": str(error)}
+    with os.fdopen(send, "w", encoding="utf-8") as file:
+        json.dump(result, file)
+    os._exit(0)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m weights_tools.verify.mistakes", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("trace", metavar="TRACE")
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE")
+    parser.add_argument("--json", metavar="FILE", help="the results for programs")
+    args = parser.parse_args(argv)
+    import PIL.Image  # noqa: F401  once for all forks
+    import safetensors  # noqa: F401
+    import tokenizers  # noqa: F401
+    import torch  # noqa: F401
+    rows, missed = [], 0
+    for mistake in (None, *MISTAKES):
+        found = caught(mistake, args.checkpoint, args.trace, args.pictures)
+        wanted = mistake.stage if mistake else None
+        missed += found["stage"] != wanted
+        rows.append({"mistake": mistake.name if mistake else "none", "file": mistake.file if mistake else "", "wanted": wanted, **found})
+        print(f"{'ok   ' if found['stage'] == wanted else 'WRONG'} {rows[-1]['file']:<20} {rows[-1]['mistake']:<42} {str(found['stage']):<16}"
+              f" {found.get('error') or 0:8.1e}  {found['note']}", flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(MISTAKES)} mistakes, {missed} not caught where they are")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())        # not through weights_tools.run, which imports minivl
