@@ -1,6 +1,7 @@
 """verify: agreement is seen, differences are seen where they are, and what cannot be compared is refused."""
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -346,6 +347,79 @@ def test_transformers_agrees(case, tmp_path):
 def test_transformers_reads_the_same_inputs(tiny, capsys):
     assert cli.main([str(tiny), str(TIGER), "-p", "Was ist das? 数字 1234"]) == 0
     assert "17 stages, all 8 tokens are the same" in capsys.readouterr().out
+
+
+REMOTE = '''
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+class Config(PretrainedConfig):
+    model_type = "internvl_chat"
+    def __init__(self, llm_config=None, vision_config=None, **rest):
+        super().__init__(**rest)
+        self.llm_config, self.vision_config = Qwen2Config(**(llm_config or {})), vision_config or {}
+
+class Layer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        C, self.heads = c["hidden_size"], c["num_attention_heads"]
+        self.norm1, self.norm2 = nn.LayerNorm(C, eps=1e-6), nn.LayerNorm(C, eps=1e-6)
+        self.attn, self.mlp = nn.Module(), nn.Module()
+        self.attn.qkv, self.attn.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.mlp.fc1, self.mlp.fc2 = nn.Linear(C, c["intermediate_size"]), nn.Linear(c["intermediate_size"], C)
+        self.ls1, self.ls2 = nn.Parameter(torch.ones(C)), nn.Parameter(torch.ones(C))
+    def forward(self, x):
+        B, N, C = x.shape
+        q, k, v = self.attn.qkv(self.norm1(x)).reshape(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        a = ((q * (C // self.heads) ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+        x = x + self.ls1 * self.attn.proj(a.transpose(1, 2).reshape(B, N, C))
+        return x + self.ls2 * self.mlp.fc2(nn.functional.gelu(self.mlp.fc1(self.norm2(x))))
+
+class Embeddings(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        C = c["hidden_size"]
+        self.class_embedding = nn.Parameter(torch.zeros(1, 1, C))
+        self.patch_embedding = nn.Conv2d(3, C, 14, 14)
+        self.position_embedding = nn.Parameter(torch.zeros(1, (c["image_size"] // 14) ** 2 + 1, C))
+    def forward(self, x):
+        x = self.patch_embedding(x).flatten(2).transpose(1, 2)
+        return torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.position_embedding
+
+class Model(PreTrainedModel):
+    config_class = Config
+    def __init__(self, config):
+        super().__init__(config)
+        c, D = config.vision_config, config.llm_config.hidden_size
+        self.vision_model = nn.Module()
+        self.vision_model.embeddings, self.vision_model.encoder = Embeddings(c), nn.Module()
+        self.vision_model.encoder.layers = nn.ModuleList(Layer(c) for _ in range(c["num_hidden_layers"]))
+        self.mlp1 = nn.Sequential(nn.LayerNorm(4 * c["hidden_size"]), nn.Linear(4 * c["hidden_size"], D), nn.GELU(), nn.Linear(D, D))
+        self.language_model = Qwen2ForCausalLM(config.llm_config)
+        self.post_init()
+    def extract_feature(self, x):
+        x = self.vision_model.embeddings(x)
+        for layer in self.vision_model.encoder.layers:
+            x = layer(x)
+        x = x[:, 1:]
+        s = int(x.shape[1] ** 0.5)
+        x = x.reshape(len(x), s // 2, 2, s // 2, 2, -1).permute(0, 1, 3, 2, 4, 5).reshape(len(x), s * s // 4, -1)
+        return self.mlp1(x)
+'''
+
+
+@pytest.mark.skipif(not (ROOT / ".reference" / "ready").exists(), reason="no reference environment, see `make reference`")
+def test_code_inside_a_checkpoint_runs_only_when_trusted(tiny, tmp_path, capsys):
+    folder = tmp_path / "remote"
+    shutil.copytree(tiny, folder)
+    (folder / "modeling_remote.py").write_text(REMOTE + f"\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "modeling_remote.Config", "AutoModel": "modeling_remote.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert cli.main([str(folder), str(TIGER)]) == 0 and not (tmp_path / "ran").exists()
+    assert cli.main([str(folder), str(TIGER), "--trust-remote-code"]) == 0 and (tmp_path / "ran").exists()
+    assert "agrees with remote code" in capsys.readouterr().out
 
 
 # ---- planted mistakes -----------------------------------------------------------------------------------------------

@@ -236,8 +236,16 @@ def transformers_model(folder: Path, config: dict, dtype, resident: float):
 
 def remote_model(folder: Path, dtype):
     """The code inside the checkpoint's folder, with the names of its own modules, which are the released ones."""
-    from transformers import AutoModel
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
+    from transformers import AutoConfig, AutoModel
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    for part in (config, config.llm_config):        # the weights arrive dequantised: the same function, without its kernels
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    model = AutoModel.from_config(config, trust_remote_code=True).to(dtype).eval()
+    weights = Weights(folder)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(weights(name, dtype))
     llm = model.language_model
     embeddings = getattr(llm.model, "embed_tokens", None) or llm.model.tok_embeddings
     head = getattr(llm, "lm_head", None) or llm.output

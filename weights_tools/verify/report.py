@@ -60,7 +60,7 @@ STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .15rem .6rem; border-bottom: 1px solid #8884; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } tr.bad td { font-weight: 600; background: #d4303020; }
+td:not(:last-child) { white-space: nowrap; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } tr.bad td { font-weight: 600; background: #d4303020; }
 .verdict { padding: .6rem 1rem; border-left: .4rem solid; } .ok { border-color: #2a8a4a; } .no { border-color: #d43030; }
 svg text { fill: currentColor; font: 11px system-ui, sans-serif; } svg .axis { stroke: currentColor; opacity: .35; }
 img.map { image-rendering: pixelated; width: 9rem; margin: .2rem; border: 1px solid #8888; } figure { margin: 1rem 0; }
@@ -85,7 +85,7 @@ def curve(report: Report) -> str:
     parts = [f'<line class="axis" x1="{left}" x2="{W}" y1="{y(10.0 ** e):.1f}" y2="{y(10.0 ** e):.1f}"/>'
              f'<text x="{left - 8}" y="{y(10.0 ** e) + 4:.1f}" text-anchor="end">1e{e}</text>' for e in range(low, high + 1)]
     parts.append(f'<line x1="{left}" x2="{W}" y1="{y(report.tolerance):.1f}" y2="{y(report.tolerance):.1f}" stroke="#d43030" '
-                 f'stroke-dasharray="6 4"/><text x="{W - 4}" y="{y(report.tolerance) - 4:.1f}" text-anchor="end">tolerance</text>')
+                 f'stroke-dasharray="6 4"/><text x="{left + 4}" y="{y(report.tolerance) - 4:.1f}">tolerance</text>')
     parts.append('<polyline fill="none" stroke="currentColor" opacity=".6" points="'
                  + " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(values)) + '"/>')
     step = max(1, len(rows) // 32)
@@ -119,11 +119,11 @@ def html(report: Report, words=str) -> str:
         f'<tr class="{"" if row.agrees else "bad"}"><td><code>{row.stage}</code></td><td>{"x".join(map(str, row.shape))}</td>'
         f'<td class="n">{number(row.error)}</td><td class="n">{number(row.largest)}</td><td>{cell(row.at or "")}</td>'
         f'<td class="n">{"" if row.cosine is None else number(max(0.0, 1 - row.cosine))}</td>'
-        f'<td>{"agrees" if row.agrees else "differs: " + cell(row.note)}</td></tr>' for row in report.rows)
+        f'<td>{"agrees" if row.agrees else "differs" + (": " + cell(row.note)) * bool(row.note)}</td></tr>' for row in report.rows)
     parts = [f"<h1>minivl against {cell(report.reference.get('reference') or 'a trace')}</h1>",
              f'<p class="verdict {"ok" if report.agrees else "no"}">{cell(verdict(report))}</p>',
              f"<p>Checkpoint <code>{cell(report.checkpoint)}</code>, trace <code>{cell(report.trace)}</code>, computed in {report.dtype}, "
-             f"reference in {cell(report.reference.get('dtype') or 'float32')} ({cell(report.reference.get('versions') or 'versions unknown')}).</p>",
+             f"reference in {cell(report.reference.get('dtype') or 'float32')} ({cell(', '.join(f'{k} {v}' for k, v in (report.reference.get('versions') or {}).items()) or 'versions unknown')}).</p>",
              "<h2>Error of each stage</h2><p>Relative error |a - b| / |b| over the whole tensor. The dashed line is the tolerance: "
              f"{cell(TOLERANCE[report.dtype][1])}. A cross is a stage beyond it.</p>", curve(report),
              '<table><tr><th>stage</th><th>shape</th><th class="n">relative error</th><th class="n">max |a - b|</th><th>at</th>'
