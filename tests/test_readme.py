@@ -57,9 +57,9 @@ def test_reading_order_names_every_file():
 
 def test_commands_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"^make (\w+)", README, re.M)) == {"demo", "test"} <= targets
+    assert set(re.findall(r"^make (\w+)", README, re.M)) == {"demo", "test", "reference"} <= targets
     for module in set(re.findall(r"python -m (\S+)", README)):
-        assert (ROOT / (module.replace(".", "/") + ".py")).exists() or (ROOT / module / "__main__.py").exists(), module
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists() or (ROOT / module.replace(".", "/") / "__main__.py").exists(), module
 
 
 def test_limits_are_all_in_one_table():
