@@ -19,6 +19,7 @@ Source: LMDeploy v0.6.4 lite/quantization/modules/linear.py:91-137, awq.py:323-3
 AWQ arXiv:2306.00978.
 """
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 PACK_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)   # nibble i (bits 4i..4i+3) holds column PACK_ORDER[i]
@@ -69,8 +70,8 @@ def dequantize(qweight, qzeros, scales, dtype=torch.float32):
 
 def matmul(x, qweight, qzeros, scales, bias=None):
     """float[..., I] @ W + bias -> float[..., O] in x's dtype. The weight exists in full only inside this call."""
-    y = x @ dequantize(qweight, qzeros, scales, x.dtype)
-    return y if bias is None else y + bias
+    W = dequantize(qweight, qzeros, scales, x.dtype)        # (I, O)
+    return F.linear(x, W.T, bias)                           # (..., O); in half precision rounded once, after the bias
 
 
 class AWQLinear(nn.Module):

@@ -132,6 +132,23 @@ def test_only_some_stages(tiny, recorded, monkeypatch):
     assert not ran and result.tokens == []      # the decoder did not run
 
 
+def test_stages_alone(golden, tiny, recorded, tmp_path):
+    """On the reference's own input a stage has only its own error."""
+    folder, trace, model = golden
+    result = compare.compare(folder, trace, model=model, local=True)
+    assert result.agrees and len(result.rows) == 10        # the input of llm.norm is not in this trace
+    norm = model.vision_model.encoder.layers[0].norm1.weight
+    norm.data *= 1.5
+    try:
+        result = compare.compare(folder, trace, model=model, local=True)
+    finally:
+        norm.data /= 1.5
+    assert [row.stage for row in result.rows if not row.agrees] == ["vit.layers.0"]
+    with pytest.raises(InputError, match="is shrunk; stages can be run alone on whole traces only"):
+        compare.compare(tiny, compare.Trace.open(compare.shrink(compare.Trace.open(recorded[0]), tmp_path / "s.safetensors")),
+                        pictures=[TIGER], local=True)
+
+
 # ---- differences ----------------------------------------------------------------------------------------------------
 
 def test_the_first_stage_that_differs_is_named(golden):
@@ -163,7 +180,7 @@ def test_a_token_that_differs_is_told_with_its_margin(golden, tmp_path):
 
 def test_nan_and_shapes_do_not_agree(golden):
     folder, trace, model = golden
-    made = compare.Report("", "", {}, "float32", 2e-5)
+    made = compare.Report("", "", {}, "float32", 2e-5, "")
     want = trace["projector"]
     assert not compare.compare_stage(made, trace, "projector", want * float("nan")).agrees
     assert compare.compare_stage(made, trace, "projector", want).agrees
@@ -420,6 +437,15 @@ def test_code_inside_a_checkpoint_runs_only_when_trusted(tiny, tmp_path, capsys)
     assert cli.main([str(folder), str(TIGER)]) == 0 and not (tmp_path / "ran").exists()
     assert cli.main([str(folder), str(TIGER), "--trust-remote-code"]) == 0 and (tmp_path / "ran").exists()
     assert "agrees with remote code" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not (ROOT / ".reference" / "ready").exists(), reason="no reference environment, see `make reference`")
+def test_half_precision_is_equal_bit_for_bit(tiny, tmp_path):
+    """bfloat16, each stage alone: transformers rounds where minivl rounds."""
+    path = cli.record(tiny, [TIGER], "What is this?", tmp_path / "t.safetensors", max_num=6, max_new_tokens=0, dtype="bfloat16")
+    result = compare.compare(tiny, compare.Trace.open(path), pictures=[TIGER], dtype="bfloat16", local=True)
+    assert result.agrees and len(result.rows) == 17
+    assert {row.stage for row in result.rows if row.error} == set()
 
 
 # ---- planted mistakes -----------------------------------------------------------------------------------------------

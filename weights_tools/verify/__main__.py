@@ -74,6 +74,8 @@ def main(argv=None) -> int:
     parser.add_argument("--max-tiles", type=int, metavar="N", help="most tiles of a picture (default: the checkpoint's)")
     parser.add_argument("--max-new-tokens", type=int, default=8, metavar="N", help="of the greedy answer (default %(default)s)")
     parser.add_argument("--dtype", choices=list(compare.TOLERANCE), default="float32", help="of both (default %(default)s)")
+    parser.add_argument("--local", action="store_true",
+                        help="every stage on the reference's own input to it: errors do not add up, as half precision needs")
     parser.add_argument("--tolerance", type=float, help="relative error of a stage that is still agreement")
     parser.add_argument("--trust-remote-code", action="store_true",
                         help="the reference is the Python code inside CHECKPOINT, which can do anything on this machine")
@@ -111,7 +113,7 @@ def main(argv=None) -> int:
                 print(path)
                 return 0
         result = compare.compare(folder, compare.Trace.open(path), pictures=args.pictures or None, stages=stages, dtype=args.dtype,
-                                 tolerance=args.tolerance)
+                                 tolerance=args.tolerance, local=args.local)
     words = str
     if (folder / "vocab.json").exists():
         tokenizer = Tokenizer.load(folder)

@@ -20,7 +20,7 @@ import minivl
 from minivl.checkpoint import find, open_weights
 from minivl.limits import InputError
 from minivl.prompt import encode, render
-from minivl.qwen2 import KVCache
+from minivl.qwen2 import KVCache, rope_tables
 from minivl.trace import relative_error
 from weights_tools.files import raw_bytes, save_safetensors
 from weights_tools.verify import inputs
@@ -31,6 +31,11 @@ TOLERANCE = {"float32": (2e-5, "orders of summation differ by about 1e-6; of the
                                "(tanh for erf in GELU) makes 3e-5 at its first layer"),
              "bfloat16": (6e-2, "8 bits: each rounding is up to 4e-3, and dozens of layers add theirs"),
              "float16": (1e-2, "11 bits: each rounding is up to 5e-4, and dozens of layers add theirs")}
+# The same where every stage gets the reference's own input: nothing adds up, and the kernels are the same.
+LOCAL = {"float32": (2e-5, TOLERANCE["float32"][1]),
+         "bfloat16": (1e-3, "stages are equal bit for bit where one machine computes both; another processor flips a rounding here and "
+                            "there"),
+         "float16": (2e-4, "as in bfloat16, but int4 layers multiply in another order: 1.3e-4")}
 SLICE = 509     # values kept of a stage in a shrunk trace: a prime, so that the picks meet every row and channel
 
 
@@ -121,6 +126,7 @@ class Report:
     reference: dict
     dtype: str
     tolerance: float
+    reason: str                         # of the tolerance
     rows: list = field(default_factory=list)
     logits: dict | None = None          # top5, kl, rank at the end of the prompt
     tokens: list = field(default_factory=list)      # of the answer: reference, minivl, margin
@@ -194,10 +200,11 @@ def look(a, b) -> str:
 
 
 def compare(checkpoint, trace: Trace, *, pictures=None, stages=None, dtype: str = "float32", model=None,
-            tolerance: float | None = None) -> Report:
+            tolerance: float | None = None, local: bool = False) -> Report:
     """Run minivl on a trace's input. `pictures`: the files it was recorded with, to compare the inputs too.
 
-    `stages`: patterns; only these are compared, the rest of the model runs as far as it must.
+    `stages`: patterns; only these are compared, the rest of the model runs as far as it must. `local`: every stage gets the
+    reference's own input to it, so that errors do not add up: in half precision only this tells a mistake from rounding.
     Raises InputError where the trace is of other weights or other pictures.
     """
     folder = find(checkpoint)
@@ -210,13 +217,17 @@ def compare(checkpoint, trace: Trace, *, pictures=None, stages=None, dtype: str 
         model = minivl.load(folder, dtype=dtype)
     if model.img_context_token_id is None:
         model.img_context_token_id = trace.facts.get("image_token_id")
-    limit = TOLERANCE[dtype][0] if tolerance is None else tolerance
-    report = Report(str(checkpoint), str(trace.path), {k: trace.facts.get(k) for k in ("reference", "versions", "dtype")}, dtype, limit)
+    limit = (LOCAL if local else TOLERANCE)[dtype][0] if tolerance is None else tolerance
+    report = Report(str(checkpoint), str(trace.path), {k: trace.facts.get(k) for k in ("reference", "versions", "dtype")}, dtype, limit,
+                    reason=(LOCAL if local else TOLERANCE)[dtype][1])
     wanted = [s for s in trace.stages if not stages or any(fnmatchcase(s, p) for p in stages)]
     if not wanted:
         raise InputError(f"no stage of the trace matches {', '.join(stages)}; it has {', '.join(trace.stages)}")
     pixels = compare_inputs(report, model, folder, trace, pictures)
     ids, missing = trace["input_ids"], set(wanted)
+    if local:
+        report.rows += [compare_stage(report, trace, name, got) for name, got in alone(model, trace, wanted)]
+        return explained(report)
 
     # The first token of the answer comes with the prompt, the rest by teacher forcing: the same tokens before each.
     greedy = trace["greedy"].tolist() if "greedy" in trace.names and not stages else []
@@ -246,9 +257,38 @@ def compare(checkpoint, trace: Trace, *, pictures=None, stages=None, dtype: str 
         except Enough:
             pass
     report.rows += [Row(name, trace.shape(name), agrees=False, note="minivl did not compute this stage") for name in wanted if name in missing]
-    if report.first:        # later stages inherit its error
+    return explained(report)
+
+
+def explained(report: Report) -> Report:
+    """The first row that differs says where to look; later stages inherit its error."""
+    if report.first:
         report.first.note = "; ".join(filter(None, (report.first.note, "look at " + hint(report.first.stage))))
     return report
+
+
+@torch.no_grad()
+def alone(model, trace: Trace, wanted: list):
+    """(stage, what minivl makes of the reference's input to it) of all stages whose input the trace holds."""
+    if "slices" in trace.facts:
+        raise InputError(f"{trace.path} is shrunk; stages can be run alone on whole traces only")
+    vision, language, ids = model.vision_model, model.language_model, trace["input_ids"]
+
+    def decoder_layer(layer):
+        def run(x):
+            tables = rope_tables(torch.arange(x.shape[1])[None], language.model.head_dim, language.model.theta)
+            return layer(x, *(t.to(x.dtype) for t in tables), None, None)
+        return run
+
+    chain = [("pixel_values", None), ("vit.embeddings", vision.embeddings),
+             *((f"vit.layers.{i}", layer) for i, layer in enumerate(vision.encoder.layers)),
+             ("pixel_unshuffle", lambda x: model.pixel_unshuffle(x[:, 1:])), ("projector", model.mlp1),
+             ("inputs_embeds", lambda x: model.embed(ids, x)),
+             *((f"llm.layers.{i}", decoder_layer(layer)) for i, layer in enumerate(language.model.layers)),
+             ("llm.norm", language.model.norm), ("logits", language.lm_head)]
+    for (before, _), (name, stage) in zip(chain, chain[1:]):
+        if name in wanted and before in trace.names:
+            yield name, stage(trace[before].to(model.dtype))
 
 
 def weights_digest(folder: Path) -> str:

@@ -81,7 +81,7 @@ def _mistakes():
         mistake("llm.layers.0", "qwen2.py", "RMSNorm takes the mean off", "x32 = x.float()", "x32 = x.float() - x.float().mean(-1, keepdim=True)"),
         mistake("llm.layers.0", "qwen2.py", "gate and up exchanged", "F.silu(self.gate_proj(x)) * self.up_proj(x)",
                 "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
-        mistake("llm.layers.0", "awq.py", "no bias on q, k, v", "return y if bias is None else y + bias", "return y"),
+        mistake("llm.layers.0", "awq.py", "no bias on q, k, v", "F.linear(x, W.T, bias)", "F.linear(x, W.T)"),
         mistake("llm.layers.0", "awq.py", "nibbles in natural order", "PACK_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)",
                 "PACK_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)"),
         mistake("llm.layers.0", "awq.py", "+1 on the zero points, as GPTQ", "W -= unpack(qzeros)[:, None]", "W -= unpack(qzeros)[:, None] + 1"),

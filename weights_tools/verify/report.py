@@ -12,7 +12,7 @@ import math
 import torch
 from PIL import Image
 
-from weights_tools.verify.compare import TOLERANCE, Report
+from weights_tools.verify.compare import Report
 
 
 def number(x, digits=2) -> str:
@@ -40,7 +40,7 @@ def text(report: Report, words=str) -> str:
         mark = " " if row.agrees else "<" if row is not report.first else "<== first difference"
         lines.append(f"{row.stage:<18}{'x'.join(map(str, row.shape)):<22}{number(row.error):>11}{number(row.largest):>11}  "
                      f"{str(row.at or ''):<18}{'' if row.cosine is None else number(max(0.0, 1 - row.cosine)):>11} {mark}")
-    lines.append(f"tolerance {report.tolerance:.0e} in {report.dtype}: {TOLERANCE[report.dtype][1]}")
+    lines.append(f"tolerance {report.tolerance:.0e} in {report.dtype}: {report.reason}")
     if report.logits:
         lines += ["", f"end of the prompt: KL {number(report.logits['kl'])}, the reference's token has rank {report.logits['rank']}",
                   f"    {'reference':<34}minivl"]
@@ -125,7 +125,7 @@ def html(report: Report, words=str) -> str:
              f"<p>Checkpoint <code>{cell(report.checkpoint)}</code>, trace <code>{cell(report.trace)}</code>, computed in {report.dtype}, "
              f"reference in {cell(report.reference.get('dtype') or 'float32')} ({cell(', '.join(f'{k} {v}' for k, v in (report.reference.get('versions') or {}).items()) or 'versions unknown')}).</p>",
              "<h2>Error of each stage</h2><p>Relative error |a - b| / |b| over the whole tensor. The dashed line is the tolerance: "
-             f"{cell(TOLERANCE[report.dtype][1])}. A cross is a stage beyond it.</p>", curve(report),
+             f"{cell(report.reason)}. A cross is a stage beyond it.</p>", curve(report),
              '<table><tr><th>stage</th><th>shape</th><th class="n">relative error</th><th class="n">max |a - b|</th><th>at</th>'
              f'<th class="n">1 - cosine</th><th></th></tr>{rows}</table>']
     if report.maps:
