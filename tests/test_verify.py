@@ -455,6 +455,19 @@ def test_every_mistake_still_fits_the_source():
     for mistake in mistakes.MISTAKES:
         assert (mistakes.PACKAGE / mistake.file).read_text().count(mistake.old) == 1, mistake.name
         assert mistake.stage in compare.INPUTS or mistake.stage == "answer" or compare._order(mistake.stage)
+        assert mistake.shown in ("float32", "bfloat16", "quiet")
+
+
+@pytest.mark.skipif(not (ROOT / ".reference" / "ready").exists(), reason="no reference environment, see `make reference`")
+def test_mistakes_that_float32_cannot_show(tiny, tmp_path):
+    quiet = mistakes.quiet(tiny, tmp_path / "quiet")
+    how = {"max_num": 6, "max_new_tokens": 2}
+    traces = [cli.record(folder, [TIGER], "What?", tmp_path / f"{dtype}-{folder.name}.safetensors", dtype=dtype, **how)
+              for folder, dtype in ((tiny, "float32"), (tiny, "bfloat16"), (quiet, "float32"))]
+    done = subprocess.run([sys.executable, "-m", "weights_tools.verify.mistakes", str(tiny), str(traces[0]), str(TIGER), "--half", str(traces[1]),
+                           "--quiet", str(quiet), str(traces[2]), "--json", str(tmp_path / "m.json")], cwd=ROOT, capture_output=True, text=True)
+    rows = json.loads((tmp_path / "m.json").read_text())
+    assert done.returncode == 0 and len(rows) == len(mistakes.MISTAKES) + 3, done.stdout
 
 
 def test_every_mistake_is_caught_where_it_is(tiny, recorded, tmp_path):
@@ -462,5 +475,4 @@ def test_every_mistake_is_caught_where_it_is(tiny, recorded, tmp_path):
                            str(tmp_path / "m.json")], cwd=ROOT, capture_output=True, text=True)
     rows = json.loads((tmp_path / "m.json").read_text())
     assert rows[0]["stage"] is None, rows[0]        # without a mistake nothing differs
-    wrong = {r["mistake"]: r["stage"] for r in rows if r["stage"] != r["wanted"]}
-    assert done.returncode == bool(wrong) and set(wrong) <= {"LayerNorm eps 1e-5 for 1e-6"}, done.stdout
+    assert done.returncode == 0 and len(rows) > 30, done.stdout

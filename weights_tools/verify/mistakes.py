@@ -27,11 +27,14 @@ class Mistake:
     old: str
     new: str
     stage: str
+    shown: str = "float32"      # by which run:
+    # "bfloat16": float32 cannot show it; every stage is run on the reference's own input, where it must be equal
+    # "quiet": float32, with the tower's embeddings 256 times smaller (see `quiet`): LayerNorm's eps matters only beside them
 
 
 def _mistakes():
-    def mistake(stage, file, name, old, new):
-        return Mistake(name, file, old, new, stage)
+    def mistake(stage, file, name, old, new, shown="float32"):
+        return Mistake(name, file, old, new, stage, shown)
     return (
         mistake("pixel_values", "tiling.py", "thumbnail first", "tiles.append(image", "tiles.insert(0, image"),
         mistake("pixel_values", "tiling.py", "tiles column by column",
@@ -57,7 +60,7 @@ def _mistakes():
         mistake("vit.layers.0", "vit.py", "q, k, v in another order", "q, k, v = self.qkv(x).chunk", "q, v, k = self.qkv(x).chunk"),
         mistake("vit.layers.0", "vit.py", "tanh GELU", "F.gelu(self.fc1(x))", 'F.gelu(self.fc1(x), approximate="tanh")'),
         mistake("vit.layers.0", "vit.py", "LayerNorm eps 1e-5 for 1e-6", "self.norm1 = norm(config.hidden_size, config.layer_norm_eps)",
-                "self.norm1 = norm(config.hidden_size, 1e-5)"),
+                "self.norm1 = norm(config.hidden_size, 1e-5)", "quiet"),
         mistake("vit.layers.0", "vit.py", "LayerScale missing", "x = x + self.ls1 * self.attn", "x = x + self.attn"),
         mistake("pixel_unshuffle", "model.py", "CLS not removed, the last patch is", "x[:, 1:]", "x[:, :-1]"),
         mistake("pixel_unshuffle", "pixel_unshuffle.py", "channel order (c, dy, dx)", "x.permute(0, 1, 3, 2, 4, 5)",
@@ -87,11 +90,36 @@ def _mistakes():
         mistake("llm.layers.0", "awq.py", "+1 on the zero points, as GPTQ", "W -= unpack(qzeros)[:, None]", "W -= unpack(qzeros)[:, None] + 1"),
         mistake("llm.layers.0", "awq.py", "group index off by one", "W *= scales[:, None]", "W *= scales.roll(1, 0)[:, None]"),
         mistake("llm.layers.0", "awq.py", "no mask after the shift", "(packed >> 4 * nibble) & 0xF", "packed >> 4 * nibble"),
+        mistake("vit.layers.0", "vit.py", "softmax in half precision, tower", "return F.scaled_dot_product_attention(q, k, v)",
+                "e = (q @ k.mT * q.shape[-1] ** -0.5).exp(); return e / e.sum(-1, keepdim=True) @ v", "bfloat16"),
+        mistake("llm.layers.0", "qwen2.py", "softmax in half precision, decoder", "return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, "
+                "is_causal=causal, enable_gqa=True)",
+                "k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v)); e = ((q @ k.mT) * q.shape[-1] ** -0.5).exp().tril("
+                "k.shape[2] - q.shape[2]); return e / e.sum(-1, keepdim=True) @ v", "bfloat16"),
+        mistake("llm.layers.0", "qwen2.py", "RMSNorm: weight before the cast", "return self.weight * (x32 * torch.rsqrt("
+                "x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)", "return (self.weight.float() * (x32 * torch.rsqrt("
+                "x32.pow(2).mean(-1, keepdim=True) + self.eps))).to(x.dtype)", "bfloat16"),
+        mistake("llm.layers.0", "qwen2.py", "RMSNorm: mean and root in half precision", "x32 = x.float()", "x32 = x", "bfloat16"),
+        mistake("llm.layers.0", "awq.py", "int4 scale rounded to bfloat16 first", "W *= scales[:, None]", "W *= scales[:, None].to(dtype)",
+                "bfloat16"),
         mistake("answer", "qwen2.py", "cached steps start at position 0", "cache.length if cache is not None else 0", "0"),
     )
 
 
 MISTAKES = _mistakes()
+
+
+def quiet(checkpoint, folder) -> Path:
+    """A copy of a checkpoint whose tower embeds 256 times smaller. A power of two: the copy is the same on every machine."""
+    from minivl.checkpoint import open_weights
+    from weights_tools.files import save_checkpoint
+    tensors = {name: stored.read() for name, stored in open_weights(checkpoint).items()}
+    for name in tensors:
+        if name.startswith("vision_model.embeddings."):
+            tensors[name] = tensors[name] / 256
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
+    save_checkpoint(tensors, folder)
+    return Path(folder)
 
 
 def plant(mistake: Mistake, folder) -> Path:
@@ -105,7 +133,7 @@ def plant(mistake: Mistake, folder) -> Path:
     return Path(folder)
 
 
-def caught(mistake: Mistake | None, checkpoint, trace, pictures, dtype: str = "float32") -> dict:
+def caught(mistake: Mistake | None, checkpoint, trace, pictures, dtype: str) -> dict:
     """{"stage": first that differs, "answer", or None, "note"} for one mistake, found in a process of its own.
 
     A fork of this process, which has not imported minivl: so torch is imported once for all of them.
@@ -126,7 +154,8 @@ def caught(mistake: Mistake | None, checkpoint, trace, pictures, dtype: str = "f
             from weights_tools.verify import compare
             if mistake and Path(sys.modules["minivl"].__file__).parent.parent != Path(folder):
                 raise RuntimeError("the copy was not imported")
-            report = compare.compare(checkpoint, compare.Trace.open(trace), pictures=pictures, dtype=dtype)
+            report = compare.compare(checkpoint, compare.Trace.open(trace), pictures=pictures, dtype=dtype,
+                                     local=dtype != "float32")
             row = report.first
             result = {"stage": row.stage if row else "answer" if report.parted is not None else None, "note": row.note if row else "",
                       "error": row.error if row else None}
@@ -143,23 +172,32 @@ def main(argv=None) -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("trace", metavar="TRACE")
     parser.add_argument("pictures", nargs="*", metavar="PICTURE")
+    parser.add_argument("--half", metavar="TRACE", help="a whole trace in bfloat16, for the mistakes that float32 cannot show")
+    parser.add_argument("--quiet", nargs=2, metavar=("CHECKPOINT", "TRACE"), help="the quiet copy of the checkpoint and its trace")
     parser.add_argument("--json", metavar="FILE", help="the results for programs")
     args = parser.parse_args(argv)
     import PIL.Image  # noqa: F401  once for all forks
     import safetensors  # noqa: F401
     import tokenizers  # noqa: F401
     import torch  # noqa: F401
+    runs = {"float32": (args.checkpoint, args.trace, "float32")}
+    if args.half:
+        runs["bfloat16"] = (args.checkpoint, args.half, "bfloat16")
+    if args.quiet:
+        runs["quiet"] = (*args.quiet, "float32")
+    planted = [(None, shown) for shown in runs] + [(m, m.shown) for m in MISTAKES if m.shown in runs]
     rows, missed = [], 0
-    for mistake in (None, *MISTAKES):
-        found = caught(mistake, args.checkpoint, args.trace, args.pictures)
+    for mistake, shown in planted:
+        checkpoint, trace, dtype = runs[shown]
+        found = caught(mistake, checkpoint, trace, args.pictures, dtype)
         wanted = mistake.stage if mistake else None
         missed += found["stage"] != wanted
-        rows.append({"mistake": mistake.name if mistake else "none", "file": mistake.file if mistake else "", "wanted": wanted, **found})
+        rows.append({"shown": shown, "mistake": mistake.name if mistake else "none", "file": mistake.file if mistake else "", "wanted": wanted, **found})
         print(f"{'ok   ' if found['stage'] == wanted else 'WRONG'} {rows[-1]['file']:<20} {rows[-1]['mistake']:<42} {str(found['stage']):<16}"
               f" {found.get('error') or 0:8.1e}  {found['note']}", flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(MISTAKES)} mistakes, {missed} not caught where they are")
+    print(f"{len(planted) - len(runs)} mistakes, {missed} not caught where they are")
     return 1 if missed else 0
 
 
