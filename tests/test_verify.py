@@ -54,11 +54,13 @@ def recorded(tiny, tmp_path_factory):
     with torch.no_grad(), minivl.trace(pipe.model) as t:
         pipe.model(ids, pixels)
     greedy = minivl.generate(pipe.model, ids, pixels, max_new_tokens=4, ignore_eos=True)[0]
+    with torch.no_grad():       # without the cache
+        full = pipe.model(torch.cat([ids, greedy[None]], 1), pixels)[0, ids.shape[1] - 1:-1]
     facts = {"reference": "minivl", "prompt": prompt, "tiles": [len(tiles)], "messages": messages, "max_num": 6, "logits_from": 0,
              "pictures": [compare.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()], "dtype": "float32",
              "image_token_id": tokenizer.id("<IMG_CONTEXT>"), "stop": tokenizer.id("<|im_end|>"), "weights": compare.weights_digest(tiny)}
     path = tmp_path_factory.mktemp("trace") / "trace.safetensors"
-    save_safetensors({**t, "input_ids": ids, "pixel_values": pixels, "greedy": torch.tensor(greedy.tolist())}, path,
+    save_safetensors({**t, "input_ids": ids, "pixel_values": pixels, "greedy": greedy.clone(), "greedy_scores": full.max(-1).values}, path,
                      {"trace": json.dumps(facts)})
     return path, facts
 
@@ -113,7 +115,7 @@ def test_a_shrunk_trace_says_the_same(tiny, recorded, tmp_path):
     small = compare.shrink(compare.Trace.open(path), tmp_path / "small.safetensors")
     assert small.stat().st_size < 40_000 < path.stat().st_size
     result = compare.compare(tiny, compare.Trace.open(small), pictures=[TIGER])
-    assert result.agrees and len(result.rows) == 17 and result.rows[-1].shape == list(tensors_of(path)["logits"].shape)
+    assert result.agrees and len(result.rows) == 18 and result.rows[-2].shape == list(tensors_of(path)["logits"].shape)
     for bad, n in (("vit.layers.1", 3), ("logits", 7)):
         values = tensors_of(small)[bad].clone()
         values[n] += 1
@@ -363,7 +365,7 @@ def test_transformers_agrees(case, tmp_path):
 @pytest.mark.skipif(not (ROOT / ".reference" / "ready").exists(), reason="no reference environment, see `make reference`")
 def test_transformers_reads_the_same_inputs(tiny, capsys):
     assert cli.main([str(tiny), str(TIGER), "-p", "Was ist das? 数字 1234"]) == 0
-    assert "17 stages, all 8 tokens are the same" in capsys.readouterr().out
+    assert "18 stages, all 8 tokens are the same" in capsys.readouterr().out
 
 
 REMOTE = '''
@@ -454,7 +456,7 @@ def test_every_mistake_still_fits_the_source():
     assert len(mistakes.MISTAKES) >= 20 and len({m.name for m in mistakes.MISTAKES}) == len(mistakes.MISTAKES)
     for mistake in mistakes.MISTAKES:
         assert (mistakes.PACKAGE / mistake.file).read_text().count(mistake.old) == 1, mistake.name
-        assert mistake.stage in compare.INPUTS or mistake.stage == "answer" or compare._order(mistake.stage)
+        assert mistake.stage in (*compare.INPUTS, "greedy_scores") or compare._order(mistake.stage)
         assert mistake.shown in ("float32", "bfloat16", "quiet")
 
 

@@ -95,7 +95,7 @@ def shrink(trace: Trace, path) -> Path:
     tensors, shapes = {}, {}
     for name in trace.names:
         tensor = trace[name]
-        if name in ("input_ids", "greedy") or tensor.numel() <= SLICE:
+        if name in ("input_ids", "greedy", "greedy_scores") or tensor.numel() <= SLICE:
             tensors[name] = tensor
         else:
             shapes[name] = list(tensor.shape)
@@ -166,6 +166,7 @@ HINTS = {   # first stage that differs -> where to look
     "llm.layers": "minivl/qwen2.py: RoPE, biases of q, k, v, grouping of heads, mask, SwiGLU; with int4 minivl/awq.py",
     "llm.norm": "minivl/qwen2.py RMSNorm, or the last decoder layer, which some traces do not hold",
     "logits": "lm_head: is it that of this checkpoint, untied?",
+    "greedy_scores": "what differs between a prompt and a single token: the cache and its positions, minivl/qwen2.py",
 }
 
 
@@ -230,7 +231,7 @@ def compare(checkpoint, trace: Trace, *, pictures=None, stages=None, dtype: str 
         return explained(report)
 
     # The first token of the answer comes with the prompt, the rest by teacher forcing: the same tokens before each.
-    greedy = trace["greedy"].tolist() if "greedy" in trace.names and not stages else []
+    greedy, scores = trace["greedy"].tolist() if "greedy" in trace.names and not stages else [], []
 
     def check(name, got):
         if name in missing:
@@ -252,10 +253,13 @@ def compare(checkpoint, trace: Trace, *, pictures=None, stages=None, dtype: str 
                 best = logits[-1].topk(2)
                 report.tokens.append({"reference": token, "minivl": int(best.indices[0]),
                                       "margin": float(best.values[0] - best.values[1])})
+                scores.append(logits[-1, token])
                 if n + 1 < len(greedy):
                     logits = model.language_model(model.embed(torch.tensor([[token]])), cache)[0]
         except Enough:
             pass
+    if scores and "greedy_scores" in trace.names:       # one token after the other, with the cache
+        report.rows.append(compare_stage(report, trace, "greedy_scores", torch.stack(scores)))
     report.rows += [Row(name, trace.shape(name), agrees=False, note="minivl did not compute this stage") for name in wanted if name in missing]
     return explained(report)
 

@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "minivl"
 
 @dataclass(frozen=True)
 class Mistake:
-    """`old` stands once in `file` and becomes `new`. `stage` is the first that must differ; "answer": only the tokens do."""
+    """`old` stands once in `file` and becomes `new`. `stage` is the first that must differ."""
     name: str
     file: str
     old: str
@@ -102,7 +102,7 @@ def _mistakes():
         mistake("llm.layers.0", "qwen2.py", "RMSNorm: mean and root in half precision", "x32 = x.float()", "x32 = x", "bfloat16"),
         mistake("llm.layers.0", "awq.py", "int4 scale rounded to bfloat16 first", "W *= scales[:, None]", "W *= scales[:, None].to(dtype)",
                 "bfloat16"),
-        mistake("answer", "qwen2.py", "cached steps start at position 0", "cache.length if cache is not None else 0", "0"),
+        mistake("greedy_scores", "qwen2.py", "cached steps start at position 0", "cache.length if cache is not None else 0", "0"),
     )
 
 
@@ -134,7 +134,7 @@ def plant(mistake: Mistake, folder) -> Path:
 
 
 def caught(mistake: Mistake | None, checkpoint, trace, pictures, dtype: str) -> dict:
-    """{"stage": first that differs, "answer", or None, "note"} for one mistake, found in a process of its own.
+    """{"stage": first that differs or None, "note"} for one mistake, found in a process of its own.
 
     A fork of this process, which has not imported minivl: so torch is imported once for all of them.
     """
@@ -157,7 +157,7 @@ def caught(mistake: Mistake | None, checkpoint, trace, pictures, dtype: str) -> 
             report = compare.compare(checkpoint, compare.Trace.open(trace), pictures=pictures, dtype=dtype,
                                      local=dtype != "float32")
             row = report.first
-            result = {"stage": row.stage if row else "answer" if report.parted is not None else None, "note": row.note if row else "",
+            result = {"stage": row.stage if row else None, "note": row.note if row else "",
                       "error": row.error if row else None}
     except Exception as error:      # the mistake broke something before the comparison
         result = {"stage": f"{type(error).__name__}", "note": str(error)}

@@ -10,8 +10,8 @@ therefore written a second time, from the sources named. `weights_tools.verify` 
 Weights stay in their files: a layer is read, dequantised and cast when its turn comes, and forgotten afterwards, so that
 the 4B runs in a few GB. `--resident GB`: models up to this size are kept.
 
-TRACE is one safetensors file: the stages by the names of minivl.trace, pixel_values, input_ids, greedy, and as metadata
-everything that tells what was run on what. Exit codes: 0, or 2 with one line on stderr.
+TRACE is one safetensors file: the stages by the names of minivl.trace, pixel_values, input_ids, greedy and
+greedy_scores (the answer's tokens and their scores), and as metadata everything that tells what was run on what. Exit codes: 0, or 2 with one line on stderr.
 """
 import argparse
 import ctypes
@@ -319,7 +319,7 @@ def run(folder: Path, request: dict, trust_remote_code: bool, resident: float) -
         else:
             handles.append(module.register_forward_pre_hook(
                 lambda _, args, kwargs, name=name: save(name, args[0] if args else kwargs["inputs_embeds"]), with_kwargs=True))
-    start, written = time.perf_counter(), []
+    start, written, scores = time.perf_counter(), [], []
     with torch.no_grad():
         past = None
         try:
@@ -339,12 +339,13 @@ def run(folder: Path, request: dict, trust_remote_code: bool, resident: float) -
                     handle.remove()
                 past, token = out.past_key_values, out.logits[0, -1].argmax()
                 written.append(int(token))
+                scores.append(float(out.logits[0, -1].max()))
                 step = {"input_ids": token.view(1, 1)}
         except Enough:
             pass
     bar.close()
     if request["max_new_tokens"]:
-        tensors["greedy"] = torch.tensor(written)
+        tensors |= {"greedy": torch.tensor(written), "greedy_scores": torch.tensor(scores)}
     missing = [name for name in order if name not in tensors and (pixels is not None or name.startswith(("llm", "logits")))]
     if missing:
         raise CannotRun(f"the reference's forward pass did not come by {missing[:4]}; this version of it is not known here")
