@@ -15,10 +15,10 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from minivl import Tokenizer
+from minivl import Tokenizer, load_image
 from minivl.checkpoint import find
 from minivl.config import Config
-from minivl.limits import InputError
+from minivl.limits import InputError, Limits
 from weights_tools import run
 from weights_tools.verify import compare, inputs, report
 
@@ -37,22 +37,31 @@ def reference_python(given=None) -> Path:
 def record(checkpoint, pictures: list, prompt: str, path, *, max_num: int, max_new_tokens: int = 8, dtype: str = "float32",
            stages=None, trust_remote_code: bool = False, like=None, image_token_id=None, python=None, resident: float = 4.0) -> Path:
     """Run the reference in a process of its own; the trace's path. `like`: take ids and pixels from this trace instead."""
-    python, folder = reference_python(python), find(checkpoint)
+    folder = find(checkpoint)
+    marks = prompt.count("<image>")
+    if marks not in (0, len(pictures)):
+        raise InputError(f"the prompt has {marks} <image> marks but {len(pictures)} pictures are given; write one for each, or none")
+    for picture in pictures:
+        load_image(picture)     # what minivl refuses need not be recorded
+    if not Path(path).parent.is_dir():
+        raise InputError(f"there is no folder {Path(path).parent}; make it first")
+    python = reference_python(python)
     if like:
         request = {"like": str(Path(like).resolve()), "image_token_id": image_token_id}
     else:
-        messages = [{"role": "user", "content": "<image>\n" * len(pictures) + prompt}]
+        messages = [{"role": "user", "content": "<image>\n" * (len(pictures) - marks) + prompt}]
         request = {"pictures": [str(Path(p).resolve()) for p in pictures], "messages": messages, "max_num": max_num}
-        if missing := [p for p in request["pictures"] if not Path(p).is_file()]:
-            raise InputError(f"{missing[0]} is no file")
     request |= {"max_new_tokens": max_new_tokens, "dtype": dtype, "stages": stages}
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "request.json"
         file.write_text(json.dumps(request), encoding="utf-8")
         command = [str(python), str(Path(__file__).with_name("reference.py")), str(folder), str(file), str(path),
                    "--resident", str(resident), *(["--trust-remote-code"] if trust_remote_code else [])]
-        # Its own packages only: nothing of this environment, and no network.
-        code = subprocess.run(command, env={**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "HF_HUB_OFFLINE": "1"}).returncode
+        # Its own packages only, no access to accounts, and no downloads by the hub's client.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.endswith("TOKEN")}
+        code = subprocess.run(command, env={**environment, "HF_HUB_OFFLINE": "1"}).returncode
+    if code < 0:
+        raise InputError(f"the reference was killed by signal {-code}, if 9 perhaps for lack of memory; try fewer pictures or --max-tiles")
     if code:
         raise InputError(f"the reference could not run (exit code {code}); its message stands above")
     return Path(path)
@@ -63,7 +72,7 @@ def main(argv=None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="folder or hub id")
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="files")
-    parser.add_argument("-p", "--prompt", default="describe this image", help="the question (default: %(default)s)")
+    parser.add_argument("-p", "--prompt", help="the question (default: describe this image)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--record", metavar="FILE", help="only run the reference and write its trace")
     what.add_argument("--trace", metavar="FILE", help="only compare, with a trace recorded before")
@@ -72,8 +81,8 @@ def main(argv=None) -> int:
     parser.add_argument("--stages", nargs="+", metavar="PATTERN", help='only these, e.g. "vit.*" logits')
     parser.add_argument("--layers", type=int, metavar="N", help="only the first N layers of tower and decoder; no answer")
     parser.add_argument("--max-tiles", type=int, metavar="N", help="most tiles of a picture (default: the checkpoint's)")
-    parser.add_argument("--max-new-tokens", type=int, default=8, metavar="N", help="of the greedy answer (default %(default)s)")
-    parser.add_argument("--dtype", choices=list(compare.TOLERANCE), default="float32", help="of both (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of the greedy answer (default 8)")
+    parser.add_argument("--dtype", choices=list(compare.TOLERANCE), help="of both (default float32, or that of the trace)")
     parser.add_argument("--local", action="store_true",
                         help="every stage on the reference's own input to it: errors do not add up, as half precision needs")
     parser.add_argument("--tolerance", type=float, help="relative error of a stage that is still agreement")
@@ -81,10 +90,10 @@ def main(argv=None) -> int:
                         help="the reference is the Python code inside CHECKPOINT, which can do anything on this machine")
     parser.add_argument("--python", metavar="PATH", help="of the reference environment (default: .reference/bin/python)")
     parser.add_argument("--resident", type=float, default=4.0, metavar="GB",
-                        help="the reference keeps models up to this size in memory, larger ones go layer by layer (default %(default)s)")
+                        help="the reference keeps models up to this size in memory, larger ones go layer by layer (default %(default)s; code inside a checkpoint runs whole)")
     parser.add_argument("--json", metavar="FILE", help="the result for programs")
     parser.add_argument("--html", metavar="FILE", help="the result as one page with pictures")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.shrink:
         print(compare.shrink(compare.Trace.open(args.shrink[0]), args.shrink[1]))
         return 0
@@ -95,9 +104,23 @@ def main(argv=None) -> int:
         config = Config.load(folder)
         if args.max_tiles:
             config = replace(config, max_dynamic_patch=args.max_tiles)
-        print(inputs.text(inputs.engines(config, Tokenizer.load(folder), args.pictures, args.prompt)))
+        print(inputs.text(inputs.engines(config, Tokenizer.load(folder), args.pictures, args.prompt or "describe this image")))
         return 0
-    stages, tokens = args.stages, args.max_new_tokens
+    for file in (args.json, args.html):
+        if file and not Path(file).parent.is_dir():
+            raise InputError(f"there is no folder {Path(file).parent}; make it first")
+    given = [flag for flag, value in (("--prompt", args.prompt), ("--max-tiles", args.max_tiles), ("--max-new-tokens", args.max_new_tokens),
+                                      ("--trust-remote-code", args.trust_remote_code or None)) if value is not None]
+    if args.trace and given:
+        raise InputError(f"{', '.join(given)} belong to recording; the trace {args.trace} has its own")
+    least, most = Config.load(folder).min_dynamic_patch, Limits.tiles_per_picture
+    if args.max_tiles is not None and not least <= args.max_tiles <= most:
+        raise InputError(f"--max-tiles is {args.max_tiles}, it must be in {least}..{most}")
+    if args.layers is not None and args.stages:
+        raise InputError("give --layers or --stages, not both")
+    stages, tokens = args.stages, 8 if args.max_new_tokens is None else args.max_new_tokens
+    if args.stages or args.local:
+        tokens = 0          # the answer is not compared then
     if args.layers is not None:
         stages = [f"{part}.layers.{i}" for part in ("vit", "llm") for i in range(args.layers)]
         stages += ["vit.embeddings", "pixel_unshuffle", "projector", "inputs_embeds"]
@@ -106,23 +129,24 @@ def main(argv=None) -> int:
         path = args.trace
         if not path:
             path = args.record or Path(scratch) / "trace.safetensors"
-            record(folder, args.pictures, args.prompt, path, max_num=args.max_tiles or Config.load(folder).max_dynamic_patch,
-                   max_new_tokens=tokens, dtype=args.dtype, stages=stages, trust_remote_code=args.trust_remote_code,
+            record(folder, args.pictures, "describe this image" if args.prompt is None else args.prompt, path, max_num=args.max_tiles or Config.load(folder).max_dynamic_patch,
+                   max_new_tokens=tokens, dtype=args.dtype or "float32", stages=stages, trust_remote_code=args.trust_remote_code,
                    python=args.python, resident=args.resident)
             if args.record:
                 print(path)
                 return 0
         result = compare.compare(folder, compare.Trace.open(path), pictures=args.pictures or None, stages=stages, dtype=args.dtype,
                                  tolerance=args.tolerance, local=args.local)
-    words = str
-    if (folder / "vocab.json").exists():
+    try:
         tokenizer = Tokenizer.load(folder)
         words = lambda id: tokenizer.decode([id], skip_special_tokens=False)     # noqa: E731
+    except InputError:      # a trace of ids alone can be compared without
+        words = str
+    print(report.text(result, words))
     if args.json:
-        Path(args.json).write_text(json.dumps(result.json(), indent=1) + "\n", encoding="utf-8")
+        Path(args.json).write_text(json.dumps(result.json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if args.html:
         Path(args.html).write_text(report.html(result, words), encoding="utf-8")
-    print(report.text(result, words))
     return 0 if result.agrees else 1
 
 

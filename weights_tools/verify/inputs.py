@@ -2,7 +2,7 @@
 
     python -m weights_tools.verify CHECKPOINT PICTURE ... -p QUESTION --inputs
 
-The model is the same function everywhere; prompt, picture and tiles are not. Written from each engine's source, not run:
+The model is the same function everywhere, up to rounding; prompt, picture and tiles are not. Written from each engine's source, not run:
     original        InternVL modeling_internvl_chat.py:343-398, train/dataset.py:813-866 @2410d1d
     lmdeploy 0.6.4  vl/templates.py:160-175, vl/model/internvl.py:16-163 (the version the model card names)
     lmdeploy 0.16   serve/processors/multimodal.py:322-352, vl/model/internvl.py:173-205 @1263d5c
@@ -49,13 +49,23 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def upright_on_white(image: Image.Image) -> Image.Image:
-    """transformers: turned as the EXIF mark says, transparency on white."""
-    image = ImageOps.exif_transpose(image)
+def upright(image: Image.Image) -> Image.Image:
+    """transformers, given a file: turned as the EXIF mark says, transparency dropped. image_utils.py:514."""
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """transformers, given a PIL image: transparency on white, not turned. image_transforms.py:778."""
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def cut(image: Image.Image, config, max_num: int) -> list:
+    """The tiles of an RGB picture for a checkpoint."""
+    return tile(image, min_num=config.min_dynamic_patch, max_num=max_num, tile_size=config.force_image_size,
+                use_thumbnail=config.use_thumbnail)
 
 
 def turn(role: str, text: str) -> str:
@@ -66,53 +76,56 @@ def engines(config, tokenizer, paths: list, question: str) -> list:
     """[Fed, ...]; the original first."""
     if "<image>" in question:
         raise InputError("the question has <image> in it; give the bare question, each engine puts the pictures where it does")
-    images, most, per_tile = [as_stored(p) for p in paths], config.max_dynamic_patch, config.num_image_token
+    images, per_tile, system = [as_stored(p) for p in paths], config.num_image_token, config.system_message or SYSTEM
 
     def marks(tiles):
         return [f"<IMG_CONTEXT x {per_tile * n}>" for n in tiles]
 
     def original(c):
-        return turn("system", SYSTEM) + turn("user", "".join(f"<img>{m}</img>\n" for m in c) + question)
+        return turn("system", system) + turn("user", "".join(f"<img>{m}</img>\n" for m in c) + question)
 
     def lmdeploy_064(c):
-        return turn("system", SYSTEM) + turn("user", (f"<img>{''.join(c)}</img>\n" if c else "") + question)
+        return turn("system", system) + turn("user", (f"<img>{''.join(c)}</img>\n" if c else "") + question)
 
     def lmdeploy_016(c):
-        return turn("system", SYSTEM) + turn("user", question + "".join(f"<img>{m}</img>\n" for m in c))
+        return turn("system", system) + turn("user", question + "".join(f"<img>{m}</img>\n" for m in c))
 
     def transformers(c):
         return turn("user", "".join(f"<img>{m}</img>\n" for m in c) + question)
 
-    several = len(paths) > 1
-    table = [("original chat", as_rgb, original, config.use_thumbnail, [
-                 "with several pictures the caller writes the <image> marks; here one per line, before the question"] if several else []),
-             ("LMDeploy 0.6.4", as_rgb, lmdeploy_064, config.use_thumbnail,
-              ["all pictures inside one <img></img> pair; the training had one pair each"] if several else []),
-             ("LMDeploy 0.16", as_rgb, lmdeploy_016, config.use_thumbnail,
+    several, limits = len(paths) > 1, (config.min_dynamic_patch, config.max_dynamic_patch)
+    table = [("original chat", as_rgb, original, limits, [
+                 "with several pictures the caller writes the <image> marks: here one per line; the documentation writes "
+                 "Image-1: <image>, Image-2: <image>"] if several else []),
+             ("LMDeploy 0.6.4", as_rgb, lmdeploy_064, limits,
+              ["all pictures inside one <img></img> pair; the training had one pair each"] * several
+              + ["AWQ models: tower and decoder compute in float16; the original in bfloat16",
+                 "its own list of ids has 0 at the pictures' places, which a repetition penalty sees"]),
+             ("LMDeploy 0.16", as_rgb, lmdeploy_016, limits,
               ["(text, picture) puts the text first", "the template is the tokenizer's own chat_template where there is one: then its "
                "system message, or none, stands here"]),
-             ("transformers", upright_on_white, transformers, True,
+             ("transformers", upright, transformers, (1, 12),
               ["the chat template has no default system message", "tiles are resized as tensors by torchvision, not by Pillow: pixels "
                "differ a little (not in the numbers here)"])]
     fed, reference = [], None
-    for engine, opened, prompt, thumbnail, remarks in table:
+    for engine, opened, prompt, (least, most), remarks in table:
         rgb = [opened(image) for image in images]
-        cut = [tile(im, min_num=config.min_dynamic_patch, max_num=most, tile_size=config.force_image_size, use_thumbnail=thumbnail) for im in rgb]
-        counts = [len(t) for t in cut]
-        text = prompt(marks(counts)) + "<|im_start|>assistant\n"
-        full = text
+        grids = [choose_grid(*im.size, min_num=least, max_num=most, tile_size=config.force_image_size) for im in rgb]
+        pixels = [to_pixel_values(tile(im, min_num=least, max_num=most, tile_size=config.force_image_size,
+                                       use_thumbnail=config.use_thumbnail or engine == "transformers")) for im in rgb]
+        counts = [len(t) for t in pixels]
+        shown = prompt(marks(counts)) + "<|im_start|>assistant\n"
+        full = shown
         for mark, n in zip(marks(counts), counts):
             full = full.replace(mark, "<IMG_CONTEXT>" * (per_tile * n), 1)
-        pixels = [to_pixel_values(t) for t in cut]
-        reference = reference or (text, pixels)
-        errors = [relative_error(a, b) if a.shape == b.shape else None for a, b in zip(pixels, reference[1])]
+        reference = reference or pixels
+        errors = [relative_error(a, b) if a.shape == b.shape else None for a, b in zip(pixels, reference)]
         for path, image, error in zip(paths, images, errors):
             if error != 0.0 and image.getexif().get(0x0112, 1) != 1:
-                remarks = [*remarks, f"{path}: turned, as its EXIF mark says"]
-            if error != 0.0 and ("A" in image.getbands() or "transparency" in image.info):
-                remarks = [*remarks, f"{path}: its transparency lies on white; the original drops it, and shows what is stored under it"]
-        grids = [choose_grid(*im.size, min_num=config.min_dynamic_patch, max_num=most, tile_size=config.force_image_size) for im in rgb]
-        fed.append(Fed(engine, text, tokenizer.encode(full), [im.size for im in rgb], grids, counts, errors, list(remarks)))
+                remarks = [*remarks, f"{path}: a file is turned as its EXIF mark says"]
+            if engine == "transformers" and ("A" in image.getbands() or "transparency" in image.info):
+                remarks = [*remarks, f"{path}: of a file the transparency is dropped, as everywhere; a PIL image handed over is put on white"]
+        fed.append(Fed(engine, shown, tokenizer.encode(full), [im.size for im in rgb], grids, counts, errors, remarks))
     return fed
 
 
@@ -148,14 +161,15 @@ def known(prompt: str, fed: list) -> str:
 
 def known_opening(path, pixels, config, max_num: int) -> str:
     """Why a picture's pixels may differ without a mistake: rotation mark, transparency, another resize; "" if none explains it."""
-    image = as_stored(path)
-    white = tile(upright_on_white(image), min_num=config.min_dynamic_patch, max_num=max_num, tile_size=config.force_image_size,
-                 use_thumbnail=config.use_thumbnail)
-    values = to_pixel_values(white)
-    if values.shape == pixels.shape and relative_error(values, pixels) < 1e-5 and upright_on_white(image).tobytes() != as_rgb(image).tobytes():
-        return "a known difference: the reference turned the picture by its EXIF mark or put its transparency on white, as transformers does"
-    plain = to_pixel_values(tile(minivl.load_image(path), min_num=config.min_dynamic_patch, max_num=max_num, tile_size=config.force_image_size,
-                                 use_thumbnail=config.use_thumbnail))
+    image, ours = as_stored(path), cut(minivl.load_image(path), config, max_num)
+    for opened, what in ((upright, "turned the picture by its EXIF mark, as transformers does with files"),
+                         (on_white, "put the picture's transparency on white, as transformers does with PIL images")):
+        theirs = cut(opened(image), config, max_num)
+        if [t.tobytes() for t in theirs] != [t.tobytes() for t in ours]:
+            values = to_pixel_values(theirs)
+            if values.shape == pixels.shape and relative_error(values, pixels) < 1e-5:
+                return f"a known difference: the reference {what}"
+    plain = to_pixel_values(ours)
     if plain.shape == pixels.shape and relative_error(plain, pixels) < 2e-2 and (plain - pixels).mean().abs() < 1e-3:
         return "as small as another bicubic filter: torchvision resizes tensors, transformers' fast processor uses it"
     return ""

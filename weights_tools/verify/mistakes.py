@@ -1,8 +1,9 @@
 """Planted mistakes: each a change of one line in minivl, which `verify` must catch, and at the right stage.
 
-    python -m weights_tools.verify.mistakes CHECKPOINT TRACE PICTURE ...      one line per mistake: where it was caught
+    python -m weights_tools.verify.mistakes CHECKPOINT PICTURE ...      one line per mistake: where it was caught
 
-Each runs in a process of its own, on a copy of the package with the one line changed.
+Each runs in a process of its own, on a copy of the package with the one line changed. The reference is recorded first, or
+read from --traces.
 """
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -111,8 +113,9 @@ MISTAKES = _mistakes()
 
 def quiet(checkpoint, folder) -> Path:
     """A copy of a checkpoint whose tower embeds 256 times smaller. A power of two: the copy is the same on every machine."""
-    from minivl.checkpoint import open_weights
+    from minivl.checkpoint import find, open_weights
     from weights_tools.files import save_checkpoint
+    checkpoint = find(checkpoint)
     tensors = {name: stored.read() for name, stored in open_weights(checkpoint).items()}
     for name in tensors:
         if name.startswith("vision_model.embeddings."):
@@ -145,8 +148,8 @@ def caught(mistake: Mistake | None, checkpoint, trace, pictures, dtype: str) -> 
         os.close(send)
         with os.fdopen(receive, encoding="utf-8") as file:
             answer = file.read()
-        os.waitpid(child, 0)
-        return json.loads(answer)
+        status = os.waitpid(child, 0)[1]
+        return json.loads(answer) if answer else {"stage": f"died ({status})", "note": "the process ended without an answer"}
     try:
         with tempfile.TemporaryDirectory() as folder:
             if mistake:
@@ -170,35 +173,53 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weights_tools.verify.mistakes", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("trace", metavar="TRACE")
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE")
-    parser.add_argument("--half", metavar="TRACE", help="a whole trace in bfloat16, for the mistakes that float32 cannot show")
-    parser.add_argument("--quiet", nargs=2, metavar=("CHECKPOINT", "TRACE"), help="the quiet copy of the checkpoint and its trace")
+    parser.add_argument("pictures", nargs="+", metavar="PICTURE")
+    parser.add_argument("--traces", metavar="FOLDER", help="with float32.safetensors and, if there, bfloat16 and quiet, recorded before; "
+                        "without a reference environment only these can be used")
+    parser.add_argument("--record", metavar="FOLDER", help="keep the three traces there")
     parser.add_argument("--json", metavar="FILE", help="the results for programs")
     args = parser.parse_args(argv)
     import PIL.Image  # noqa: F401  once for all forks
     import safetensors  # noqa: F401
     import tokenizers  # noqa: F401
     import torch  # noqa: F401
-    runs = {"float32": (args.checkpoint, args.trace, "float32")}
-    if args.half:
-        runs["bfloat16"] = (args.checkpoint, args.half, "bfloat16")
-    if args.quiet:
-        runs["quiet"] = (*args.quiet, "float32")
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = prepare(args, Path(scratch))
+        rows, missed = tried(runs, args.pictures)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(rows) - len(runs)} mistakes, {missed} not caught where they are")
+    return 1 if missed else 0
+
+
+def prepare(args, scratch: Path) -> dict:
+    """{"float32": (checkpoint, trace, dtype), ...}: what each run compares. In processes of their own, which import minivl."""
+    folder = Path(args.traces or args.record or scratch)
+    runs = {shown: (args.checkpoint, folder / f"{shown}.safetensors", "bfloat16" if shown == "bfloat16" else "float32")
+            for shown in ("float32", "bfloat16", "quiet") if not args.traces or (folder / f"{shown}.safetensors").exists()}
+    if "quiet" in runs:
+        copy = scratch / "quiet"
+        subprocess.run([sys.executable, "-c", "import sys; from weights_tools.verify.mistakes import quiet; quiet(*sys.argv[1:])",
+                        args.checkpoint, copy], check=True)
+        runs["quiet"] = (copy, *runs["quiet"][1:])
+    for checkpoint, trace, dtype in runs.values() if not args.traces else ():
+        subprocess.run([sys.executable, "-m", "weights_tools.verify", checkpoint, *args.pictures, "--dtype", dtype, "--record", trace], check=True)
+    return runs
+
+
+def tried(runs: dict, pictures: list) -> tuple:
+    """(rows, how many were not caught where they are), printed one by one."""
     planted = [(None, shown) for shown in runs] + [(m, m.shown) for m in MISTAKES if m.shown in runs]
     rows, missed = [], 0
     for mistake, shown in planted:
         checkpoint, trace, dtype = runs[shown]
-        found = caught(mistake, checkpoint, trace, args.pictures, dtype)
+        found = caught(mistake, checkpoint, trace, pictures, dtype)
         wanted = mistake.stage if mistake else None
         missed += found["stage"] != wanted
         rows.append({"shown": shown, "mistake": mistake.name if mistake else "none", "file": mistake.file if mistake else "", "wanted": wanted, **found})
         print(f"{'ok   ' if found['stage'] == wanted else 'WRONG'} {rows[-1]['file']:<20} {rows[-1]['mistake']:<42} {str(found['stage']):<16}"
               f" {found.get('error') or 0:8.1e}  {found['note']}", flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(planted) - len(runs)} mistakes, {missed} not caught where they are")
-    return 1 if missed else 0
+    return rows, missed
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run other people's code on a checkpoint and record every stage: python weights_tools/reference.py FOLDER REQUEST TRACE
+"""Run other people's code on a checkpoint and record every stage: python reference.py FOLDER REQUEST TRACE
 
     REQUEST (json: pictures, messages, limits) -> the reference's own tiles, prompt and ids -> its own model -> TRACE
 
@@ -20,10 +20,12 @@ import json
 import platform
 import sys
 import time
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -58,7 +60,6 @@ class Weights:
     ORDER = (0, 16, 4, 20, 8, 24, 12, 28)     # shift of column 8c + j in word c; AutoAWQ packing_utils.py @88e4c76b
 
     def __init__(self, folder: Path):
-        from safetensors import safe_open
         self.read = {}
         for path in weight_files(folder):
             if path.suffix == ".safetensors":
@@ -107,7 +108,9 @@ def rendered(messages: list, tiles: list, per_tile: int, system=None) -> str:
     """The prompt as text. Source: InternVL conversation.py:238-247, 393-402, modeling_internvl_chat.py:343-398 @2410d1d."""
     text = f"<|im_start|>system\n{SYSTEM if system is None else system}<|im_end|>\n"
     for message in messages:
-        text += f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
+        text += f"<|im_start|>{message['role']}\n"
+        if message["content"]:      # an empty message is only its header
+            text += f"{message['content']}<|im_end|>\n"
     if messages[-1]["role"] == "user":
         text += "<|im_start|>assistant\n"
     for n in tiles:
@@ -119,6 +122,9 @@ def tokenizer_of(folder: Path):
     """transformers' Qwen2 tokenizer from vocab.json, merges.txt and added_tokens.json."""
     from tokenizers import AddedToken
     from transformers import Qwen2Tokenizer
+    if lacking := [name for name in ("vocab.json", "merges.txt", "added_tokens.json") if not (folder / name).exists()]:
+        raise CannotRun(f"{folder} lacks {', '.join(lacking)}, from which the reference makes its tokenizer; copy them there from the "
+                        "model's repository")
     vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
     merges = [tuple(line.split(" ")) for line in (folder / "merges.txt").read_text("utf-8").split("\n")
               if line and not line.startswith("#version")]
@@ -139,8 +145,7 @@ def hf_config(config: dict):
     from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
     vision, llm = config["vision_config"], config["llm_config"]
     if llm["architectures"][0] != "Qwen2ForCausalLM":
-        raise CannotRun(f"transformers has no {llm['architectures'][0]} of its own; record the code inside the checkpoint "
-                        "with --trust-remote-code, or compare with an existing trace")
+        raise CannotRun(f"transformers has no {llm['architectures'][0]} of its own")
     vision_config = InternVLVisionConfig(
         hidden_size=vision["hidden_size"], num_hidden_layers=vision["num_hidden_layers"],
         num_attention_heads=vision["num_attention_heads"], intermediate_size=vision["intermediate_size"],
@@ -178,14 +183,15 @@ def released_name(name: str):
     return name, third
 
 
-def transformers_model(folder: Path, config: dict, dtype, resident: float):
+def transformers_model(folder: Path, config: dict, dtype, resident: float, long: bool):
     """transformers' InternVL, empty, with hooks that fill a part before it runs and empty it afterwards."""
     from transformers import InternVLForConditionalGeneration
     weights = Weights(folder)
     hf = hf_config(config)
     # In float32 the textbook softmax, which shares nothing with minivl. In half precision torch's own kernel, as minivl: both keep
     # scores and softmax in float32 inside, so that what is left of a difference is a mistake.
-    hf._attn_implementation = "eager" if dtype == torch.float32 else "sdpa"
+    # Long prompts too: the scores of 10,000 tokens are 6 GB.
+    hf._attn_implementation = "eager" if dtype == torch.float32 and not long else "sdpa"
     with torch.device("meta"):
         model = InternVLForConditionalGeneration(hf).eval()
     rotary = model.model.language_model.rotary_emb
@@ -239,25 +245,26 @@ def transformers_model(folder: Path, config: dict, dtype, resident: float):
 def remote_model(folder: Path, dtype):
     """The code inside the checkpoint's folder, with the names of its own modules, which are the released ones."""
     from transformers import AutoConfig, AutoModel
+    code = json.loads((folder / "config.json").read_text("utf-8")).get("auto_map", {})
+    missing = {value.split(".")[0] + ".py" for value in code.values() if not (folder / (value.split(".")[0] + ".py")).exists()}
+    if missing or not code:
+        raise CannotRun(f"{folder} holds no code ({', '.join(sorted(missing)) or 'config.json has no auto_map'}); minivl's own download "
+                        "leaves it out: fetch the *.py files of the repository into a folder with the weights and give that folder")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     for part in (config, config.llm_config):        # the weights arrive dequantised: the same function, without its kernels
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    model = AutoModel.from_config(config, trust_remote_code=True).to(dtype).eval()
-    weights = Weights(folder)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(weights(name, dtype))
-    llm = model.language_model
-    embeddings = getattr(llm.model, "embed_tokens", None) or llm.model.tok_embeddings
-    head = getattr(llm, "lm_head", None) or llm.output
+    model = AutoModel.from_config(config, trust_remote_code=True).eval()
+    weights, llm = Weights(folder), model.language_model
+    for name, p in model.named_parameters():        # parameters only: rounding RoPE's buffer would be a mistake
+        p.data = weights(name, dtype).reshape(p.shape)
     stages = {"vit.embeddings": (model.vision_model.embeddings, "out"),
               **{f"vit.layers.{i}": (layer, "out") for i, layer in enumerate(model.vision_model.encoder.layers)},
               "pixel_unshuffle": (model.mlp1, "in"), "projector": (model.mlp1, "out"),
               "inputs_embeds": (llm.model, "in"),
               **{f"llm.layers.{i}": (layer, "out") for i, layer in enumerate(llm.model.layers)},
-              "llm.norm": (llm.model.norm, "out"), "logits": (head, "out")}
-    return model, stages, embeddings
+              "llm.norm": (llm.model.norm, "out"), "logits": (llm.lm_head, "out")}
+    return model, stages, llm.model.embed_tokens
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------
@@ -274,7 +281,6 @@ def run(folder: Path, request: dict, trust_remote_code: bool, resident: float) -
     tensors, facts = {}, {"reference": "remote code" if trust_remote_code else "transformers"}
 
     if "like" in request:       # ids and pixels of another trace
-        from safetensors import safe_open
         with safe_open(request["like"], "pt") as file:
             ids, pixels = file.get_tensor("input_ids"), file.get_tensor("pixel_values")
         image_token = request["image_token_id"]
@@ -297,10 +303,14 @@ def run(folder: Path, request: dict, trust_remote_code: bool, resident: float) -
     if trust_remote_code:
         model, stages, embeddings = remote_model(folder, dtype)
     else:
-        model, stages = transformers_model(folder, config, dtype, resident)
+        model, stages = transformers_model(folder, config, dtype, resident, ids.shape[1] > 4000)
         model.config.image_token_id = model.model.config.image_token_id = image_token
     wanted = request.get("stages")
-    order = [name for name in stages if not wanted or any(Path(name).match(pattern) for pattern in wanted)]
+    order = [name for name in stages if not wanted or any(fnmatchcase(name, pattern) for pattern in wanted)]
+    if idle := [pattern for pattern in wanted or () if not any(fnmatchcase(name, pattern) for name in stages)]:
+        raise CannotRun(f"no stage matches {', '.join(idle)}; stages are {', '.join(stages)}")
+    if pixels is None:
+        order = [name for name in order if not name.startswith(("vit", "pixel", "projector"))]
     T, V = ids.shape[1], config["llm_config"]["vocab_size"]
     keep = T if T * V <= 64_000_000 else LAST_LOGITS
     handles, bar = [], tqdm(total=len(stages), desc="reference", unit="stage", disable=None)
@@ -346,10 +356,10 @@ def run(folder: Path, request: dict, trust_remote_code: bool, resident: float) -
     bar.close()
     if request["max_new_tokens"]:
         tensors |= {"greedy": torch.tensor(written), "greedy_scores": torch.tensor(scores)}
-    missing = [name for name in order if name not in tensors and (pixels is not None or name.startswith(("llm", "logits")))]
+    missing = [name for name in order if name not in tensors]
     if missing:
         raise CannotRun(f"the reference's forward pass did not come by {missing[:4]}; this version of it is not known here")
-    facts |= {"order": [name for name in order if name in tensors], "logits_from": T - keep, "dtype": str(dtype).removeprefix("torch."),
+    facts |= {"logits_from": T - keep, "dtype": str(dtype).removeprefix("torch."),
               "image_token_id": image_token, "stop": stop, "max_num": request.get("max_num"), "messages": request.get("messages"),
               "weights": Weights(folder).digest(),
               "versions": {"transformers": transformers.__version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -372,13 +382,13 @@ def main(argv=None) -> int:
         tensors, facts = run(args.folder, json.loads(args.request.read_text("utf-8")), args.trust_remote_code, args.resident)
         facts["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
         save_file({name: t.contiguous() for name, t in tensors.items()}, args.trace, metadata={"trace": json.dumps(facts)})
-    except (CannotRun, OSError) as error:
+    except (CannotRun, OSError, SafetensorError) as error:
         print(f"reference: {error}", file=sys.stderr)
         return 2
     except (ImportError, AttributeError, TypeError) as error:
         version = sys.modules["transformers"].__version__ if "transformers" in sys.modules else "missing"
-        print(f"reference: {type(error).__name__}: {error}. transformers is {version}, this was written for {KNOWN}; `make reference` "
-              "builds the right environment", file=sys.stderr)
+        print(f"reference: {type(error).__name__}: {error}. transformers is {version}, this was written for {KNOWN}: `make reference` builds "
+              f"that environment. Code inside a checkpoint may need packages of its own: {sys.executable} -m pip install ...", file=sys.stderr)
         return 2
     return 0
 

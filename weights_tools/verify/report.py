@@ -19,13 +19,17 @@ def number(x, digits=2) -> str:
     return "" if x is None else "0" if x == 0 else f"{x:.{digits - 1}e}"
 
 
+def from_one(cosine) -> str:
+    return "" if cosine is None else number(max(0.0, 1 - cosine) if cosine == cosine else cosine)
+
+
 def verdict(report: Report) -> str:
     """One sentence."""
     reference = report.reference.get("reference") or "the trace"
     if report.agrees:
-        worst = max((row.error for row in report.rows if row.error is not None), default=0)
+        errors = [row.error for row in report.rows if row.error is not None]
         tokens = f", all {len(report.tokens)} tokens are the same" if report.tokens else ""
-        return f"agrees with {reference}: largest relative error {number(worst)} of {len(report.rows)} stages{tokens}"
+        return f"agrees with {reference}: largest relative error {number(max(errors))} of {len(errors)} stages{tokens}"
     if report.first:
         return f"differs from {reference}, first at {report.first.stage}: {report.first.note}"
     t = report.tokens[report.parted]
@@ -39,7 +43,7 @@ def text(report: Report, words=str) -> str:
     for row in report.rows:
         mark = " " if row.agrees else "<" if row is not report.first else "<== first difference"
         lines.append(f"{row.stage:<18}{'x'.join(map(str, row.shape)):<22}{number(row.error):>11}{number(row.largest):>11}  "
-                     f"{str(row.at or ''):<18}{'' if row.cosine is None else number(max(0.0, 1 - row.cosine)):>11} {mark}")
+                     f"{str(row.at or ''):<18}{from_one(row.cosine):>11} {mark}")
     lines.append(f"tolerance {report.tolerance:.0e} in {report.dtype}: {report.reason}")
     if report.logits:
         lines += ["", f"end of the prompt: KL {number(report.logits['kl'])}, the reference's token has rank {report.logits['rank']}",
@@ -51,6 +55,7 @@ def text(report: Report, words=str) -> str:
         same = report.parted if report.parted is not None else len(report.tokens)
         lines += ["", f"greedy answer: {same} of {len(report.tokens)} tokens agree; smallest margin between the two best scores "
                       f"{min(t['margin'] for t in report.tokens[:same + 1]):.3g}"]
+    lines += [f"not compared: {what}" for what in report.skipped]
     return "\n".join([*lines, "", verdict(report)])
 
 
@@ -75,7 +80,8 @@ def curve(report: Report) -> str:
         return ""
     W, H, left, bottom = 960, 300, 50, 90
     values = [max(row.error if math.isfinite(row.error) else 10.0, 1e-9) for row in rows]
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(*values, report.tolerance)) + 0.01)
+    limit = max(report.tolerance, 1e-9)
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(*values, limit)) + 0.01)
 
     def y(value):
         return 10 + (H - bottom - 10) * (high - math.log10(value)) / max(1, high - low)
@@ -84,8 +90,8 @@ def curve(report: Report) -> str:
         return left + (W - left - 10) * (i + 0.5) / len(rows)
     parts = [f'<line class="axis" x1="{left}" x2="{W}" y1="{y(10.0 ** e):.1f}" y2="{y(10.0 ** e):.1f}"/>'
              f'<text x="{left - 8}" y="{y(10.0 ** e) + 4:.1f}" text-anchor="end">1e{e}</text>' for e in range(low, high + 1)]
-    parts.append(f'<line x1="{left}" x2="{W}" y1="{y(report.tolerance):.1f}" y2="{y(report.tolerance):.1f}" stroke="#d43030" '
-                 f'stroke-dasharray="6 4"/><text x="{left + 4}" y="{y(report.tolerance) - 4:.1f}">tolerance</text>')
+    parts.append(f'<line x1="{left}" x2="{W}" y1="{y(limit):.1f}" y2="{y(limit):.1f}" stroke="#d43030" '
+                 f'stroke-dasharray="6 4"/><text x="{left + 4}" y="{y(limit) - 4:.1f}">tolerance</text>')
     parts.append('<polyline fill="none" stroke="currentColor" opacity=".6" points="'
                  + " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(values)) + '"/>')
     step = max(1, len(rows) // 32)
@@ -118,10 +124,11 @@ def html(report: Report, words=str) -> str:
     rows = "".join(
         f'<tr class="{"" if row.agrees else "bad"}"><td><code>{row.stage}</code></td><td>{"x".join(map(str, row.shape))}</td>'
         f'<td class="n">{number(row.error)}</td><td class="n">{number(row.largest)}</td><td>{cell(row.at or "")}</td>'
-        f'<td class="n">{"" if row.cosine is None else number(max(0.0, 1 - row.cosine))}</td>'
+        f'<td class="n">{from_one(row.cosine)}</td>'
         f'<td>{"agrees" if row.agrees else "differs" + (": " + cell(row.note)) * bool(row.note)}</td></tr>' for row in report.rows)
     parts = [f"<h1>minivl against {cell(report.reference.get('reference') or 'a trace')}</h1>",
              f'<p class="verdict {"ok" if report.agrees else "no"}">{cell(verdict(report))}</p>',
+             *(f"<p>Not compared: {cell(what)}.</p>" for what in report.skipped),
              f"<p>Checkpoint <code>{cell(report.checkpoint)}</code>, trace <code>{cell(report.trace)}</code>, computed in {report.dtype}, "
              f"reference in {cell(report.reference.get('dtype') or 'float32')} ({cell(', '.join(f'{k} {v}' for k, v in (report.reference.get('versions') or {}).items()) or 'versions unknown')}).</p>",
              "<h2>Error of each stage</h2><p>Relative error |a - b| / |b| over the whole tensor. The dashed line is the tolerance: "
