@@ -58,29 +58,29 @@ def test_answers_say_what_is_there():
             if turn := question(rng, s):
                 assert asked.setdefault(turn.question, turn.answer) == turn.answer, turn.question
     for question, answer in {
-        "Describe the picture.": "There are three shapes: a large red star in the top left corner, a small orange ring in the "
-                                 "middle and a small blue star at the bottom.",
+        "Describe the picture.": "I see a large red star in the top left corner, a small orange ring in the middle and a "
+                                 "small blue star at the bottom.",
         "What colour is the ring?": "The ring is orange.",
         "Where is the red star?": "The red star is in the top left corner.",
-        "How many stars are there?": "There are two stars.",
-        "How many small shapes are there?": "There are two small shapes.",
-        "How many green shapes are there?": "There are no green shapes.",
-        "Is there a blue ring?": "No, there is no blue ring.",
-        "Is there an orange ring?": "Yes, there is an orange ring.",
-        "Where is the heart?": "There is no heart in the picture.",
+        "How many stars are there?": "The number of stars is two.",
+        "How many small shapes are there?": "The number of small shapes is two.",
+        "How many green shapes are there?": "The number of green shapes is zero.",
+        "Is there a blue ring?": "A blue ring is not in the picture, so no.",
+        "Is there an orange ring?": "An orange ring is in the picture, so yes.",
+        "Where is the heart?": "The heart is not in the picture.",
         "What is on the right?": "On the right there is nothing.",
         "What is in the middle?": "In the middle there is a small orange ring.",
-        "Are there five shapes?": "No, there are three shapes.",
+        "Are there five shapes?": "The number of shapes is three, so no.",
         "Is the ring small or large?": "The ring is small.",
         "How many shapes are below the ring?": "The ring is in the middle. The other shapes are a star in the top left corner "
                                                "and a star at the bottom. One of them is below it.\nFinal Answer: 1",
         "Which shape is directly above the ring?": None,        # nothing is there: not asked
         "What colour is the shape directly below the ring?": "The ring is in the middle. The shape directly below it is a "
                                                              "small blue star.\nFinal Answer: blue",
-        "Are there more red shapes than blue shapes?": "There is one red shape and one blue shape. One is not more than one."
-                                                       "\nFinal Answer: no",
-        "How many stars and rings are there together?": "There are two stars and one ring. Two plus one is three."
-                                                        "\nFinal Answer: 3",
+        "Are there more red shapes than blue shapes?": "The number of red shapes is one. The number of blue shapes is one. One "
+                                                       "is not more than one.\nFinal Answer: no",
+        "How many stars and rings are there together?": "The number of stars is two. The number of rings is one. Two plus one "
+                                                        "is three.\nFinal Answer: 3",
     }.items():
         assert asked.get(question) == answer, question
 

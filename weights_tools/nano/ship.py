@@ -107,7 +107,7 @@ word by word (reasoning: the line after "Final Answer:"). In per cent. *aim* is 
 {table}
 
 *read words*: words of a list used in training, in pictures never seen; *read new words*: words that were never written in
-training; *read letters*: letters at random; *yes*, *no*: questions whose answer begins so; *false premise*: "where is the star?"
+training; *read letters*: letters at random; *yes*, *no*: questions whose answer ends so; *false premise*: "where is the star?"
 where there is none; *unknown*: pictures and questions from outside its world. "rounded" is int4 by plain rounding to nearest,
 without AWQ's smoothing.
 

@@ -3,7 +3,8 @@
     example(seed, index) -> Example: pictures, turns of question, answer and task, most tiles
 
 The same seed and index give the same example on every machine. An answer follows from the picture and the conversation
-so far alone, word by word, so that "exactly right" can be measured.
+so far alone, word by word, so that "exactly right" can be measured. It names what was asked about before it says anything
+of it, and says yes or no last: a small decoder looks a thing up at the word for it, see NOTES.md.
 """
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ PLACES = (("in the top left corner", "at the top", "in the top right corner"),
           ("in the bottom left corner", "at the bottom", "in the bottom right corner"))
 UNKNOWN_PICTURE = "I cannot tell what this is. I only know shapes, words and numbers."
 UNKNOWN = "I cannot tell. I only know shapes, words and numbers."
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PLURALS = {s: "crosses" if s == "cross" else s + "s" for s in (*SHAPES, "shape")}
 WORDS = """
 ACE ACORN ACT ADD AGE AIR ALARM ALBUM ALERT ALL ANGEL ANGLE ANKLE ANT APPLE APRIL APRON ARCH AREA ARM ARROW ART ASH AUNT
@@ -90,13 +91,9 @@ def place(thing: Thing) -> str:
     return PLACES[thing.row][thing.column]
 
 
-def some(n: int, adjective: str, noun: str) -> str:
-    """"no red stars", "one red star", "two red stars"."""
-    return " ".join(filter(None, (NUMBERS[n], adjective, noun if n == 1 else PLURALS[noun])))
-
-
-def there(n: int, adjective: str, noun: str) -> str:
-    return f"There {'is' if n == 1 else 'are'} {some(n, adjective, noun)}."
+def number_of(n: int, adjective: str, noun: str) -> str:
+    """"the number of red stars is two"."""
+    return f"the number of {' '.join(filter(None, (adjective, PLURALS[noun])))} is {NUMBERS[n]}"
 
 
 def listed(phrases: list) -> str:
@@ -135,10 +132,7 @@ def describe(rng, scene):
     if not things:
         return Turn(question, "The picture is empty.", "describe")
     phrases = [f"{'the ' + name(t) if t.is_text else a(name(t))} {place(t)}" for t in things]
-    if len(phrases) < 3:
-        return Turn(question, f"There is {listed(phrases)}.", "describe")
-    noun = "shapes" if not scene.texts else "things"
-    return Turn(question, f"There are {NUMBERS[len(things)]} {noun}: {listed(phrases)}.", "describe")
+    return Turn(question, f"I see {listed(phrases)}.", "describe")
 
 
 def colour(rng, scene):
@@ -207,22 +201,22 @@ def count(rng, scene):
     found = [t for t in scene.shapes if adjective in ("", t.colour, t.size) and noun in ("shape", t.kind)]
     many = " ".join(filter(None, (adjective, PLURALS[noun])))
     return Turn(rng.choice((f"How many {many} are there?", f"How many {many} do you see?", f"Count the {many}.")),
-                there(len(found), adjective, noun), "count")
+                f"{number_of(len(found), adjective, noun).capitalize()}.", "count")
 
 
 def yes_no(rng, scene):
-    """Half of the questions are to be answered with no, half of these with what is true instead."""
+    """What is true, and whether that is a yes; half of the questions are to be answered with no."""
     yes = rng.random() < 0.5
-    task = "yes" if yes else "no"
+    task = so = "yes" if yes else "no"
     shapes, what = scene.shapes, rng.randrange(6)
     if scene.texts and (not shapes or rng.random() < 0.5):
         text = scene.texts[0] if len(scene.texts) == 1 else None
         if text is None:
             return None
         if yes:
-            return Turn(f'Does it say "{text.text}"?', f'Yes, it says "{text.text}".', task)
+            return Turn(f'Does it say "{text.text}"?', f'It says "{text.text}", so yes.', task)
         other = near(rng, text)
-        return Turn(f'Does it say "{other}"?', f'No, it says "{text.text}".', task)
+        return Turn(f'Does it say "{other}"?', f'It says "{text.text}", so no.', task)
     if what == 0:           # is there a star?
         present = sorted({t.kind for t in shapes})
         pool = present if yes else [s for s in SHAPES if s not in present]
@@ -230,7 +224,7 @@ def yes_no(rng, scene):
             return None
         noun = rng.choice(pool)
         question = rng.choice((f"Is there {a(noun)}?", f"Do you see {a(noun)}?", f"Is there {a(noun)} in the picture?"))
-        return Turn(question, f"Yes, there is {a(noun)}." if yes else f"No, there is no {noun}.", task)
+        return Turn(question, f"{a(noun).capitalize()} is {'' if yes else 'not '}in the picture, so {so}.", task)
     if what in (1, 2):      # is there a red star?
         pairs = {(t.colour, t.kind) for t in shapes}
         if yes:
@@ -242,20 +236,20 @@ def yes_no(rng, scene):
             return None
         noun = " ".join(rng.choice(pool))
         question = rng.choice((f"Is there {a(noun)}?", f"Do you see {a(noun)}?", f"Can you see {a(noun)}?"))
-        return Turn(question, f"Yes, there is {a(noun)}." if yes else f"No, there is no {noun}.", task)
+        return Turn(question, f"{a(noun).capitalize()} is {'' if yes else 'not '}in the picture, so {so}.", task)
     thing = rng.choice(unique(shapes) or [None])
     if what == 5 or thing is None:
         n = len(shapes)
         if not n:
             return None
         said = n if yes else rng.choice([m for m in range(1, 7) if m != n])
-        question = f"{'Is' if said == 1 else 'Are'} there {some(said, '', 'shape')}?"
-        return Turn(question, ("Yes, " if yes else "No, ") + "t" + there(n, "", "shape")[1:], task)
+        question = "Is there one shape?" if said == 1 else f"Are there {NUMBERS[said]} shapes?"
+        return Turn(question, f"{number_of(n, '', 'shape').capitalize()}, so {so}.", task)
     if what == 3:           # is the star red?
         said = thing.colour if yes else rng.choice([c for c in COLOURS if c != thing.colour])
-        return Turn(f"Is the {thing.kind} {said}?", f"{'Yes' if yes else 'No'}, the {thing.kind} is {thing.colour}.", task)
+        return Turn(f"Is the {thing.kind} {said}?", f"The {thing.kind} is {thing.colour}, so {so}.", task)
     said = place(thing) if yes else rng.choice([p for row in PLACES for p in row if p != place(thing)])
-    return Turn(f"Is the {thing.kind} {said}?", f"{'Yes' if yes else 'No'}, it is {place(thing)}.", task)
+    return Turn(f"Is the {thing.kind} {said}?", f"The {thing.kind} is {place(thing)}, so {so}.", task)
 
 
 def near(rng, text: Thing) -> str:
@@ -288,7 +282,7 @@ def false_premise(rng, scene):
     noun = rng.choice(absent)
     return Turn(rng.choice((f"What colour is the {noun}?", f"Where is the {noun}?", f"How big is the {noun}?",
                             f"Is the {noun} small or large?", f"Is the {noun} {rng.choice(list(COLOURS))}?")),
-                f"There is no {noun} in the picture.", "false premise")
+                f"The {noun} is not in the picture.", "false premise")
 
 
 def outside(rng, scene):
@@ -374,7 +368,7 @@ def reason(rng, scene):
             return None
         x, y, n, m = pair
         question = f"Are there more {x} shapes than {y} shapes?"
-        steps = (f"There {'is' if n == 1 else 'are'} {some(n, x, 'shape')} and {some(m, y, 'shape')}. "
+        steps = (f"{number_of(n, x, 'shape').capitalize()}. {number_of(m, y, 'shape').capitalize()}. "
                  f"{NUMBERS[n].capitalize()} is {'more than' if n > m else 'not more than'} {NUMBERS[m]}.")
         final = "yes" if n > m else "no"
     elif what == 2:         # what colour is the shape directly below the star?
@@ -395,7 +389,7 @@ def reason(rng, scene):
             return None
         x, y, n, m = pair
         question = f"How many {PLURALS[x]} and {PLURALS[y]} are there together?"
-        steps = (f"There {'is' if n == 1 else 'are'} {some(n, '', x)} and {some(m, '', y)}. "
+        steps = (f"{number_of(n, '', x).capitalize()}. {number_of(m, '', y).capitalize()}. "
                  f"{NUMBERS[n].capitalize()} plus {NUMBERS[m]} is {NUMBERS[n + m]}.")
         final = str(n + m)
     else:                   # is the star left of the circle?
@@ -421,22 +415,22 @@ def follow_up(rng, scene):
         return None
     thing = rng.choice(shapes)
     k = thing.kind
-    opening = [Turn(f"Is there {a(k)}?", f"Yes, there is {a(k)}.", "yes"),
+    opening = [Turn(f"Is there {a(k)}?", f"{a(k).capitalize()} is in the picture, so yes.", "yes"),
                Turn(f"Where is the {k}?", f"The {k} is {place(thing)}.", "place"),
                Turn(f"What colour is the {k}?", f"The {k} is {thing.colour}.", "colour"),
                Turn(f"What is {place(thing)}?", f"{place(thing).capitalize()} there is {a(name(thing))}.", "shape"),
                Turn(f"What shape is {place(thing)}?", f"{place(thing).capitalize()} there is {a(k)}.", "shape")]
     same = [t for t in scene.shapes if t.colour == thing.colour and t != thing]
     later = [Turn(rng.choice(("What colour is it?", "And what colour is it?", "Which colour does it have?")),
-                  f"It is {thing.colour}.", "follow-up"),
-             Turn(rng.choice(("Where is it?", "And where is it?")), f"It is {place(thing)}.", "follow-up"),
-             Turn(rng.choice(("How big is it?", "Is it small or large?", "And how big is it?")), f"It is {thing.size}.",
+                  f"The {k} is {thing.colour}.", "follow-up"),
+             Turn(rng.choice(("Where is it?", "And where is it?")), f"The {k} is {place(thing)}.", "follow-up"),
+             Turn(rng.choice(("How big is it?", "Is it small or large?", "And how big is it?")), f"The {k} is {thing.size}.",
                   "follow-up"),
              Turn(rng.choice(("How many other shapes are there?", "How many shapes are there besides it?")),
-                  f"There {'is' if len(scene.shapes) == 2 else 'are'} {NUMBERS[len(scene.shapes) - 1]} other "
-                  f"{'shape' if len(scene.shapes) == 2 else 'shapes'}.", "follow-up"),
+                  f"The number of other shapes is {NUMBERS[len(scene.shapes) - 1]}.", "follow-up"),
              Turn("Does another shape have the same colour?",
-                  f"Yes, {a(same[0].kind)} {place(same[0])}." if same else "No.", "follow-up")]
+                  f"The {k} is {thing.colour}, and " + (f"so is the {same[0].kind} {place(same[0])}." if same else
+                                                        "no other shape is."), "follow-up")]
     others = [t for t in scene.shapes if t != thing]
     if others:
         other = rng.choice(others)
@@ -479,7 +473,7 @@ def shapes_scene(rng, style, least=0, wide=None, few_colours=False) -> Scene:
 
 def shapes_example(rng, style):
     scene = shapes_scene(rng, style)
-    turns = ask(rng, scene, QUESTIONS["shapes"], 3)
+    turns = ask(rng, scene, QUESTIONS["shapes"], 5)
     if rng.random() < 0.35:     # last, so that no earlier answer can be read off it
         turns = [*turns[:rng.choice((0, 1, 2))], describe(rng, scene)]
     return [scene], turns
@@ -492,7 +486,7 @@ def texts_example(rng, style):
     free = [row for row in range(3) if row not in rows]
     if free and rng.random() < 0.3:
         scene = scene.with_(*[draw.shape(rng, cell) for cell in draw.cells(rng, rng.randint(1, 2), free)])
-    turns = ask(rng, scene, QUESTIONS["texts"], 1 + len(rows))
+    turns = ask(rng, scene, QUESTIONS["texts"], 2 + len(rows))
     if rng.random() < 0.1:
         turns = turns[:1] + [describe(rng, scene)]
     return [scene], turns
@@ -529,7 +523,7 @@ def print_example(rng, style):
     scene = scene.with_(draw.small_print(rng, style, scene))
     turns = [read_print(rng, scene)]
     if scene.shapes and rng.random() < 0.5:
-        turns += ask(rng, scene, QUESTIONS["shapes"][:4], 1)
+        turns += ask(rng, scene, QUESTIONS["shapes"][:4], 2)
     return [scene], turns
 
 
@@ -567,7 +561,8 @@ def compare_example(rng, style):
     if rng.random() < 0.4:
         i = rng.randrange(2)
         n = len((first, second)[i].shapes)
-        turns.append(Turn(f"How many shapes are there in Image-{i + 1}?", there(n, "", "shape"), "compare"))
+        turns.append(Turn(f"How many shapes are there in Image-{i + 1}?",
+                          f"The number of shapes in Image-{i + 1} is {NUMBERS[n]}.", "compare"))
     return [first, second], turns
 
 
@@ -597,7 +592,7 @@ def video_example(rng, style):
         turns = [Turn(rng.choice((f"Which way does the {k} move?", "Which way does it move?", f"Where does the {k} go?",
                                   "What happens in the video?", "What happens?")), f"{the} moves {way}.", "video")]
         if rng.random() < 0.3:
-            turns.append(Turn("What colour is it?", f"It is {thing.colour}.", "follow-up"))
+            turns.append(Turn("What colour is it?", f"The {k} is {thing.colour}.", "follow-up"))
     elif what == 2:
         grows = rng.random() < 0.5
         low, high = rng.uniform(0.14, 0.2), rng.uniform(0.38, 0.45)
@@ -633,7 +628,7 @@ def reason_example(rng, style):
         scene = scene.with_(draw.row_text(rng, style, scene, row, "number", f"{rng.randrange(10)}{rng.randrange(10)}"))
     else:
         scene = shapes_scene(rng, style, least=3, few_colours=rng.random() < 0.6)
-    return [scene], ask(rng, scene, ((reason, 1),), rng.choice((1, 2)))
+    return [scene], ask(rng, scene, ((reason, 1),), 2)
 
 
 def texture_example(rng, style):
