@@ -66,7 +66,7 @@ SQUARES = {"shapes": 20, "texts": 30, "print": 20, "page": 28, "texture": 2}
 FIRST = {"name": 50, "spell": 50}
 STAGES = (Stage("squares", 8000, 4e-3, SQUARES, wide=0.25, batch=48, task="squares"),
           Stage("first words", 2000, 4e-3, FIRST, wide=0.0, floor=0.5, batch=16, task="decoder"),
-          Stage("conversations", 7000, 3e-3, {"name": 10, "spell": 10, "shapes": 45, "texts": 31, "talk": 2, "texture": 2}, wide=0.0,
+          Stage("conversations", 3300, 3e-3, {"name": 10, "spell": 10, "shapes": 45, "texts": 31, "talk": 2, "texture": 2}, wide=0.0,
                 floor=0.5, batch=16, task="decoder"),
           Stage("everything", 4500, 3e-3, world.MIX, wide=0.25, floor=0.3, batch=16, task="decoder"))
 QUICK = (Stage("squares", 700, 4e-3, SQUARES, wide=0.0, task="squares"),
