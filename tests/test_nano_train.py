@@ -1,6 +1,7 @@
 """Nano's world and its training: answers follow from the picture, labels, overfitting, exact resume, refusals."""
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from minivl import InputError, Picture, load, pipeline, tiling, video_prompt
+from minivl.checkpoint import safetensors_header
 from minivl.prompt import IMAGE
 from minivl.tokenizer import Tokenizer
 from weights_tools.nano import data, draw, evaluate, recipe, train, warmup, world
@@ -246,8 +248,54 @@ def test_one_question_alone_keeps_its_pictures():
             assert {turn.task for turn in example.turns} & {"follow-up", "talk"}
 
 
+def test_drills_ask_what_they_are_for():
+    wanted = {"find": "|".join(draw.SHAPES), "by place": "top|bottom|left|right|middle", "count": "ow many|ount the",
+              "by two": rf"({'|'.join([*draw.COLOURS, *draw.SIZES])}) ({'|'.join(draw.SHAPES)})", "judge": "."}
+    for name, pattern in wanted.items():
+        examples = [world.example("drill", i, {name: 1}) for i in range(60)]
+        assert all(re.search(pattern, turn.question) for e in examples for turn in e.turns), name
+        assert max(len(e.turns) for e in examples) == 6
+        assert sum(len(e.turns) for e in examples) > 3 * len(examples), name
+    counts = Counter(turn.task for i in range(60) for turn in world.example("drill", i, {"judge": 1}).turns)
+    assert set(counts) == {"yes", "no", "false premise"} and min(counts.values()) > 20
+
+
+def test_half_precision_keeps_the_weights_whole(tmp_path, monkeypatch):
+    """Products in bfloat16 where the machine is fast at them and the stage allows it; weights and gradients stay float32."""
+    dtypes, step = [], train.train_step
+
+    def seen(model, *args):
+        hook = model.language_model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda m, i, out: dtypes.append(out.dtype))
+        result = step(model, *args)
+        hook.remove()
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        return result
+    monkeypatch.setattr(train, "train_step", seen)
+    for fast, half in ((True, True), (True, False), (False, True)):
+        monkeypatch.setattr(train, "half_is_faster", lambda device: fast)
+        folder = train.train(tmp_path / f"{fast} {half}", (replace(TINY, steps=1, warmup=0, half=half),), watch_n=8)
+        expected = torch.bfloat16 if fast and half else torch.float32
+        assert set(dtypes) == {expected}
+        assert safetensors_header(folder / "model.safetensors")[1]["products"] == str(expected)[6:]
+        dtypes.clear()
+
+
+def test_the_tower_learns_at_its_own_rate():
+    model = recipe.initial()
+    muon, adamw = train.optimisers(model, replace(TINY, tower=0.25))
+    rates = {id(p): group["lr"] for opt in (muon, adamw) for group in opt.param_groups for p in group["params"]}
+    assert set(rates) == {id(p) for p in model.parameters()}
+    for name, p in model.named_parameters():
+        assert rates[id(p)] == pytest.approx(TINY.lr * (1 if name.startswith("language_model.") else 0.25) * (
+            1 if any(p is q for group in muon.param_groups for q in group["params"]) else 0.5)), name
+    train.optimisers(model, TINY)
+    assert not model.mlp1[1].weight.requires_grad and model.language_model.lm_head.weight.requires_grad
+    train.optimisers(model, replace(TINY, task="squares"), warmup.head(256))
+    assert model.mlp1[1].weight.requires_grad and not model.language_model.lm_head.weight.requires_grad
+
+
 def test_first_words_leave_the_tower_alone(tmp_path):
-    after = load(train.train(tmp_path, (replace(TINY, task="decoder"),), workers=0, watch_n=8))
+    after = load(train.train(tmp_path, (TINY,), workers=0, watch_n=8))
     start = dict(recipe.initial().named_parameters())
     same = {n: torch.equal(p, start[n].half().float()) for n, p in after.named_parameters()}
     assert all(same[n] for n in same if not n.startswith("language_model."))
@@ -296,9 +344,10 @@ def test_teacher_forced_accuracy_is_greedy_accuracy(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"mix": {"shape": 1}}, "shape in the mix; kinds of examples are name, spell"),
+    ({"mix": {"shape": 1}}, "shape in the mix; kinds of examples are find, exist, name"),
     ({"mix": {}}, "they must be positive"), ({"steps": 0}, "steps is 0"), ({"lr": 3.0}, "lr is 3.0"),
-    ({"wide": 1.5}, "wide is 1.5"), ({"warmup": 7}, r"warmup is 7, it must be in 0\.\.6"), ({"task": "look"}, "task is 'look'")])
+    ({"wide": 1.5}, "wide is 1.5"), ({"warmup": 7}, r"warmup is 7, it must be in 0\.\.6"), ({"task": "look"}, "task is 'look'"),
+    ({"tower": 2.0}, "tower is 2.0")])
 def test_a_bad_stage_is_refused(change, says):
     with pytest.raises(InputError, match=says):
         replace(TINY, **change)

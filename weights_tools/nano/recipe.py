@@ -27,9 +27,8 @@ from weights_tools.nano.draw import TILE
 SEED = 0
 VISION = {"hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 6, "num_attention_heads": 5,
           "image_size": TILE}
-LLM = {"_name_or_path": "nano", "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 3,
-       "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 800, "rope_theta": 10000.0,
-       "max_position_embeddings": 2048}     # widths are multiples of 128, the group of AWQ
+LLM = {"_name_or_path": "nano", "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 4,
+       "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 800, "max_position_embeddings": 2048}     # widths are multiples of 128, the group of AWQ
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,9 @@ class Stage:
     floor: float = 0.0      # share of the learning rate left at the end of the cosine
     weight_decay: float = 0.05
     alone: bool = False     # one question about each picture, not a conversation
-    task: str = "answers"   # "squares": vision tower and projector alone, see warmup.py; "decoder": answers, these two frozen
+    half: bool = True       # matrix products in bfloat16 (autocast), weights and all else in float32
+    task: str = "answers"   # "squares": vision tower and projector alone, see warmup.py
+    tower: float = 0.0      # learning rate of tower and projector while answers are learned, as a share of the decoder's
 
     def __post_init__(self):
         unknown = set(self.mix) - set(world.KINDS)
@@ -53,26 +54,42 @@ class Stage:
             raise InputError(f"stage {self.name}: {', '.join(sorted(unknown))} in the mix; kinds of examples are "
                              f"{', '.join(world.KINDS)}")
         for key, low, high in (("steps", 1, 10**7), ("lr", 1e-9, 1), ("wide", 0, 1), ("batch", 1, 10**5),
-                               ("warmup", 0, self.steps), ("floor", 0, 1), ("weight_decay", 0, 1)):
+                               ("warmup", 0, self.steps), ("floor", 0, 1), ("weight_decay", 0, 1), ("tower", 0, 1)):
             if not low <= getattr(self, key) <= high:
                 raise InputError(f"stage {self.name}: {key} is {getattr(self, key)}, it must be in {low}..{high}")
-        if self.task not in ("answers", "squares", "decoder"):
-            raise InputError(f"stage {self.name}: task is {self.task!r}; tasks are answers, squares and decoder")
+        if self.task not in ("answers", "squares"):
+            raise InputError(f"stage {self.name}: task is {self.task!r}; tasks are answers and squares")
         if not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:
             raise InputError(f"stage {self.name}: the shares of the mix are {self.mix}; they must be positive")
 
 
 SQUARES = {"shapes": 20, "texts": 30, "print": 20, "page": 28, "texture": 2}
-FIRST = {"name": 50, "spell": 50}
-STAGES = (Stage("squares", 8000, 4e-3, SQUARES, wide=0.25, batch=48, task="squares"),
-          Stage("first words", 2000, 4e-3, FIRST, wide=0.0, floor=0.5, batch=16, task="decoder"),
-          Stage("conversations", 3300, 3e-3, {"name": 10, "spell": 10, "shapes": 45, "texts": 31, "talk": 2, "texture": 2}, wide=0.0,
-                floor=0.5, batch=16, task="decoder"),
-          Stage("everything", 4500, 3e-3, world.MIX, wide=0.25, floor=0.3, batch=16, task="decoder"))
-QUICK = (Stage("squares", 700, 4e-3, SQUARES, wide=0.0, task="squares"),
-         Stage("first words", 900, 4e-3, FIRST, wide=0.0, floor=0.3, batch=16, task="decoder"),
-         Stage("one question", 800, 3e-3, {"name": 10, "spell": 15, "shapes": 40, "texts": 31, "talk": 4}, wide=0.0, batch=16,
-               alone=True, task="decoder"))
+_narrow = {"wide": 0.0, "batch": 16, "floor": 0.7}
+# The tower sees; then one drill after the other, with what was learned before mixed in; then all together, the rate falling to
+# nearly nothing. Mixed from the start, none of it was learned in several times as many steps: see NOTES.md.
+STAGES = (
+    Stage("squares", 8000, 4e-3, SQUARES, wide=0.25, batch=48, half=False, task="squares"),
+    Stage("find", 600, 4e-3, {"find": 1}, **_narrow),
+    Stage("first words", 1400, 4e-3, {"find": 15, "exist": 30, "name": 15, "spell": 40}, wide=0.0, batch=16, floor=0.5),
+    Stage("reading", 1500, 4e-3, {"texts": 65, "spell": 15, "find": 10, "exist": 10}, **_narrow),
+    Stage("by place", 600, 4e-3, {"by place": 70, "find": 10, "texts": 20}, **_narrow),
+    Stage("by two", 500, 4e-3, {"by two": 60, "by place": 10, "find": 10, "texts": 20}, **_narrow),
+    Stage("count", 800, 4e-3, {"count": 60, "by two": 10, "by place": 5, "find": 5, "texts": 20}, **_narrow),
+    Stage("judge", 800, 4e-3, {"judge": 50, "count": 15, "by two": 10, "by place": 5, "texts": 20}, **_narrow),
+    Stage("compare", 500, 4e-3, {"compare": 60, "by two": 10, "count": 10, "texts": 20}, wide=0.0, batch=20, floor=0.7),
+    Stage("video", 500, 4e-3, {"video": 50, "compare": 15, "by two": 15, "texts": 20}, **_narrow),
+    Stage("follow", 600, 4e-3, {"follow": 35, "reason": 35, "by two": 10, "texts": 20}, **_narrow),
+    Stage("together", 5600, 3e-3, {"find": 4, "by place": 10, "by two": 10, "count": 10, "judge": 10, "shapes": 14, "texts": 24,
+                                   "compare": 6, "video": 5, "follow": 4, "reason": 5, "texture": 1, "talk": 1},
+          wide=0.1, batch=16, floor=0.02),
+    Stage("pairs", 1500, 2e-3, {"compare": 36, "video": 24, "reason": 14, "shapes": 12, "texts": 14}, wide=0.0, batch=16, floor=0.02))
+QUICK = (
+    Stage("squares", 900, 4e-3, SQUARES, wide=0.0, task="squares"),
+    Stage("find", 500, 4e-3, {"find": 1}, **_narrow),
+    Stage("by place", 500, 4e-3, {"by place": 70, "find": 30}, **_narrow),
+    Stage("first words", 900, 4e-3, {"find": 15, "exist": 15, "by place": 10, "spell": 60}, **_narrow),
+    Stage("together", 1200, 3e-3, {"find": 10, "by place": 15, "judge": 15, "shapes": 30, "texts": 28, "talk": 2}, wide=0.0, batch=16,
+          floor=0.02))
 
 
 def config_json(awq: bool = False) -> dict:

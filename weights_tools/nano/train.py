@@ -1,6 +1,6 @@
 """Train nano: python -m weights_tools.nano.train OUT [--quick]
 
-    example -> tiles, ids, labels (worker processes) -> loss on the answers -> Muon and AdamW -> OUT/stage-1, stage-2, ...
+    example -> tiles, ids, labels -> loss on the answers -> Muon and AdamW -> OUT/stage-1, stage-2, ...
 
 Interrupt it at any time: the same command goes on from the last checkpoint and ends with the same weights. Every stage
 ends with a float16 checkpoint folder, from which the next one starts.
@@ -14,11 +14,13 @@ import os
 import sys
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -54,7 +56,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
-        super().__init__(list(params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self):
@@ -86,22 +88,48 @@ def orthogonalise(x, steps=5):
 
 def optimisers(model: MiniVL, stage: recipe.Stage, head=None) -> list:
     """Muon for the matrices of the patches, the blocks and the projector; AdamW for embeddings, head, norms and biases."""
-    decoder = {"squares": (False,), "decoder": (True,), "answers": (False, True)}[stage.task]
-    learned = {n: p for n, p in model.named_parameters() if n.startswith("language_model.") in decoder}
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in learned)
-    matrices = {n: p for n, p in learned.items() if p.ndim in (2, 4) and "embed_tokens" not in n and "lm_head" not in n}
-    rest = [p for n, p in learned.items() if n not in matrices] + (list(head.parameters()) if head else [])
-    decayed, free = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim != 2]
-    return [Muon(matrices.values(), lr=stage.lr, weight_decay=stage.weight_decay),
-            torch.optim.AdamW([{"params": decayed, "weight_decay": stage.weight_decay}, {"params": free, "weight_decay": 0.0}],
-                              lr=stage.lr / 2, betas=(0.9, 0.98), eps=1e-10)]
+    shares = {"decoder": 0.0 if head else 1.0, "tower": 1.0 if head else stage.tower}
+    muon, adamw = [], []
+    for part, share in shares.items():
+        learned = {n: p for n, p in model.named_parameters() if n.startswith("language_model.") == (part == "decoder")}
+        for p in learned.values():
+            p.requires_grad_(share > 0)
+        if share > 0:
+            matrices = {n: p for n, p in learned.items() if p.ndim in (2, 4) and "embed_tokens" not in n and "lm_head" not in n}
+            rest = [p for n, p in learned.items() if n not in matrices] + (list(head.parameters()) if head else [])
+            muon.append({"params": list(matrices.values()), "lr": share * stage.lr})
+            adamw += [{"params": [p for p in rest if p.ndim == 2], "lr": share * stage.lr / 2, "weight_decay": stage.weight_decay},
+                      {"params": [p for p in rest if p.ndim != 2], "lr": share * stage.lr / 2, "weight_decay": 0.0}]
+    return [Muon(muon, lr=stage.lr, weight_decay=stage.weight_decay), torch.optim.AdamW(adamw, betas=(0.9, 0.98), eps=1e-10)]
 
 
 def rate(stage: recipe.Stage, step: int) -> float:
     """Learning rate at a step, as a share of the stage's: warm-up, then a cosine down to its floor."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
     return min(1.0, (step + 1) / max(1, stage.warmup)) * (stage.floor + (1 - stage.floor) * cosine)
+
+
+def half_is_faster(device: str) -> bool:
+    """Whether this machine multiplies bfloat16 matrices faster than float32, measured: 4.7 times on a CPU of 2024, far slower where the
+    processor has no instructions for it."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(1024, 1024, dtype=dtype, device=device)
+        float((x @ x)[0, 0])
+        start = time.perf_counter()
+        float((x @ x)[0, 0])
+        seconds.append(time.perf_counter() - start)
+    return seconds[1] < seconds[0]
+
+
+@contextmanager
+def precision(device: str, half: bool):
+    """How a step computes. Attention as two matrix products and a softmax: with torch's fused one in bfloat16 a step took 0.21 s
+    on 2 CPU cores, so 0.16."""
+    kind = torch.device(device).type
+    kernels = [SDPBackend.MATH] if kind == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with torch.autocast(kind, torch.bfloat16, enabled=half), sdpa_kernel(kernels):
+        yield
 
 
 def train_step(model: MiniVL, batch: list, opts: list, share: float, head=None) -> tuple:
@@ -164,7 +192,7 @@ def accuracy(model: MiniVL, tokenizer: Tokenizer, seed="watch", n=192, **how) ->
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
-def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 1, device: str = "cpu",
+def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 0, device: str = "cpu",
           save_every: int = 250, watch_every: int = 250, watch_n: int = 384,
           stop_at: int | None = None) -> Path:
     """Run all stages into the folder `out`, or go on where an earlier run stopped; the folder of the last stage.
@@ -179,6 +207,7 @@ def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 
     if state and state["recipe"] != digest:
         raise InputError(f"{out} holds a training of another recipe ({state['recipe'][:12]}, this one is {digest[:12]}); "
                          "choose another folder")
+    fast_half = state["fast_half"] if state else half_is_faster(device)
     model = recipe.initial(seed)
     for number, stage in enumerate(stages, start=1):
         folder = out / f"stage-{number}"
@@ -191,7 +220,7 @@ def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 
         model = model.float().train().to(device)
         torch.manual_seed(seed)
         head = warmup.head(recipe.LLM["hidden_size"]).to(device) if stage.task == "squares" else None
-        opts, first = optimisers(model, stage, head), 0
+        opts, first, half = optimisers(model, stage, head), 0, stage.half and fast_half
         if state.get("stage") == number:
             model.load_state_dict(state["model"])
             if head:
@@ -204,7 +233,8 @@ def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 
         start, tokens, mean = time.perf_counter(), 0, None
         with tqdm(total=stage.steps, initial=first, desc=stage.name, unit="step", disable=None) as bar:
             for step, batch in enumerate(loader, start=first):
-                loss, count = train_step(model, batch, opts, rate(stage, step), head)
+                with precision(device, half):
+                    loss, count = train_step(model, batch, opts, rate(stage, step), head)
                 mean = loss if mean is None else 0.98 * mean + 0.02 * loss
                 tokens += sum(m[0].numel() for m in batch)
                 bar.update()
@@ -218,13 +248,13 @@ def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 
                         log.write(json.dumps({**line, "seconds": round(time.perf_counter() - start)}) + "\n")
                     tqdm.write(" ".join(f"{k} {v}" for k, v in line.items()))
                 if not last and ((step + 1) % save_every == 0 or done == stop_at):
-                    state = {"recipe": digest, "stage": number, "step": step + 1, "model": model.state_dict(),
+                    state = {"recipe": digest, "fast_half": fast_half, "stage": number, "step": step + 1, "model": model.state_dict(),
                              "head": head and head.state_dict(), "optimisers": [opt.state_dict() for opt in opts]}
                     torch.save(state, partial := state_file.with_suffix(".partial"))
                     os.replace(partial, state_file)
                 if done == stop_at and not last:
                     return folder
-        recipe.save(model, folder, {"recipe": digest, "stage": stage.name})
+        recipe.save(model, folder, {"recipe": digest, "stage": stage.name, "products": "bfloat16" if half else "float32"})
         model = load(folder)        # the next stage starts from what the file holds, float16
         state_file.unlink(missing_ok=True)
         state = {}
@@ -237,7 +267,8 @@ def main(argv=None) -> int:
     parser.add_argument("out", metavar="OUT", help="folder for checkpoints, log and the finished stages")
     parser.add_argument("--quick", action="store_true", help="the short recipe, planned for 25 minutes on 2 CPU cores")
     parser.add_argument("--seed", type=int, default=recipe.SEED, help="default %(default)s, that of the shipped files")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw pictures (default %(default)s: on two cores one "
+                        "made a step 1.6 times as long; with a GPU take a few)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--steps", type=int, help="cut every stage to this many steps, for a look")
     args = parser.parse_args(argv)

@@ -16,13 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from minivl import Tokenizer, load_image
-from minivl.checkpoint import find
+from minivl.checkpoint import SHIPPED, find
 from minivl.config import Config
 from minivl.limits import InputError, Limits
 from weights_tools import run
 from weights_tools.verify import compare, inputs, report
 
 ROOT = Path(__file__).resolve().parents[2]
+# Traces of the shipped models, recorded from transformers and committed, and what they were asked.
+NANO = Path(__file__).with_name("nano")
+NANO_PICTURE, NANO_PROMPT = SHIPPED["nano"].parent / "samples" / "small-print.png", "What does the small print say?"
 
 
 def reference_python(given=None) -> Path:
@@ -67,6 +70,45 @@ def record(checkpoint, pictures: list, prompt: str, path, *, max_num: int, max_n
     return Path(path)
 
 
+def nano() -> int:
+    """The shipped models against their committed traces; 0 or 1."""
+    agree = True
+    for name in ("nano", "nano-awq"):
+        trace = NANO / find(name).name / "float32.safetensors"
+        result = compare.compare(name, compare.Trace.open(trace), pictures=[NANO_PICTURE])
+        print(f"== {name}\n{report.text(result, words_of(find(name)))}\n")
+        agree &= result.agrees
+    return 0 if agree else 1
+
+
+def record_nano(**how) -> Path:
+    """Record those traces anew, after a training: kilobytes each. The folder.
+
+    awq/ has also what weights_tools.verify.mistakes compares with. In bfloat16 every stage needs its whole input, so only the
+    four that the planted mistakes need are kept.
+    """
+    from weights_tools.verify.mistakes import quiet
+    with tempfile.TemporaryDirectory() as scratch:
+        path, half = Path(scratch) / "trace.safetensors", ["vit.embeddings", "vit.layers.0", "inputs_embeds", "llm.layers.0"]
+        for checkpoint, to, dtype, stages in (
+                ("nano", "float16/float32", "float32", None), ("nano-awq", "awq/float32", "float32", None),
+                (quiet("nano-awq", Path(scratch) / "quiet"), "awq/quiet", "float32", None), ("nano-awq", "awq/bfloat16", "bfloat16", half)):
+            record(checkpoint, [NANO_PICTURE], NANO_PROMPT, path, max_num=6, max_new_tokens=0 if stages else 12, dtype=dtype,
+                   stages=stages, **how)
+            (NANO / to).parent.mkdir(parents=True, exist_ok=True)
+            compare.shrink(compare.Trace.open(path), NANO / f"{to}.safetensors", stages or ())
+    return NANO
+
+
+def words_of(folder: Path):
+    """Token id -> how it reads."""
+    try:
+        tokenizer = Tokenizer.load(folder)
+        return lambda id: tokenizer.decode([id], skip_special_tokens=False)
+    except InputError:      # a trace of ids alone can be compared without
+        return str
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weights_tools.verify", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,6 +119,8 @@ def main(argv=None) -> int:
     what.add_argument("--record", metavar="FILE", help="only run the reference and write its trace")
     what.add_argument("--trace", metavar="FILE", help="only compare, with a trace recorded before")
     what.add_argument("--shrink", nargs=2, metavar=("TRACE", "FILE"), help="write a trace with a few hundred values of each stage")
+    what.add_argument("--nano", action="store_true", help="the shipped models against the traces that lie beside this tool")
+    what.add_argument("--record-nano", action="store_true", help="record those traces anew")
     what.add_argument("--inputs", action="store_true", help="what four engines feed the model for this question, side by side")
     parser.add_argument("--stages", nargs="+", metavar="PATTERN", help='only these, e.g. "vit.*" logits')
     parser.add_argument("--layers", type=int, metavar="N", help="only the first N layers of tower and decoder; no answer")
@@ -96,6 +140,11 @@ def main(argv=None) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.shrink:
         print(compare.shrink(compare.Trace.open(args.shrink[0]), args.shrink[1]))
+        return 0
+    if args.nano:
+        return nano()
+    if args.record_nano:
+        print(record_nano(python=args.python))
         return 0
     if not args.checkpoint:
         raise InputError("give a checkpoint: a folder, or a hub id such as OpenGVLab/InternVL2_5-4B-MPO-AWQ")
@@ -137,11 +186,7 @@ def main(argv=None) -> int:
                 return 0
         result = compare.compare(folder, compare.Trace.open(path), pictures=args.pictures or None, stages=stages, dtype=args.dtype,
                                  tolerance=args.tolerance, local=args.local)
-    try:
-        tokenizer = Tokenizer.load(folder)
-        words = lambda id: tokenizer.decode([id], skip_special_tokens=False)     # noqa: E731
-    except InputError:      # a trace of ids alone can be compared without
-        words = str
+    words = words_of(folder)
     print(report.text(result, words))
     if args.json:
         Path(args.json).write_text(json.dumps(result.json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -95,12 +95,12 @@ def picks(numel: int) -> torch.Tensor:
     return torch.arange(min(SLICE, numel)) * numel // min(SLICE, numel)
 
 
-def shrink(trace: Trace, path) -> Path:
-    """The trace with SLICE values of each stage: kilobytes, for a repository."""
+def shrink(trace: Trace, path, whole=()) -> Path:
+    """The trace with SLICE values of each stage: kilobytes, for a repository. `whole`: patterns of what is kept as it is."""
     tensors, shapes = {}, {}
     for name in trace.names:
         tensor = trace[name]
-        if name in ("input_ids", "greedy", "greedy_scores") or tensor.numel() <= SLICE:
+        if any(fnmatchcase(name, p) for p in ("input_ids", "greedy*", *whole)) or tensor.numel() <= SLICE:
             tensors[name] = tensor
         else:
             shapes[name] = list(tensor.shape)
@@ -225,7 +225,7 @@ def compare(checkpoint, trace: Trace, *, pictures=None, stages=None, dtype: str 
     if dtype not in (None, recorded):
         raise InputError(f"{trace.path} was recorded in {recorded}, not in {dtype}; record again in {dtype}")
     dtype = recorded
-    if local and "slices" in trace.facts:
+    if local and set(trace.stages) & set(trace.facts.get("slices", {})):
         raise InputError(f"{trace.path} is shrunk; only the stages of a whole trace can be passed on")
     wanted = [s for s in trace.stages if not stages or any(fnmatchcase(s, p) for p in stages)]
     if not wanted:

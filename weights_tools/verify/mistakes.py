@@ -1,6 +1,7 @@
 """Planted mistakes: each a change of one line in minivl, which `verify` must catch, and at the right stage.
 
     python -m weights_tools.verify.mistakes CHECKPOINT PICTURE ...      one line per mistake: where it was caught
+    python -m weights_tools.verify.mistakes --nano                      the shipped model and its committed traces
 
 Each runs in a process of its own, on a copy of the package with the one line changed. The reference is recorded first, or
 read from --traces.
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-PACKAGE = Path(__file__).resolve().parents[2] / "minivl"
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "minivl"
 
 
 @dataclass(frozen=True)
@@ -172,13 +174,20 @@ def caught(mistake: Mistake | None, checkpoint, trace, pictures, dtype: str) -> 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weights_tools.verify.mistakes", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("pictures", nargs="+", metavar="PICTURE")
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT")
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE")
+    parser.add_argument("--nano", action="store_true", help="the shipped int4 model, its sample picture and the committed traces")
     parser.add_argument("--traces", metavar="FOLDER", help="with float32.safetensors and, if there, bfloat16 and quiet, recorded before; "
                         "without a reference environment only these can be used")
     parser.add_argument("--record", metavar="FOLDER", help="keep the three traces there")
     parser.add_argument("--json", metavar="FILE", help="the results for programs")
+    parser.add_argument("--page", metavar="FILE", help="the results as a table in Markdown")
     args = parser.parse_args(argv)
+    if args.nano:       # by path: the copies of the package leave the models out
+        args.checkpoint, args.pictures = str(PACKAGE / "nano" / "awq"), [str(PACKAGE / "nano" / "samples" / "small-print.png")]
+        args.traces = str(Path(__file__).with_name("nano") / "awq")
+    if not args.checkpoint or not args.pictures:
+        parser.error("give a checkpoint and a picture, or --nano")
     import PIL.Image  # noqa: F401  once for all forks
     import safetensors  # noqa: F401
     import tokenizers  # noqa: F401
@@ -188,8 +197,39 @@ def main(argv=None) -> int:
         rows, missed = tried(runs, args.pictures)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if args.page:
+        Path(args.page).write_text(page(rows), encoding="utf-8")
     print(f"{len(rows) - len(runs)} mistakes, {missed} not caught where they are")
     return 1 if missed else 0
+
+
+PAGE = """\
+# Planted mistakes
+
+Each is a change of one line in a copy of minivl, compared with what transformers computes by `python -m weights_tools.verify.mistakes`.
+*found at*: the first stage that differs, which names the place to look. *error*: relative error of that stage; inputs and tokens
+have none.
+
+- **float32**: the exact comparison, tolerance 2e-5.
+- **bfloat16**: what float32 cannot show. The order of roundings and the float32 islands (softmax, RMSNorm, the int4 scales) make
+  no difference where nothing is rounded. Every stage is run on the reference's own input, where it must be equal.
+- **quiet**: float32, on a copy of the checkpoint with embeddings 256 times smaller. LayerNorm's eps is 1e-6 beside the variance
+  of its input: too little to see, unless that variance is small.
+
+| shown by | mistake | file | the line becomes | found at | error | what verify says |
+|---|---|---|---|---|---|---|
+"""
+
+
+def page(rows: list) -> str:
+    """The rows of a run as Markdown."""
+    def code(text):
+        return "`" + text.replace("|", "\\|") + "`"
+    became = {mistake.name: mistake.new for mistake in MISTAKES}
+    lines = [f"| {row['shown']} | {row['mistake']} | {row['file'] and code(row['file'])} | "
+             f"{code(became[row['mistake']]) if row['file'] else ''} | {row['stage'] or 'nothing differs'} | "
+             f"{format(row['error'], '.1e') if row.get('error') else ''} | {row['note'].replace('|', chr(92) + '|')} |" for row in rows]
+    return PAGE + "\n".join(lines) + "\n"
 
 
 def prepare(args, scratch: Path) -> dict:
