@@ -535,6 +535,12 @@ def test_mistakes_against_transformers(tiny, tmp_path):
     assert done.returncode == 0 and len(rows) == len(mistakes.MISTAKES) + 3, done.stdout
 
 
+def test_no_traces_is_no_success(tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        mistakes.main([str(tiny), str(TIGER), "--traces", str(tmp_path)])
+    assert "holds no traces" in capsys.readouterr().err
+
+
 needs_nano = pytest.mark.skipif(not SHIPPED["nano"].is_dir(), reason="nano is not trained yet: minivl/nano/float16 is missing")
 
 

@@ -16,7 +16,7 @@ from weights_tools.nano import recipe, warmup, world
 from weights_tools.nano.draw import TILE, Style, draw
 
 IGNORE = -100           # label of a token that is not learned, as in cross_entropy
-MICRO = 8              # conversations through the model at once: memory, and less padding
+MICRO = 8               # conversations through the model at once: memory, and less padding
 TOKENS_PER_TILE = 16
 
 

@@ -28,7 +28,8 @@ SEED = 0
 VISION = {"hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 6, "num_attention_heads": 5,
           "image_size": TILE}
 LLM = {"_name_or_path": "nano", "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 4,
-       "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 800, "max_position_embeddings": 2048}     # widths are multiples of 128, the group of AWQ
+       "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 800,
+       "max_position_embeddings": 2048}     # widths are multiples of 128, the group of AWQ
 
 
 @dataclass(frozen=True)

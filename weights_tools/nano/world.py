@@ -493,34 +493,36 @@ def texts_example(rng, style):
     return [scene], turns
 
 
-FIND = ((colour, 3), (where, 3), (size, 2))
-EXIST = (*FIND, (yes_no, 5), (false_premise, 3), (count, 3))
-
-
-def find_example(rng, style, questions=FIND):
-    """For the start of training: different shapes, and six questions that each name one of them."""
-    scene = Scene((), **draw.geometry(rng, style))
-    kinds = rng.sample(SHAPES, rng.randint(2, 4))
-    scene = scene.with_(*[draw.shape(rng, cell, kind) for cell, kind in zip(draw.cells(rng, len(kinds)), kinds)])
-    return [scene], [t for t in ask(rng, scene, questions, 10) if any(kind in t.question for kind in SHAPES)][:6]
-
-
-def exist_example(rng, style):
-    """For the start of training: is it there, and how many?"""
-    return find_example(rng, style, EXIST)
-
-
-# Drills: questions of one sort only, as many as there are, until the decoder has learned to look this up.
+# Drills: questions of one sort only, as many as a picture allows, until the decoder has learned to look this up. Name -> the
+# questions, and what their text must match.
 _KIND, _PLACE = "|".join(SHAPES), "|".join(p for row in PLACES for p in row)
+FIND = ((colour, 3), (where, 3), (size, 2))
 DRILLS = {"by place": (((colour, 2), (kind, 3)), _PLACE),
           "by two": (((where, 3), (colour, 1), (yes_no, 2)), rf"({'|'.join([*COLOURS, *draw.SIZES])}) ({_KIND})"),
           "count": (((count, 1),), ""), "judge": (((yes_no, 3), (false_premise, 1)), "")}
 
 
+def drill(rng, scene, questions, wanted, tries) -> list:
+    """Up to six of the questions about a scene, those whose text matches `wanted`."""
+    return [t for t in ask(rng, scene, questions, tries) if re.search(wanted, t.question)][:6]
+
+
 def drill_example(rng, style, questions, wanted):
-    """Six questions of a drill about one picture: those whose text matches `wanted`."""
     scene = shapes_scene(rng, style, least=2)
-    return [scene], [t for t in ask(rng, scene, questions, 12) if re.search(wanted, t.question)][:6]
+    return [scene], drill(rng, scene, questions, wanted, 12)
+
+
+def find_example(rng, style, questions=FIND):
+    """For the start of training: different shapes, and questions that each name one of them."""
+    scene = Scene((), **draw.geometry(rng, style))
+    kinds = rng.sample(SHAPES, rng.randint(2, 4))
+    scene = scene.with_(*[draw.shape(rng, cell, kind) for cell, kind in zip(draw.cells(rng, len(kinds)), kinds)])
+    return [scene], drill(rng, scene, questions, _KIND, 10)
+
+
+def exist_example(rng, style):
+    """The same, and also: is it there, and how many?"""
+    return find_example(rng, style, (*FIND, (yes_no, 5), (false_premise, 3), (count, 3)))
 
 
 def name_example(rng, style):
@@ -697,8 +699,8 @@ def talk_example(rng, style):
     return [], turns
 
 
-KINDS = {"find": find_example, "exist": exist_example, "name": name_example, "spell": spell_example, "page": page_example, "shapes": shapes_example, "texts": texts_example,
-         "print": print_example, "compare": compare_example, "video": video_example, "follow": follow_example,
+KINDS = {"find": find_example, "exist": exist_example, "name": name_example, "spell": spell_example, "page": page_example,
+         "shapes": shapes_example, "texts": texts_example, "print": print_example, "compare": compare_example, "video": video_example, "follow": follow_example,
          "reason": reason_example, "texture": texture_example, "talk": talk_example,
          **{name: functools.partial(drill_example, questions=q, wanted=w) for name, (q, w) in DRILLS.items()}}
 MIX = {"shapes": 30, "texts": 24, "print": 12, "compare": 9, "video": 8, "follow": 6, "reason": 8, "texture": 1.5, "talk": 1.5}

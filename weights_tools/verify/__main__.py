@@ -74,9 +74,9 @@ def nano() -> int:
     """The shipped models against their committed traces; 0 or 1."""
     agree = True
     for name in ("nano", "nano-awq"):
-        trace = NANO / find(name).name / "float32.safetensors"
-        result = compare.compare(name, compare.Trace.open(trace), pictures=[NANO_PICTURE])
-        print(f"== {name}\n{report.text(result, words_of(find(name)))}\n")
+        folder = find(name)
+        result = compare.compare(folder, compare.Trace.open(NANO / folder.name / "float32.safetensors"), pictures=[NANO_PICTURE])
+        print(f"== {name}\n{report.text(result, words_of(folder))}\n")
         agree &= result.agrees
     return 0 if agree else 1
 

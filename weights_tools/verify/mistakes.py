@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "minivl"
+PACKAGE = Path(__file__).resolve().parents[2] / "minivl"
 
 
 @dataclass(frozen=True)
@@ -194,6 +193,9 @@ def main(argv=None) -> int:
     import torch  # noqa: F401
     with tempfile.TemporaryDirectory() as scratch:
         runs = prepare(args, Path(scratch))
+        if not runs:
+            parser.error(f"{args.traces} holds no traces, nothing would be compared; record them with --record, or for --nano with "
+                         "python -m weights_tools.verify --record-nano")
         rows, missed = tried(runs, args.pictures)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
