@@ -48,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps (untested)")
     model.add_argument("--dtype", choices=["float32", "float16", "bfloat16"],
                        help="of the computation; default float32 on cpu, elsewhere float16 for AWQ, else bfloat16")
+    model.add_argument("--precision", choices=["exact", "fast"], default="exact",
+                       help="fast: round to bfloat16 where that is faster (default exact)")
     model.add_argument("--session-len", type=int, metavar="TOKENS",
                        help="longest conversation; default all the model can")
 
@@ -128,7 +130,7 @@ def chat(args) -> int:
     video = None if args.video is None else load_video(args.video, num_segments=args.segments or 8,
                                                        bound=args.bound and tuple(args.bound), fps=args.fps)
     pipe = pipeline(args.model, EngineConfig(session_len=args.session_len, device=args.device, dtype=args.dtype,
-                                             revision=args.revision, plain_text=args.plain_text))
+                                             precision=args.precision, revision=args.revision, plain_text=args.plain_text))
 
     def message(text: str, pictures: list, first: bool):
         """What a person typed, with the pictures and frames that go along."""

@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from minivl.config import Config, read_json
+from minivl.fast import packs, prepare
 from minivl.limits import InputError, offline
 from minivl.model import MiniVL
 
@@ -40,12 +42,13 @@ MAX_HEADER = 16_000_000     # bytes; the released ones stay below 1 MB, and Pyth
 PICKLED = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
 
 
-def load(path_or_id, *, revision: str | None = None, device=None, dtype=None) -> MiniVL:
+def load(path_or_id, *, revision: str | None = None, device=None, dtype=None, precision: str | None = None) -> MiniVL:
     """A released checkpoint as a model in eval mode.
 
     path_or_id: local folder, or hub id such as "OpenGVLab/InternVL2_5-4B-MPO-AWQ" (downloaded, with `revision`).
     device: default "cpu". dtype: torch dtype or its name; default float32 on the CPU, elsewhere float16 for AWQ and
     bfloat16 otherwise. AWQ words and scales stay as released whatever the dtype.
+    precision: None: modules as released, to be read, verified and changed. "exact" or "fast": see minivl.fast.
     """
     if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 6):
         raise InputError(f"torch {torch.__version__} is too old: before 2.6 a pickle could run code even with "
@@ -54,16 +57,20 @@ def load(path_or_id, *, revision: str | None = None, device=None, dtype=None) ->
     config = Config.load(folder)
     device = _device(device)
     dtype = _dtype(dtype, device, config)
+    if precision not in (None, "exact", "fast"):
+        raise InputError(f"precision {precision!r} is not one of exact, fast, None")
     with torch.device("meta"):
         model = MiniVL(config)
     tensors = open_weights(folder)
     _check(model, tensors, folder)
+    half = precision is not None and (device.type, dtype) == ("cpu", torch.float32) and packs(model)
     state = {}
     for name in tqdm(model.state_dict(), desc="loading", unit="tensor", delay=2, leave=False, disable=None):
         tensor = tensors[name].read()
         if tensor.is_floating_point():
             _refuse_non_finite(name, tensor, "the file is damaged; download it again")
             keep = name.endswith(".scales")     # rounding a scale would change 128 weights at once
+            keep |= half and name.endswith(("embed_tokens.weight", "lm_head.weight"))
             moved = tensor.to(device, tensor.dtype if keep else dtype)
             if torch.finfo(moved.dtype).max < torch.finfo(tensor.dtype).max:
                 _refuse_non_finite(name, moved, f"its values exceed {moved.dtype}; load with dtype='bfloat16' or 'float32'")
@@ -72,7 +79,7 @@ def load(path_or_id, *, revision: str | None = None, device=None, dtype=None) ->
         state[name] = moved
     model.load_state_dict(state, strict=True, assign=True)
     model.img_context_token_id, model.eos_token_ids = _token_ids(folder, config)
-    return model.eval()
+    return (prepare(model, precision) if precision else model).eval()
 
 
 def find(path_or_id, *, revision: str | None = None) -> Path:
@@ -303,10 +310,15 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     entries, metadata, start = safetensors_header(path)
     _verify_sha256(path, entries, metadata, start)
     try:
-        file = safe_open(path, framework="pt")
+        safe_open(path, framework="pt")
     except (SafetensorError, OSError):
         raise InputError(f"{path.name} is refused by the safetensors library; download it again") from None
-    return {name: StoredTensor(path, shape, DTYPES[dtype], lambda name=name: file.get_tensor(name))
+
+    def read(name):     # a handle of its own: its pages leave the memory when the tensor does, not when the last one does
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    return {name: StoredTensor(path, shape, DTYPES[dtype], partial(read, name))
             for name, (dtype, shape, *_) in entries.items()}
 
 

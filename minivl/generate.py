@@ -36,6 +36,7 @@ class GenerationConfig:
     bad_token_ids: list[int] | None = None
     min_new_tokens: int | None = None           # no stop token before
     skip_special_tokens: bool = True            # in the text
+    lookup: int = 0                             # tokens guessed ahead, see `guess`; the answer is the same, 0: none
     logprobs: int | None = None                 # log-probabilities (of the unmodified scores) of that many best tokens
     response_format: dict | None = None         # not supported
 
@@ -44,7 +45,7 @@ class GenerationConfig:
             if not good:
                 raise InputError(f"GenerationConfig.{name} is {getattr(self, name)!r}; it must be {rule}")
 
-        for name in ("n", "max_new_tokens", "top_k", "min_new_tokens", "logprobs", "random_seed"):
+        for name in ("n", "max_new_tokens", "top_k", "min_new_tokens", "logprobs", "random_seed", "lookup"):
             value = getattr(self, name)
             optional = value is None and name in ("min_new_tokens", "logprobs", "random_seed")
             require(optional or isinstance(value, int) and not isinstance(value, bool), name, "a whole number")
@@ -57,6 +58,7 @@ class GenerationConfig:
         require(self.max_new_tokens >= 1, "max_new_tokens", "1 or more")
         require(self.random_seed is None or 0 <= self.random_seed < 2 ** 63, "random_seed", "in 0..2^63-1")
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        require(0 <= self.lookup <= 64, "lookup", "in 0..64, the tokens to guess ahead")
         require(self.top_k >= 0, "top_k", "0 (all tokens) or more")
         require(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
         require(0 <= self.temperature <= 2, "temperature", "in [0, 2]")
@@ -138,25 +140,49 @@ class Chooser:
         return token
 
 
+def guess(ids: list, most: int) -> list:
+    """What followed the last time the latest three tokens (or two) stood in ids: up to `most` tokens, perhaps none.
+
+    An answer that copies from its prompt, as in reading a document aloud, is mostly guessed right.
+    """
+    for n in (3, 2):
+        end = ids[-n:]
+        for start in range(len(ids) - n - 1, -1, -1):
+            if ids[start] == end[0] and ids[start:start + n] == end:
+                copy = ids[start + n:start + n + most]
+                while len(copy) < most:     # a repetition goes on
+                    copy.append(copy[-(len(ids) - start - n)])
+                return copy
+    return []
+
+
 @torch.inference_mode()
-def steps(model, inputs_embeds, choosers, *, cache=None, padding=None):
+def steps(model, inputs_embeds, choosers, *, cache=None, padding=None, lookup: int = 0):
     """Prefill float[B, T, D], then forever: yields (tokens: B ids, logits float32[B, V] they were chosen from).
 
-    The caller stops. At each yield the cache holds everything but the tokens just yielded.
+    The caller stops. At each yield the cache holds everything but the tokens just yielded. `lookup`: with one prompt, that
+    many guessed tokens are read along with each chosen one, and those are kept that would have been chosen anyway.
     """
     language, cache, count = model.language_model, cache or KVCache(), 0
-    x = inputs_embeds
+    x, guessed = inputs_embeds, []
     while True:
-        hidden = language.model(x, cache, padding)                          # (B, T, D), then (B, 1, D)
-        logits = language.lm_head(hidden[:, -1]).float()                    # (B, V); only the last position is needed
-        if not bool(torch.isfinite(logits).all()):
-            raise InputError(f"the model computed NaN or infinite scores for new token {count + 1} in {model.dtype}; load "
-                             "it with dtype='bfloat16' or 'float32', or check the weights with "
-                             "`python -m weights_tools.inspect`")
-        tokens = [choose(row) for choose, row in zip(choosers, logits)]
-        yield tokens, logits
-        x = language.model.embed_tokens(torch.tensor(tokens, device=hidden.device)[:, None])    # (B, 1, D)
-        count += 1
+        hidden = language.model(x, cache, padding)                          # (B, T, D), then (B, 1 + guessed, D)
+        scores = language.lm_head(hidden[:, -1 - len(guessed):]).float()    # (B, 1 + guessed, V); earlier ones are not needed
+        end = cache.length - len(guessed)
+        for i in range(1 + len(guessed)):
+            cache.length, logits = end + i, scores[:, i]                    # (B, V)
+            if not bool(torch.isfinite(logits).all()):
+                raise InputError(f"the model computed NaN or infinite scores for new token {count + 1} in {model.dtype}; load "
+                                 "it with dtype='bfloat16' or 'float32', or check the weights with "
+                                 "`python -m weights_tools.inspect`")
+            tokens = [choose(row) for choose, row in zip(choosers, logits)]
+            yield tokens, logits
+            count += 1
+            if guessed[i:i + 1] != tokens:
+                break
+        guessed = guess(choosers[0].seen, lookup) if lookup and len(choosers) == 1 else []
+        ids = torch.tensor([[token, *guessed] for token in tokens], device=hidden.device)
+        x = language.model.embed_tokens(ids)                                # (B, 1 + guessed, D)
 
 
 def left_pad(rows: list) -> tuple:
@@ -218,7 +244,7 @@ def generate(model, input_ids, pixel_values=None, *, max_new_tokens: int, ignore
     padding = None if padding is None else padding.to(x.device)
     choosers = [Chooser(config, row, stop, config.bad_token_ids or []) for row in rows]
     answers = [[] for _ in rows]
-    for count, (tokens, _) in enumerate(steps(model, x, choosers, padding=padding), start=1):
+    for count, (tokens, _) in enumerate(steps(model, x, choosers, padding=padding, lookup=config.lookup), start=1):
         for answer, token in zip(answers, tokens):
             if not (answer and answer[-1] in stop):
                 answer.append(token)

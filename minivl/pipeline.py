@@ -43,6 +43,7 @@ class EngineConfig:
     max_batch_size: int = 8             # prompts decoded together
     device: str | None = None           # default "cpu"
     dtype: str | None = None            # default see minivl.load
+    precision: str = "exact"            # or "fast": may round to bfloat16 where that is faster; see minivl.fast
     revision: str | None = None         # of a hub id
     plain_text: bool = False            # True: what users write is text even where it spells <|im_end|> or <image>
     allow_paths: bool = True            # pictures may be local paths
@@ -102,7 +103,7 @@ def pipeline(model_path="nano", backend_config: EngineConfig | None = None) -> P
     folder = find(model_path, revision=config.revision)
     Config.load(folder)     # before the tokenizer: the better message for a folder that is no checkpoint
     tokenizer = Tokenizer.load(folder)
-    return Pipeline(load(folder, device=config.device, dtype=config.dtype), tokenizer, config)
+    return Pipeline(load(folder, device=config.device, dtype=config.dtype, precision=config.precision), tokenizer, config)
 
 
 def video_prompt(question: str, frames: list) -> list[dict]:
@@ -360,7 +361,7 @@ class Pipeline:
                 rows = [torch.cat([model.embed(rest), rows[0]], dim=1)]
             x, padding = left_pad(rows)                                                     # (B, T, D)
             running = steps(model, x, [answer.chooser(self, session) for answer in answers],
-                            cache=session and session.cache, padding=padding)
+                            cache=session and session.cache, padding=padding, lookup=answers[0].turn.config.lookup)
             tokens, logits = next(running)
         while True:
             for row, answer in enumerate(answers):

@@ -8,7 +8,7 @@ from test_shapes import build
 
 import minivl
 from minivl import GenerationConfig, InputError
-from minivl.generate import Chooser, left_pad, penalise, probabilities, steps
+from minivl.generate import Chooser, guess, left_pad, penalise, probabilities, steps
 from minivl.qwen2 import KVCache
 
 
@@ -153,6 +153,53 @@ def test_chunked_prefill_with_padding_equals_prefill():
         assert (whole[1, 4:] - alone).norm() / alone.norm() < 1e-5
 
 
+def test_guess():
+    assert guess([1, 2, 3, 9, 8, 1, 2, 3], 5) == [9, 8, 1, 2, 3] and guess([1, 2, 3, 9, 8, 1, 2, 3], 1) == [9]
+    assert guess([5, 1, 2, 7, 6, 1, 2, 8, 4, 1, 2], 2) == [8, 4]         # the latest; two tokens where three never stood
+    assert guess([1, 2, 3, 4], 5) == guess([1], 5) == guess([], 5) == []
+    assert guess([4, 4, 4], 3) == [4, 4, 4] and guess([7, 8, 9, 7, 8, 9], 4) == [7, 8, 9, 7]
+
+
+@pytest.mark.parametrize("sampled", [{}, {"do_sample": True, "random_seed": 5, "temperature": 2.0, "top_k": 4}])
+def test_lookup_changes_nothing_but_the_number_of_passes(sampled):
+    model = build()
+    passes, lengths = [], []
+    model.language_model.model.register_forward_pre_hook(lambda module, inputs: passes.append(inputs[0].shape[1]))
+    saved = 0
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        part = torch.randint(0, 71, (7,), generator=generator).tolist()
+        answers, counts = [], []
+        for lookup in (0, 1, 3, 8):
+            passes.clear()
+            answers.append(minivl.generate(model, [part * 3], max_new_tokens=30, ignore_eos=True,
+                                           config=GenerationConfig(lookup=lookup, **sampled))[0])
+            counts.append(len(passes))
+            lengths += [n for n in passes[1:] if lookup]
+        assert answers[1:] == answers[:1] * 3
+        assert counts[0] == 30 and all(n <= 30 for n in counts)
+        saved += 30 - min(counts)
+    assert max(lengths) == 9 and saved > 10
+    # two prompts: no guesses, the same answers
+    rows = [[1, 2, 3, 1, 2, 3], [4, 5]]
+    assert minivl.generate(model, rows, max_new_tokens=8, config=GenerationConfig(lookup=4)) == minivl.generate(
+        model, rows, max_new_tokens=8)
+
+
+def test_lookup_leaves_the_cache_right_for_the_next_turn():
+    model = build()
+    with torch.no_grad():
+        x, cache = model.embed(torch.tensor([[1, 2, 3, 1, 2, 3]])), KVCache()
+        running = steps(model, x, [Chooser(GenerationConfig(), [1, 2, 3, 1, 2, 3])], cache=cache, lookup=5)
+        tokens = [1, 2, 3, 1, 2, 3]
+        for _ in range(12):
+            chosen, logits = next(running)
+            assert cache.length == len(tokens)      # everything but the token just chosen
+            want = model.language_model(model.embed(torch.tensor([tokens])))[:, -1]
+            assert (logits - want).norm() / want.norm() < 1e-5
+            tokens += chosen
+
+
 def test_stop_tokens_and_tensor_forms():
     model = build()
     prompt = torch.tensor([1, 2, 3])
@@ -187,6 +234,8 @@ def test_generate_refuses():
         minivl.generate(model, [[1]], max_new_tokens="2")
     with pytest.raises(InputError, match="max_new_tokens is 0"):
         minivl.generate(model, torch.tensor([1]), max_new_tokens=0)
+    with pytest.raises(InputError, match="lookup is 65; it must be in 0..64"):
+        GenerationConfig(lookup=65)
 
 
 def test_nothing_left_to_choose():

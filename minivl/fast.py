@@ -1,0 +1,345 @@
+"""The same model, fast: int4 in an order a compiled loop likes, a head in half the bytes, the better matrix product.
+
+    prepare(model, "exact")     float32 as `awq.py` defines it, up to the order of additions
+    prepare(model, "fast")      what this machine does faster in bfloat16 may be rounded to it
+
+`awq.py` says what int4 is; here the same numbers lie as
+
+    words   int32[O, I/g, J]    J = g/8 words for each output and group. Nibble n of word j: q of input  g*group + J*n + j
+    scales, zeros   float32[O, I/g]
+
+so that the inputs a row of words meets lie side by side: eight shifts of 16 words meet 8 x 16 neighbouring inputs, and the
+sum over a group stays in registers. One token reads every word once; that, not arithmetic, is what a token costs. So the
+words lie in huge pages, and a layer with many inputs is cut into parts whose inputs stay in the processor's nearest cache.
+Everything is plain torch. Where a C++ compiler is at hand torch.compile makes loops of the functions below, once, for all
+shapes; without one the definition in awq.py serves, or torch's own int4 product, which rounds.
+"""
+import math
+import mmap
+import os
+import shutil
+import time
+import warnings
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minivl.awq import PACK_ORDER, AWQLinear, unpack
+from minivl.qwen2 import MLP, Attention, rotate
+
+ROWS = 4                # rows of x that one pass over the words serves
+NEAR = 2 ** 15          # bytes of x that stay in the nearest cache while the words of a part pass by
+BLOCK = 2 ** 22         # weights dequantised at a time: they stay in the cache until they are multiplied
+LARGE = 10 ** 8         # numbers in a model; below, measuring and compiling would take longer than what is saved
+
+
+# ---- the layout and its three loops ---------------------------------------------------------------------------------
+
+def relayout(qweight, group_size: int):
+    """Released qweight int32[I, O/8] -> words int32[O, I/g, g/8]."""
+    I, columns = qweight.shape
+    rows = qweight.view(I // group_size, 8, group_size // 8, columns)       # (I/g, 8, J, O/8)
+    words = torch.empty(columns, 8, *rows.shape[0:3:2], dtype=torch.int32, device=qweight.device)    # (O/8, 8, I/g, J)
+    for column in range(8):
+        word = torch.zeros_like(rows[:, 0])                                 # (I/g, J, O/8)
+        for n in range(8):
+            word |= (rows[:, n] >> 4 * PACK_ORDER.index(column) & 0xF) << 4 * n
+        words[:, column] = word.permute(2, 0, 1)
+    return words.flatten(0, 1)                                              # (O, I/g, J)
+
+
+def few_rows(x, words, scales, zeros):
+    """x float32[n, I] @ W -> float32[n, O] for small n, without ever holding W.
+
+    `words` are given as float32: the compiler loads floats in one instruction, int32 in many. Each bit pattern survives.
+    """
+    n, (O, groups, J) = x.shape[0], words.shape
+    words, x = words.view(torch.int32), x.view(n, groups, 8, J)
+    lanes = x.sum(2)                                                        # (n, I/g, J): what the zero point multiplies
+    q = [(words >> 4 * k & 0xF).float() for k in range(8)]                  # 8 x (O, I/g, J)
+    y = []
+    for row in range(n):
+        # Two chains of fused multiply-adds: the next need not wait for the last.
+        one, two = q[0] * x[row, :, 0] - zeros[..., None] * lanes[row], q[4] * x[row, :, 4]
+        for k in range(1, 4):
+            one, two = one + q[k] * x[row, :, k], two + q[k + 4] * x[row, :, k + 4]
+        y.append(((one + two) * scales[..., None]).sum((1, 2)))             # (O)
+    return torch.stack(y)                                                   # (n, O)
+
+
+def dequantize(words, scales, zeros, shifts, out):
+    """Into out float32 or bfloat16[O, I/g, 8, J], which is W transposed, as nn.Linear has it. shifts: 0, 4, ..., 28."""
+    q = words.view(torch.int32)[:, :, None] >> shifts[:, None] & 0xF        # (O, I/g, 8, J)
+    out.copy_((q.float() - zeros[..., None, None]) * scales[..., None, None])
+
+
+def half_rows(x, weight):
+    """x float32[n, D], weight float16 or bfloat16[V, D] -> float32[n, V], products and sums in float32."""
+    weight = weight.float()
+    return torch.stack([(weight * row).sum(-1) for row in x])
+
+
+# ---- what this machine has ------------------------------------------------------------------------------------------
+
+class Loop:
+    """A function, compiled at its first call. That takes seconds, but is read from a cache on disk the next time.
+
+    `dynamic`: {argument: dimensions that may have any size}; without it every shape would be compiled anew.
+    """
+
+    def __init__(self, function, dynamic: dict):
+        self.function, self.dynamic, self.compiled = function, dynamic, None
+
+    def __call__(self, *arguments):
+        if self.compiled is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")         # torch's compiler imports deprecated parts of torch
+                self.compiled = torch.compile(self.function, options={"cpp.enable_floating_point_contract_flag": "fast"})
+                for i, dims in self.dynamic.items():
+                    torch._dynamo.mark_dynamic(arguments[i], dims)
+                return self.compiled(*arguments)
+        return self.compiled(*arguments)
+
+
+class Loops:
+    """The functions above, compiled. Those for one row and for four are compiled apart."""
+
+    def __init__(self):
+        self.one_row = Loop(lambda x, *w: few_rows(x, *w), {0: 1, 1: (0, 1), 2: (0, 1), 3: (0, 1)})
+        self.four_rows = Loop(lambda x, *w: few_rows(x, *w), {0: 1, 1: (0, 1), 2: (0, 1), 3: (0, 1)})
+        self.dequantize = Loop(dequantize, {0: (0, 1), 1: (0, 1), 2: (0, 1), 4: (0, 1)})
+        self.half_row = Loop(lambda *x: half_rows(*x), {1: 0})
+        self.half_rows = Loop(lambda *x: half_rows(*x), {1: 0})
+
+
+@lru_cache
+def loops():
+    """Loops, or None without a C++ compiler. MINIVL_COMPILE=0 in the environment also says None."""
+    if os.environ.get("MINIVL_COMPILE") == "0":
+        return None
+    compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "cl") if shutil.which(c)), None)
+    return Loops() if compiler and shutil.which(compiler.split()[0]) else None
+
+
+def _seconds(product, repeats=3):
+    product()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _onednn(x, weight, bias=None):
+    """F.linear through oneDNN. torch itself takes MKL for float32, which leaves half of some AMD processors unused."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@lru_cache
+def products():
+    """(float32 product, whether bfloat16 is faster): measured once on [256, 1024] @ [1024, 1024], some milliseconds."""
+    x, w = torch.randn(256, 1024), torch.randn(1024, 1024)
+    candidates = [F.linear] + ([_onednn] if torch.backends.mkldnn.is_available() else [])
+    times = [_seconds(partial(f, x, w)) for f in candidates]
+    x, w = x.bfloat16(), w.bfloat16()
+    return candidates[times.index(min(times))], _seconds(partial(F.linear, x, w)) < 0.8 * min(times)
+
+
+@lru_cache
+def _scratch(size: int, dtype):
+    """Memory for dequantised weights, kept: fresh pages would cost more than the numbers."""
+    return torch.empty(size, dtype=dtype), torch.arange(0, 32, 4, dtype=torch.int32)
+
+
+def huge(shape, dtype):
+    """Uninitialised memory in pages of 2 MB where the system has them: fewer page tables to walk while all of it is read."""
+    size = math.prod(shape)
+    if not hasattr(mmap, "MADV_HUGEPAGE") or not size:
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=size).view(shape)
+
+
+# ---- modules --------------------------------------------------------------------------------------------------------
+
+class Linear(nn.Linear):
+    """nn.Linear, float32, by the product that is faster here; in mode "fast" perhaps in bfloat16."""
+    rounded = False
+
+    def forward(self, x):
+        if self.rounded:
+            bias = None if self.bias is None else self.bias.bfloat16()
+            return F.linear(x.bfloat16(), self.weight, bias).to(x.dtype)
+        return products()[0](x, self.weight, self.bias)
+
+
+class PackedLinear(nn.Module):
+    """What AWQLinears of one input compute, side by side: compiled loops for few rows, dequantise and multiply for many."""
+
+    def __init__(self, *linears: AWQLinear, rounded: bool = False):
+        super().__init__()
+        I, groups = linears[0].qweight.shape[0], linears[0].scales.shape[0]
+        parts = next(n for n in range(1, groups + 1) if groups % n == 0 and I // n * 4 <= NEAR)
+
+        def stored(pieces):     # [O, I/g, ...] of each linear -> [parts, all O, I/g/parts, ...]
+            pieces = [x.unflatten(1, (parts, -1)).transpose(0, 1) for x in pieces]
+            out = huge((parts, sum(x.shape[1] for x in pieces), *pieces[0].shape[2:]), pieces[0].dtype)
+            return torch.cat(pieces, dim=1, out=out)
+
+        self.register_buffer("words", stored([relayout(m.qweight, I // groups) for m in linears]), persistent=False)
+        self.register_buffer("scales", stored([m.scales.T.float() for m in linears]), persistent=False)
+        self.register_buffer("zeros", stored([unpack(m.qzeros).T.float() for m in linears]), persistent=False)
+        bias = None if linears[0].bias is None else torch.cat([m.bias for m in linears])
+        self.register_buffer("bias", bias, persistent=False)
+        self.rounded = rounded      # many rows in bfloat16
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])                                   # (n, I)
+        multiply = self.few if len(rows) <= FEW else self.many
+        y = None                                                            # (n, O)
+        for part in zip(rows.chunk(len(self.words), dim=1), self.words.view(torch.float32), self.scales, self.zeros):
+            y = multiply(*part) if y is None else y + multiply(*part)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+    def few(self, x, words, scales, zeros):
+        if len(x) == 1:
+            return loops().one_row(x.contiguous(), words, scales, zeros)
+        y = [loops().four_rows(F.pad(rows, (0, 0, 0, ROWS - len(rows))), words, scales, zeros) for rows in x.split(ROWS)]
+        return torch.cat(y)[:len(x)]
+
+    def many(self, x, words, scales, zeros):
+        O, groups, J = words.shape
+        I, dtype = x.shape[1], torch.bfloat16 if self.rounded else torch.float32
+        product, x, y = F.linear if self.rounded else products()[0], x.to(dtype), []
+        step = max(1, BLOCK // I)                                           # outputs at a time
+        memory, shifts = _scratch(max(BLOCK, I), dtype)
+        for block in zip(words.split(step), scales.split(step), zeros.split(step)):
+            W = memory[:len(block[0]) * I].view(-1, groups, 8, J)
+            loops().dequantize(*block, shifts, W)
+            y.append(product(x, W.view(-1, I)))                             # (n, step)
+        return torch.cat(y, dim=1).float()                                  # (n, O)
+
+
+FEW = 64        # rows up to which `few` is faster than `many`; measured
+
+
+class OpLinear(nn.Module):
+    """What an AWQLinear computes, rounded to bfloat16, by torch's own int4 product. Needs no compiler."""
+
+    def __init__(self, linear: AWQLinear):
+        super().__init__()
+        self.group = linear.qweight.shape[0] // linear.scales.shape[0]
+        q = unpack(linear.qweight).T.contiguous()                           # (O, I)
+        scales, zeros = linear.scales.float(), unpack(linear.qzeros).float()
+        both = torch.stack([scales, (8 - zeros) * scales], dim=-1).bfloat16()   # the op computes (q - 8) * scale + zero
+        if q.device.type == "cpu":
+            packed = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1)  # a layout for this very CPU: never saved
+        else:
+            packed = torch._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8)
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("both", both, persistent=False)                # (I/g, O, 2)
+        self.register_buffer("bias", linear.bias, persistent=False)
+
+    def forward(self, x):
+        product = torch._weight_int4pack_mm_for_cpu if x.device.type == "cpu" else torch._weight_int4pack_mm
+        y = product(x.reshape(-1, x.shape[-1]).bfloat16(), self.packed, self.group, self.both).to(x.dtype)      # (n, O)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+
+class HalfLinear(nn.Linear):
+    """A head whose weight stays in half precision as released; products and sums in float32."""
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])                                   # (n, D)
+        if len(rows) == 1:
+            y = loops().half_row(rows, self.weight)                         # (n, V)
+        elif len(rows) <= ROWS:
+            y = loops().half_rows(F.pad(rows, (0, 0, 0, ROWS - len(rows))), self.weight)[:len(rows)]
+        else:
+            step = max(1, BLOCK // x.shape[-1])
+            y = torch.cat([products()[0](rows, part.float()) for part in self.weight.split(step)], dim=1)
+        return y.view(*x.shape[:-1], -1)
+
+
+class HalfEmbedding(nn.Embedding):
+    """Rows of a half-precision table, as float32."""
+
+    def forward(self, ids):
+        return super().forward(ids).float()
+
+
+# ---- a whole model --------------------------------------------------------------------------------------------------
+
+class FastAttention(Attention):
+    """qwen2.Attention with q, k and v from one product."""
+
+    def __init__(self, attention: Attention, rounded: bool):
+        nn.Module.__init__(self)
+        self.layer, self.head_dim, self.attend = attention.layer, attention.head_dim, attention.attend
+        self.widths = [p.qweight.shape[1] * 8 for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        self.qkv_proj = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj, rounded=rounded)
+        self.o_proj = PackedLinear(attention.o_proj, rounded=rounded)
+
+    def forward(self, x, cos, sin, mask, cache):
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv_proj(x).split(self.widths, dim=-1))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class FastMLP(MLP):
+    """qwen2.MLP with gate and up from one product."""
+
+    def __init__(self, mlp: MLP, rounded: bool):
+        nn.Module.__init__(self)
+        self.gate_up_proj = PackedLinear(mlp.gate_proj, mlp.up_proj, rounded=rounded)
+        self.down_proj = PackedLinear(mlp.down_proj, rounded=rounded)
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+def is_large(model) -> bool:
+    """Whether a model (also on `meta`) is worth the seconds that measuring and compiling take."""
+    return sum(t.numel() for t in model.state_dict().values()) >= LARGE
+
+
+def packs(model) -> bool:
+    """Whether `prepare` will re-lay its int4 and leave its head in half precision: a large AWQ model, and a compiler."""
+    return is_large(model) and any(isinstance(m, AWQLinear) for m in model.modules()) and loops() is not None
+
+
+def prepare(model, precision: str):
+    """Replace modules of a MiniVL by faster ones, in place. Returns it.
+
+    "exact": what the model computes, up to the order of additions. "fast": rounded to bfloat16 where that is faster here.
+    Small models keep their modules, but that "fast" takes torch's int4 product for any AWQ linear it does not re-lay.
+    """
+    if model.device.type == "cpu" and model.dtype == torch.float32 and is_large(model):
+        rounded = precision == "fast" and products()[1]
+        for linear in [m for m in model.modules() if type(m) is nn.Linear]:
+            if linear.weight.dtype == torch.float32:
+                linear.__class__, linear.rounded = Linear, rounded
+                linear.weight.data = linear.weight.data.bfloat16() if rounded else linear.weight.data
+            else:                                       # the head, kept as released
+                linear.__class__ = HalfLinear
+                linear.weight.data = huge(linear.weight.shape, linear.weight.dtype).copy_(linear.weight)
+        embedding = model.language_model.model.embed_tokens
+        if embedding.weight.dtype != torch.float32:
+            embedding.__class__ = HalfEmbedding
+            embedding.weight.data = embedding.weight.clone()        # not a view of the file: its pages can go
+        if packs(model):
+            for layer in model.language_model.model.layers:
+                layer.self_attn, layer.mlp = FastAttention(layer.self_attn, rounded), FastMLP(layer.mlp, rounded)
+    if precision == "fast":
+        for parent in list(model.language_model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, AWQLinear):
+                    setattr(parent, name, OpLinear(child))
+    return model

@@ -1,0 +1,209 @@
+"""fast.py against the definition in awq.py: the layout, each loop, compiled and not, and a whole model."""
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import minivl
+from minivl import fast
+from minivl.awq import AWQLinear, dequantize, pack
+from minivl.qwen2 import KVCache
+
+
+def awq_linear(I, O, group, *, bias=True, seed=0, words=None, zeros=None):
+    """Random, negative words included; `words` and `zeros`: the same number everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(*shape, value):
+        return torch.full(shape, value, dtype=torch.int32) if value is not None else torch.randint(
+            0, 16, shape, generator=generator, dtype=torch.int32)
+
+    linear = AWQLinear(I, O, bias=bias, group_size=group)
+    linear.qweight, linear.qzeros = pack(numbers(I, O, value=words)), pack(numbers(I // group, O, value=zeros))
+    linear.scales = (0.01 * torch.rand(I // group, O, generator=generator) + 0.001).half()
+    if bias:
+        linear.bias = torch.randn(O, generator=generator)
+    return linear
+
+
+def definition(linear, x):
+    """In float64, word by word as the format says."""
+    W = dequantize(linear.qweight, linear.qzeros, linear.scales, torch.float64)
+    y = x.double() @ W
+    return y if linear.bias is None else y + linear.bias
+
+
+SIZES = [(32, 8, 32), (96, 40, 32), (128, 8, 128), (384, 24, 128), (320, 56, 64), (256, 16, 256), (2560, 8, 128)]
+
+
+class Uncompiled:
+    one_row = four_rows = staticmethod(fast.few_rows)
+    dequantize = staticmethod(fast.dequantize)
+    half_row = half_rows = staticmethod(fast.half_rows)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(fast, "loops", lambda: Uncompiled)
+
+
+@pytest.mark.parametrize("I, O, group", SIZES)
+def test_layout_holds_every_number_where_it_says(I, O, group):
+    linear = awq_linear(I, O, group)
+    words = fast.relayout(linear.qweight, group)
+    J = group // 8
+    assert words.shape == (O, I // group, J) and words.dtype == torch.int32
+    q = minivl.awq.unpack(linear.qweight)
+    rng = random.Random(0)
+    for _ in range(100):
+        o, a, j, n = rng.randrange(O), rng.randrange(I // group), rng.randrange(J), rng.randrange(8)
+        assert int(words[o, a, j]) >> 4 * n & 0xF == q[a * group + J * n + j, o]
+
+
+@pytest.mark.parametrize("I, O, group", SIZES)
+@pytest.mark.parametrize("words, zeros", [(None, None), (15, 0), (15, 15), (0, 15), (0, 0), (None, 0), (None, 15)])
+def test_products_are_the_definition(uncompiled, I, O, group, words, zeros):
+    linear = awq_linear(I, O, group, words=words, zeros=zeros, bias=words is None)
+    packed = fast.PackedLinear(linear)
+    assert len(packed.words) == 1 or I * 4 > fast.NEAR
+    for rows in (1, 2, 3, 4, 5, 9, fast.FEW, fast.FEW + 1):
+        x = torch.randn(rows, I)
+        expected = definition(linear, x)
+        for y in (packed(x), packed(x[None])[0]):
+            assert y.dtype == torch.float32
+            torch.testing.assert_close(y.double(), expected, rtol=0, atol=3e-6 * float(x.abs().sum(1).max()) * 0.15)
+
+
+def test_dequantised_weights_are_equal_bit_by_bit():
+    linear = awq_linear(384, 24, 128)
+    packed = fast.PackedLinear(linear)
+    out = torch.empty(24, 3, 8, 16)
+    fast.dequantize(packed.words[0].view(torch.float32), packed.scales[0], packed.zeros[0], torch.arange(0, 32, 4, dtype=torch.int32), out)
+    assert torch.equal(out.view(24, 384).T, dequantize(linear.qweight, linear.qzeros, linear.scales))
+
+
+def test_layers_with_many_inputs_are_cut_into_parts(uncompiled):
+    linear = awq_linear(86 * 128, 8, 128)       # the 4B's down_proj has this many
+    packed = fast.PackedLinear(linear)
+    assert packed.words.shape == (2, 8, 43, 16)
+    for rows in (1, 4, 70):
+        x = torch.randn(rows, 86 * 128)
+        torch.testing.assert_close(packed(x).double(), definition(linear, x), rtol=1e-5, atol=2e-4)
+
+
+def test_linears_side_by_side(uncompiled):
+    linears = [awq_linear(256, O, 64, seed=O) for O in (16, 8, 40)]
+    x = torch.randn(3, 256)
+    expected = torch.cat([definition(m, x) for m in linears], dim=1)
+    torch.testing.assert_close(fast.PackedLinear(*linears)(x).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+def test_torchs_own_int4_product(group):
+    """It rounds scales, zeros and x to bfloat16, 8 bits."""
+    linear = awq_linear(512, 32, group)
+    x = torch.randn(2, 3, 512)
+    y = fast.OpLinear(linear)(x)
+    assert y.shape == (2, 3, 32) and y.dtype == torch.float32
+    assert minivl.relative_error(y, definition(linear, x).float()) < 1e-2
+
+
+def test_both_float32_products(monkeypatch):
+    x, w, b = torch.randn(5, 7, 33), torch.randn(21, 33), torch.randn(21)
+    for bias in (b, None):
+        expected = F.linear(x.double(), w.double(), None if bias is None else bias.double())
+        for product in (F.linear, fast._onednn):
+            torch.testing.assert_close(product(x, w, bias).double(), expected, rtol=1e-5, atol=1e-5)
+    assert fast.products()[0] in (F.linear, fast._onednn)
+
+
+def test_head_and_embedding_in_half_precision(uncompiled):
+    for dtype in (torch.float16, torch.bfloat16):
+        head = torch.nn.Linear(48, 70, bias=False)
+        head.weight.data = head.weight.data.to(dtype)
+        head.__class__ = fast.HalfLinear
+        for rows in (1, 3, 4, 9):
+            x = torch.randn(2, rows, 48)
+            for part in (x, x[:1]):
+                torch.testing.assert_close(head(part).double(), part.double() @ head.weight.double().T, rtol=1e-5, atol=1e-5)
+    table = torch.nn.Embedding(9, 5)
+    table.weight.data = table.weight.data.half()
+    table.__class__ = fast.HalfEmbedding
+    assert torch.equal(table(torch.tensor([[3, 8]])), table.weight[[3, 8]][None].float())
+
+
+def test_huge_memory():
+    for shape in ((3, 5), (0, 4), (2**20 + 1,)):
+        x = fast.huge(shape, torch.float16)
+        assert x.shape == torch.Size(shape) and x.dtype == torch.float16
+        x.fill_(1.5)
+        assert float(x.sum(dtype=torch.float64)) == 1.5 * x.numel()
+
+
+@pytest.fixture
+def every_model_is_large(monkeypatch, uncompiled):
+    monkeypatch.setattr(fast, "LARGE", 0)
+
+
+@torch.no_grad()
+def logits(model, ids, pixel_values):
+    """Prefill, then token by token: [logits, ...]."""
+    cache, language = KVCache(), model.language_model
+    out = [language(model.embed(ids, model.visual_tokens(pixel_values)), cache)]
+    for token in (5, 9, 11):
+        out.append(language(language.model.embed_tokens(torch.tensor([[token]])), cache))
+    return torch.cat(out, dim=1)
+
+
+def test_a_whole_model(tiny, every_model_is_large):
+    plain, exact, rounded = minivl.load(tiny), minivl.load(tiny, precision="exact"), minivl.load(tiny, precision="fast")
+    assert isinstance(exact.language_model.model.layers[0].mlp.gate_up_proj, fast.PackedLinear)
+    assert exact.language_model.lm_head.weight.dtype == torch.float16
+    T = 3 + 4
+    ids = torch.tensor([[3, 4, *[plain.img_context_token_id] * 4, 7]])
+    pixel_values = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    expected, got = (logits(m, ids, pixel_values) for m in (plain, exact))
+    assert expected.shape[1] == T + 3
+    assert minivl.relative_error(got, expected) < 2e-5
+    assert minivl.relative_error(logits(rounded, ids, pixel_values), expected) < 0.1
+
+
+def test_generated_tokens_are_the_same(tiny, every_model_is_large):
+    ids = [[3, 4, 9], [8, 1, 2, 77, 5, 6]]
+    a, b = (minivl.generate(minivl.load(tiny, precision=p), ids, max_new_tokens=12, ignore_eos=True) for p in (None, "exact"))
+    assert a == b
+
+
+def test_small_models_stay_as_they_are(tiny):
+    plain, exact, rounded = minivl.load(tiny), minivl.load(tiny, precision="exact"), minivl.load(tiny, precision="fast")
+    assert exact.state_dict().keys() == plain.state_dict().keys()
+    assert any(isinstance(m, fast.OpLinear) for m in rounded.modules())
+    with pytest.raises(minivl.InputError, match="not one of exact, fast"):
+        minivl.load(tiny, precision="best")
+
+
+def test_half_precision_is_left_alone(tiny, every_model_is_large):
+    model = minivl.load(tiny, dtype="bfloat16", precision="exact")
+    assert any(isinstance(m, AWQLinear) for m in model.modules())
+
+
+@pytest.mark.skipif(fast.loops() is None, reason="no C++ compiler")
+def test_compiled_loops_are_the_functions():
+    """One compilation serves all shapes."""
+    linears = [awq_linear(*size, seed=i) for i, size in enumerate(((256, 24, 128), (384, 8, 128), (2560, 40, 128)))]
+    counts = torch._dynamo.utils.counters
+    before = copy.deepcopy(counts["stats"])
+    for linear in linears:
+        packed = fast.PackedLinear(linear)
+        for rows in (1, 3, 4, 6, 66):
+            x = torch.randn(rows, linear.qweight.shape[0])
+            torch.testing.assert_close(packed(x).double(), definition(linear, x), rtol=1e-5, atol=2e-4)
+    assert counts["stats"]["unique_graphs"] - before["unique_graphs"] <= 5
+    head = torch.nn.Linear(64, 333, bias=False)
+    head.weight.data = head.weight.data.half()
+    head.__class__ = fast.HalfLinear
+    for rows in (1, 2, 4):
+        x = torch.randn(1, rows, 64)
+        torch.testing.assert_close(head(x).double(), x.double() @ head.weight.double().T, rtol=1e-5, atol=1e-5)
