@@ -60,8 +60,8 @@ def test_answers_say_what_is_there():
             if turn := question(rng, s):
                 assert asked.setdefault(turn.question, turn.answer) == turn.answer, turn.question
     for question, answer in {
-        "Describe the picture.": "I see a large red star in the top left corner, a small orange ring in the middle and a "
-                                 "small blue star at the bottom.",
+        "Describe the picture.": "In the top left corner there is a large red star, in the middle a small orange ring and "
+                                 "at the bottom a small blue star.",
         "What colour is the ring?": "The ring is orange.",
         "Where is the red star?": "The red star is in the top left corner.",
         "How many stars are there?": "The number of stars is two.",
@@ -74,8 +74,8 @@ def test_answers_say_what_is_there():
         "What is in the middle?": "In the middle there is a small orange ring.",
         "Are there five shapes?": "The number of shapes is three, so no.",
         "Is the ring small or large?": "The ring is small.",
-        "How many shapes are below the ring?": "The ring is in the middle. The other shapes are a star in the top left corner "
-                                               "and a star at the bottom. One of them is below it.\nFinal Answer: 1",
+        "How many shapes are below the ring?": "The ring is in the middle. The other shapes are in the top left corner and at "
+                                               "the bottom. One is below it.\nFinal Answer: 1",
         "Which shape is directly above the ring?": None,        # nothing is there: not asked
         "What colour is the shape directly below the ring?": "The ring is in the middle. The shape directly below it is a "
                                                              "small blue star.\nFinal Answer: blue",
@@ -85,6 +85,35 @@ def test_answers_say_what_is_there():
                                                         "is three.\nFinal Answer: 3",
     }.items():
         assert asked.get(question) == answer, question
+
+
+def test_changes_are_said_place_by_place():
+    star = draw.Thing("star", "red", 0, 1, "large")
+    at = world.PLACES[0][1]
+    for now, said in ((star, "nothing changed"), (None, "the red star disappeared"),
+                      (replace(star, colour="blue"), "the star changed from red to blue"),
+                      (replace(star, kind="ring"), "the red star became a ring"), (replace(star, size="small"), "the red star became smaller")):
+        assert world.changed(star, now, at) == f"At the top {said}"
+    assert world.changed(None, None, at) == "At the top nothing changed"
+    assert world.changed(None, replace(star, colour="orange"), at) == "At the top an orange star appeared"
+    for seed in range(300):         # both kinds of example: what is said follows from the two pictures
+        for kind in ("compare", "changes"):
+            example = world.example(seed, 0, {kind: 1})
+            (then, now), answers = ({(t.row, t.column): t for t in p.shapes} for p in example.pictures), example.turns
+            for turn in answers:
+                cell = next(((r, c) for r in range(3) for c in range(3)
+                             if turn.answer.startswith(world.PLACES[r][c].capitalize() + " ")), None)
+                if "something" in turn.answer:
+                    assert {cell for cell in then.keys() | now.keys() if then.get(cell) != now.get(cell)} == {
+                        (r, c) for r in range(3) for c in range(3) if world.PLACES[r][c] in re.split(
+                            ", | and ", turn.answer.removesuffix(" something changed.").lower())}
+                elif cell:
+                    said = world.changed(then.get(cell), now.get(cell), world.PLACES[cell[0]][cell[1]])
+                    assert turn.answer.split(", it is now")[0].rstrip(".") == said
+                elif turn.answer == "Nothing changed.":
+                    assert then == now
+                else:
+                    assert "number of shapes" in turn.answer
 
 
 def test_small_print_stays_inside_a_tile_and_is_lost_in_the_thumbnail():

@@ -83,7 +83,15 @@ STAGES = (
     Stage("together", 5600, 3e-3, {"find": 4, "by place": 10, "by two": 10, "count": 10, "judge": 10, "shapes": 14, "texts": 24,
                                    "compare": 6, "video": 5, "follow": 4, "reason": 5, "texture": 1, "talk": 1},
           wide=0.1, batch=16, floor=0.02),
-    Stage("pairs", 1500, 2e-3, {"compare": 36, "video": 24, "reason": 14, "shapes": 12, "texts": 14}, wide=0.0, batch=16, floor=0.02))
+    Stage("pairs", 1500, 2e-3, {"compare": 36, "video": 24, "reason": 14, "shapes": 12, "texts": 14}, wide=0.0, batch=16, floor=0.02),
+    Stage("open", 1600, 3e-3, {"count": 18, "by place": 8, "judge": 10, "shapes": 20, "texts": 24, "print": 12, "compare": 4,
+                               "video": 4}, wide=0.15, batch=16, floor=0.6, tower=0.15),
+    Stage("changes", 1500, 4e-3, {"changes": 45, "compare": 12, "describe": 12, "reason": 12, "video": 9, "texts": 10},
+          wide=0.0, batch=16, floor=0.5),
+    Stage("spot", 700, 4e-3, {"changes": 42, "compare": 42, "texts": 8, "reason": 8}, wide=0.0, batch=24, floor=0.6),
+    Stage("everything", 7000, 3e-3, {"shapes": 12, "by place": 3, "by two": 4, "count": 9, "judge": 8, "describe": 5, "texts": 19,
+                                     "print": 7, "compare": 12, "changes": 6, "video": 8, "follow": 5, "reason": 9, "texture": 1,
+                                     "talk": 2}, wide=0.12, batch=16, floor=0.02, tower=0.15))
 QUICK = (
     Stage("squares", 900, 4e-3, SQUARES, wide=0.0, task="squares"),
     Stage("find", 500, 4e-3, {"find": 1}, **_narrow),

@@ -132,8 +132,8 @@ def describe(rng, scene):
         return Turn(question, UNKNOWN_PICTURE, "unknown")
     if not things:
         return Turn(question, "The picture is empty.", "describe")
-    phrases = [f"{'the ' + name(t) if t.is_text else a(name(t))} {place(t)}" for t in things]
-    return Turn(question, f"I see {listed(phrases)}.", "describe")
+    first, *rest = [(place(t), f"{'the ' + name(t) if t.is_text else a(name(t))}") for t in things]
+    return Turn(question, listed([f"{first[0].capitalize()} there is {first[1]}", *map(" ".join, rest)]) + ".", "describe")
 
 
 def colour(rng, scene):
@@ -359,9 +359,8 @@ def reason(rng, scene):
         many = f"{adjective} shapes".strip()
         question = f"How many {many} are {side} the {anchor.kind}?"
         what = f"{adjective or 'other'} {'shape is' if len(group) == 1 else 'shapes are'}"
-        steps = (f"The {anchor.kind} is {place(anchor)}. The {what} {listed([f'{a(t.kind)} {place(t)}' for t in group])}. "
-                 f"{NUMBERS[len(found)].capitalize() if found else 'None'} of them {'is' if len(found) == 1 else 'are'} "
-                 f"{side} it.")
+        steps = (f"The {anchor.kind} is {place(anchor)}. The {what} {listed([place(t) for t in group])}. "
+                 f"{NUMBERS[len(found)].capitalize() if found else 'None'} {'are' if len(found) > 1 else 'is'} {side} it.")
         final = str(len(found))
     elif what == 1:         # more red than blue?
         pair = two_counts(rng, shapes, "colour")
@@ -525,6 +524,11 @@ def exist_example(rng, style):
     return find_example(rng, style, (*FIND, (yes_no, 5), (false_premise, 3), (count, 3)))
 
 
+def describe_example(rng, style):
+    scene = shapes_scene(rng, style)
+    return [scene], [describe(rng, scene)]
+
+
 def name_example(rng, style):
     """For the start of training: few shapes and one question about what is where."""
     scene = Scene((), **draw.geometry(rng, style))
@@ -560,42 +564,79 @@ def print_example(rng, style):
     return [scene], turns
 
 
+def changed(old, new, where: str) -> str:
+    """What happened in a place, from the thing that was there and the thing that is (None: nothing)."""
+    if old == new:
+        what = "nothing changed"
+    elif old is None:
+        what = f"{a(name(new, size=False))} appeared"
+    elif new is None:
+        what = f"the {name(old, size=False)} disappeared"
+    elif old.colour != new.colour:
+        what = f"the {old.kind} changed from {old.colour} to {new.colour}"
+    elif old.kind != new.kind:
+        what = f"the {name(old, size=False)} became {a(new.kind)}"
+    else:
+        what = f"the {name(old, size=False)} became {'larger' if new.size == 'large' else 'smaller'}"
+    return f"{where.capitalize()} {what}"
+
+
+def another(rng, thing: Thing) -> Thing:
+    """The thing with another colour, or of another kind, or of the other size."""
+    what = rng.randrange(3)
+    if what == 0:
+        return replace(thing, colour=rng.choice([c for c in COLOURS if c != thing.colour]))
+    if what == 1:
+        return replace(thing, kind=rng.choice([k for k in SHAPES if k != thing.kind]))
+    grown = thing.size == "small"
+    return replace(thing, size="large" if grown else "small", radius=0.42 if grown else 0.22)
+
+
 def compare_example(rng, style):
     first = shapes_scene(rng, replace(style, wide=0), least=1)
     thing, what = rng.choice(first.shapes), rng.randrange(7)
     taken = {(t.row, t.column) for t in first.shapes}
-    free = [(r, c) for r in range(3) for c in range(3) if (r, c) not in taken]
+    free = rng.choice([(r, c) for r in range(3) for c in range(3) if (r, c) not in taken])
     rest, second = first.without(thing), first
-    the = f"the {name(thing, size=False)}"
     if what == 0:
-        new = draw.shape(rng, rng.choice(free))
-        second, answer = first.with_(new), f"{a(name(new, size=False)).capitalize()} appeared {PLACES[new.row][new.column]}."
+        new = draw.shape(rng, free)
+        second, answer = first.with_(new), changed(None, new, place(new))
     elif what == 1:
-        second, answer = rest, f"{the.capitalize()} {place(thing)} disappeared."
+        second, answer = rest, changed(thing, None, place(thing))
     elif what == 2:
-        c = rng.choice([c for c in COLOURS if c != thing.colour])
-        second, answer = rest.with_(replace(thing, colour=c)), f"The {thing.kind} {place(thing)} changed from {thing.colour} to {c}."
-    elif what == 3:
-        k = rng.choice([k for k in SHAPES if k != thing.kind])
-        second, answer = rest.with_(replace(thing, kind=k)), f"{the.capitalize()} {place(thing)} became {a(k)}."
-    elif what == 4:
-        r, c = rng.choice(free)
-        second = rest.with_(replace(thing, row=r, column=c))
-        answer = f"{the.capitalize()} moved from {place(thing)[3:]} to {PLACES[r][c][3:]}."
-    elif what == 5:
-        grown = thing.size == "small"
-        second = rest.with_(replace(thing, size="large" if grown else "small", radius=0.42 if grown else 0.22))
-        answer = f"{the.capitalize()} {place(thing)} became {'larger' if grown else 'smaller'}."
+        second = rest.with_(moved := replace(thing, row=free[0], column=free[1]))
+        answer = f"{changed(thing, None, place(thing))}, it is now {place(moved)}"
+    elif what == 6:
+        answer = "Nothing changed"
     else:
-        answer = "Nothing changed."
+        second, answer = rest.with_(new := another(rng, thing)), changed(thing, new, place(thing))
     second = replace(second, background=first.background, scale=rng.choice((first.scale, 1.0)))
     turns = [Turn(rng.choice(("What changed?", "What is different?", "What is the difference between the pictures?",
-                              "Compare the two images.")), answer, "compare")]
+                              "Compare the two images.")), f"{answer}.", "compare")]
     if rng.random() < 0.4:
         i = rng.randrange(2)
         n = len((first, second)[i].shapes)
         turns.append(Turn(f"How many shapes are there in Image-{i + 1}?",
                           f"The number of shapes in Image-{i + 1} is {NUMBERS[n]}.", "compare"))
+    return [first, second], turns
+
+
+def changes_example(rng, style):
+    """A drill: two pictures with several changes, all places of them asked for, then place by place."""
+    first = shapes_scene(rng, replace(style, wide=0), least=2)
+    then = {(t.row, t.column): t for t in first.shapes}
+    now = {cell: rng.choice((thing, None, another(rng, thing), another(rng, thing))) for cell, thing in then.items()}
+    for cell in draw.cells(rng, 9):
+        if cell not in then and rng.random() < 0.3:
+            now[cell] = draw.shape(rng, cell)
+    second = replace(first, things=tuple(thing for thing in now.values() if thing))
+    different = [PLACES[r][c] for r, c in sorted(now) if then.get((r, c)) != now[r, c]]
+    turns = [Turn(rng.choice(("Where did something change?", "Which places changed?")),
+                  f"{listed(different).capitalize()} something changed." if different else "Nothing changed.", "change")]
+    cells = rng.sample(sorted(now), min(len(now), 4)) + [cell for cell in draw.cells(rng, 1) if cell not in now]
+    rng.shuffle(cells)
+    turns += [Turn(f"What changed {PLACES[r][c]}?", f"{changed(then.get((r, c)), now.get((r, c)), PLACES[r][c])}.", "change")
+              for r, c in cells]
     return [first, second], turns
 
 
@@ -699,8 +740,9 @@ def talk_example(rng, style):
     return [], turns
 
 
-KINDS = {"find": find_example, "exist": exist_example, "name": name_example, "spell": spell_example, "page": page_example,
-         "shapes": shapes_example, "texts": texts_example, "print": print_example, "compare": compare_example, "video": video_example, "follow": follow_example,
+KINDS = {"find": find_example, "exist": exist_example, "name": name_example, "describe": describe_example,
+         "spell": spell_example, "page": page_example, "shapes": shapes_example, "texts": texts_example, "print": print_example,
+         "compare": compare_example, "changes": changes_example, "video": video_example, "follow": follow_example,
          "reason": reason_example, "texture": texture_example, "talk": talk_example,
          **{name: functools.partial(drill_example, questions=q, wanted=w) for name, (q, w) in DRILLS.items()}}
 MIX = {"shapes": 30, "texts": 24, "print": 12, "compare": 9, "video": 8, "follow": 6, "reason": 8, "texture": 1.5, "talk": 1.5}
@@ -717,8 +759,8 @@ def example(seed, index: int, mix: dict | None = None, style: Style | None = Non
     if alone and kind not in ("follow", "talk"):
         turns = [rng.choice(turns)]
     turns = [replace(t, question=casual(rng, t.question)) for t in turns]
-    max_num = 1 if kind in ("video", "compare") or kind in ("shapes", "reason") and rng.random() < 0.15 else 6
-    if kind == "compare":
+    max_num = 1 if kind in ("video", "compare", "changes") or kind in ("shapes", "reason") and rng.random() < 0.15 else 6
+    if kind in ("compare", "changes"):
         turns[0] = replace(turns[0], question=f"Image-1: {IMAGE}\nImage-2: {IMAGE}\n{turns[0].question}")
     elif kind == "video":
         frames = "".join(f"Frame{i}: {IMAGE}\n" for i in range(1, len(scenes) + 1))
