@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PY := .venv/bin/python
 
-.PHONY: help setup demo test reference clean
+.PHONY: help setup demo test reference verify notebooks lab clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -18,15 +18,13 @@ setup: .venv/ready  ## the virtual environment .venv/ with everything needed
 	$(PY) -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e ".[dev,video]"
 	@touch .venv/ready
 
-demo: setup     ## a small model answers a question about a picture
+demo: setup     ## a small trained model answers questions about pictures
 	@echo
-	@echo "A tiny model with RANDOM weights, made on the spot: what it writes is nonsense, the way there is the real one."
-	@$(PY) -m weights_tools.synthesize build/tiny --size tiny --awq --overwrite
+	@$(PY) -m minivl demo
 	@echo
-	@echo "tests/golden/tiger.jpeg> describe this image"
-	@$(PY) -m minivl chat -m build/tiny tests/golden/tiger.jpeg -p "describe this image" --max-new-tokens 24
-	@echo
-	@echo "Your own: .venv/bin/python -m minivl chat -m build/tiny PICTURE     The 4B model: see README.md"
+	@echo 'Your own:      .venv/bin/python -m minivl chat PICTURE          (a conversation; it knows shapes, words and numbers)'
+	@echo '               .venv/bin/python -m minivl chat minivl/nano/samples/count.png -p "How many rings are there?"'
+	@echo 'The 4B model:  .venv/bin/python -m minivl chat -m OpenGVLab/InternVL2_5-4B-MPO-AWQ PICTURE     (downloads 3.3 GB)'
 
 test: setup     ## all tests
 	$(PY) -m pytest
@@ -37,6 +35,19 @@ reference: .reference/ready     ## the environment .reference/ with transformers
 	$(PYTHON) -m venv .reference
 	.reference/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e ".[reference]"
 	@touch .reference/ready
+
+QUESTION = minivl/nano/samples/small-print.png -p "What does the small print say?"
+
+verify: setup reference     ## minivl against transformers on both small models, stage by stage; two pages in build/
+	@mkdir -p build
+	$(PY) -m weights_tools.verify nano $(QUESTION) --html build/verify-nano.html
+	$(PY) -m weights_tools.verify nano-awq $(QUESTION) --html build/verify-nano-awq.html
+
+notebooks: setup            ## runs every notebook and puts the outputs into the files
+	$(PY) notebooks/run.py --write
+
+lab: setup      ## JupyterLab on the first notebook
+	.venv/bin/jupyter lab notebooks/00_a_picture_becomes_words.ipynb
 
 clean:          ## removes .venv/, .reference/ and build/
 	rm -rf .venv .reference build *.egg-info

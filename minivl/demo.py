@@ -14,10 +14,10 @@ from minivl.pipeline import pipeline
 
 SAMPLES = SHIPPED["nano"].parent / "samples"
 # Sample picture, and a conversation about it.
-TOUR = (("shapes.png", ("describe this image", "How many stars are there?", "Is there a green circle?")),
+TOUR = (("shapes.png", ("describe this image", "What colour is the heart?", "Where is it?", "Is there a green circle?")),
         ("words.png", ("What does it say at the top?", "What is the number?")),
         ("small-print.png", ("What does the small print say?",)),
-        ("reason.png", ("How many red shapes are left of the star? Think step by step.",)))
+        ("tall.png", ("describe this image",)))
 
 
 def show(image, columns: int = 48) -> str:

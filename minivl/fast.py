@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minivl.awq import PACK_ORDER, AWQLinear, unpack
-from minivl.qwen2 import MLP, Attention, rotate
+from minivl.qwen2 import MLP, Attention, RMSNorm, rotate
 
 ROWS = 4                # rows of x that one pass over the words serves
 NEAR = 2 ** 15          # bytes of x that stay in the nearest cache while the words of a part pass by
@@ -280,16 +280,24 @@ class FastAttention(Attention):
     def __init__(self, attention: Attention, rounded: bool):
         nn.Module.__init__(self)
         self.layer, self.head_dim, self.attend = attention.layer, attention.head_dim, attention.attend
-        self.widths = [p.qweight.shape[1] * 8 for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        self.heads = [p.qweight.shape[1] * 8 // self.head_dim for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
         self.qkv_proj = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj, rounded=rounded)
         self.o_proj = PackedLinear(attention.o_proj, rounded=rounded)
 
     def forward(self, x, cos, sin, mask, cache):
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv_proj(x).split(self.widths, dim=-1))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        x = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)     # (B, H + 2K, T, E)
+        qk, v = x.split([sum(self.heads[:2]), self.heads[2]], dim=1)
+        q, k = rotate(qk, cos, sin).split(self.heads[:2], dim=1)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class FastNorm(RMSNorm):
+    """qwen2.RMSNorm in one call; float32 only."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class FastMLP(MLP):
@@ -337,6 +345,8 @@ def prepare(model, precision: str):
         if packs(model):
             for layer in model.language_model.model.layers:
                 layer.self_attn, layer.mlp = FastAttention(layer.self_attn, rounded), FastMLP(layer.mlp, rounded)
+            for norm in [m for m in model.language_model.modules() if type(m) is RMSNorm]:
+                norm.__class__ = FastNorm
     if precision == "fast":
         for parent in list(model.language_model.modules()):
             for name, child in list(parent.named_children()):

@@ -38,7 +38,7 @@ def test_without_numpy(tmp_path):
 
 
 def test_no_file_mentions_it():
-    for folder in ("minivl", "weights_tools", "tests"):
+    for folder in ("minivl", "weights_tools", "tests", "notebooks"):
         for path in (ROOT / folder).rglob("*.py"):
             lines = [line for line in path.read_text().splitlines() if line.strip().startswith(("import ", "from "))]
             assert not any("numpy" in line.split("#")[0].split() for line in lines), path

@@ -1,11 +1,12 @@
 """What the README says is run or recomputed: its Python, its memory table, its files and its commands."""
 import re
-import sys
+import shlex
 from pathlib import Path
 
 import torch
 
 import minivl
+from minivl.__main__ import main
 from minivl.config import Config
 from weights_tools.synthesize import config_json
 
@@ -13,16 +14,25 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_python_examples_run(tiny, monkeypatch, capsys):
-    """With the tiny checkpoint in place of the 4B one, whose tiles are 56 pixels."""
+def test_python_examples_run(monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) == 2
-    for module in ("minivl.pipeline", "minivl.checkpoint"):
-        monkeypatch.setattr(sys.modules[module], "find", lambda name, revision=None: tiny)
     monkeypatch.chdir(ROOT)
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
-    assert "torch.Size([1, 17, 64]) torch.Size([1, 4, 128])" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("In the top left corner there is a large red star, ") and "The heart is in the bottom right corner." in out
+    assert "torch.Size([1, 65, 160]) torch.Size([1, 16, 256])" in out
+
+
+def test_command_lines_run(monkeypatch, capsys):
+    """Those that need no download and no terminal."""
+    monkeypatch.chdir(ROOT)
+    lines = [shlex.split(line) for line in re.findall(r"^\.venv/bin/python -m minivl (chat .*nano/.* -p .*)$", README, re.M)]
+    assert len(lines) >= 2
+    for line in lines:
+        assert main(line) == 0
+        assert capsys.readouterr().out.strip()
 
 
 def weights(size, awq):
@@ -57,7 +67,7 @@ def test_reading_order_names_every_file():
 
 def test_commands_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"^make (\w+)", README, re.M)) == {"demo", "test", "reference"} <= targets
+    assert set(re.findall(r"^make (\w+)", README, re.M)) == {"demo", "test", "reference", "verify"} <= targets
     for module in set(re.findall(r"python -m (\S+)", README)):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists() or (ROOT / module.replace(".", "/") / "__main__.py").exists(), module
 

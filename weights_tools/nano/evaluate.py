@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
+from multiprocessing import get_context
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -102,6 +106,33 @@ def measure(pipe, task: str, n: int, seed=HELD_OUT, change=None, wide: bool = Fa
     return sum(is_right(item.turns[-1], answer) for item, answer in results) / n, results
 
 
+@lru_cache(maxsize=3)
+def _pipe(checkpoint: str):
+    return pipeline(checkpoint, EngineConfig(max_batch_size=25))
+
+
+def _share(checkpoint: str, task: str, n: int) -> float:
+    return measure(_pipe(checkpoint), task, n)[0]
+
+
+def _ablations(checkpoint: str, n: int) -> list:
+    return ablations(_pipe(checkpoint), n)
+
+
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def side_by_side(checkpoints: list, n: int, tasks=tuple(TARGETS), ablations_n: int = 0) -> tuple:
+    """([{task: share right} of each checkpoint], ablations of the first or []), one process with one thread on each core."""
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _one_thread) as pool:
+        changes = pool.submit(_ablations, str(checkpoints[0]), ablations_n) if ablations_n else None      # the longest first
+        jobs = {(c, task): pool.submit(_share, str(c), task, n) for c in checkpoints for task in tasks}
+        for job in tqdm(as_completed(jobs.values()), total=len(jobs), unit="task", disable=None):
+            job.result()
+        return [{task: jobs[c, task].result() for task in tasks} for c in checkpoints], changes.result() if changes else []
+
+
 # ---- what the parts are good for ------------------------------------------------------------------------------------
 
 class WrongOrder(nn.Module):
@@ -173,23 +204,21 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.n < 1:
         raise InputError(f"-n is {args.n}; ask at least one question")
-    tasks, scores, report = args.tasks or list(TARGETS), [], {"questions": args.n, "seed": HELD_OUT}
-    for checkpoint in args.checkpoints:
-        pipe, score, start = pipeline(checkpoint, EngineConfig(max_batch_size=25)), {}, time.perf_counter()
-        for task in tqdm(tasks, desc=str(checkpoint), unit="task", disable=None):
-            score[task], results = measure(pipe, task, args.n)
-            wrong = [(item, answer) for item, answer in results if not is_right(item.turns[-1], answer)]
-            for item, answer in wrong[:args.wrong]:
-                tqdm.write(f"{task}: {item.turns[-1].question!r}\n    right {item.turns[-1].answer!r}\n    wrote {answer!r}")
-        scores.append(score)
-        report[str(checkpoint)] = score
-        print(f"{checkpoint}: {args.n * len(tasks)} questions, {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    tasks, start = args.tasks or list(TARGETS), time.perf_counter()
+    scores, rows = side_by_side(args.checkpoints, args.n, tuple(tasks), args.n if args.ablations else 0)
+    report = {"questions": args.n, "seed": HELD_OUT, **{str(c): score for c, score in zip(args.checkpoints, scores)}}
+    print(f"{args.n * len(tasks)} questions for each, {time.perf_counter() - start:.0f} s", file=sys.stderr)
     print(table([str(c) for c in args.checkpoints], scores) if not args.tasks else json.dumps(report, indent=1))
+    for checkpoint in args.checkpoints if args.wrong else ():
+        for task in tasks:
+            wrong = [(item.turns[-1], answer) for item, answer in measure(_pipe(str(checkpoint)), task, args.n)[1]
+                     if not is_right(item.turns[-1], answer)]
+            for turn, answer in wrong[:args.wrong]:
+                print(f"{task}: {turn.question!r}\n    right {turn.answer!r}\n    wrote {answer!r}", file=sys.stderr)
     if args.ablations:
-        pipe = pipeline(args.checkpoints[0], EngineConfig(max_batch_size=25))
-        report["ablations"] = ablations(pipe, args.n)
+        report["ablations"] = rows
         print("\n| change | task | as it is | so |\n|---|---|---|---|")
-        for what, task, before, after in report["ablations"]:
+        for what, task, before, after in rows:
             print(f"| {what} | {task} | {100 * before:.1f} | {100 * after:.1f} |")
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:

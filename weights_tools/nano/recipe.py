@@ -89,7 +89,7 @@ STAGES = (
     Stage("changes", 1500, 4e-3, {"changes": 45, "compare": 12, "describe": 12, "reason": 12, "video": 9, "texts": 10},
           wide=0.0, batch=16, floor=0.5),
     Stage("spot", 700, 4e-3, {"changes": 42, "compare": 42, "texts": 8, "reason": 8}, wide=0.0, batch=24, floor=0.6),
-    Stage("everything", 7000, 3e-3, {"shapes": 12, "by place": 3, "by two": 4, "count": 9, "judge": 8, "describe": 5, "texts": 19,
+    Stage("everything", 5400, 3e-3, {"shapes": 12, "by place": 3, "by two": 4, "count": 9, "judge": 8, "describe": 5, "texts": 19,
                                      "print": 7, "compare": 12, "changes": 6, "video": 8, "follow": 5, "reason": 9, "texture": 1,
                                      "talk": 2}, wide=0.12, batch=16, floor=0.02, tower=0.15))
 QUICK = (

@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from minivl import EngineConfig, load, pipeline
+from minivl import load
 from minivl.checkpoint import SHIPPED, safetensors_header
 from minivl.limits import InputError
 from minivl.tokenizer import Tokenizer
@@ -119,8 +119,8 @@ The float16 model on the same {ablation_n} questions, with one thing changed.
 
 ## Limits
 
-Outside of drawn shapes, words of up to six capitals and numbers of up to four digits it should say that it cannot tell; often
-it will describe shapes that are not there. Lower-case letters, other fonts, photographs and languages were never seen.
+Outside of drawn shapes, words of up to six capitals and numbers of up to four digits it should say that it cannot tell; it may
+also describe shapes that are not there. Lower-case letters, other fonts, photographs and languages were never seen.
 """
 
 
@@ -137,14 +137,9 @@ def ship(source, n: int = 500, ablation_n: int = 500, to: Path | None = None) ->
     save_quantized(source, to / "awq", quantize(model, calibration(model, tokenizer)), overwrite=True, metadata=note)
     rounded = save_quantized(source, source.parent / f"{source.name}-rounded", quantize(model, None), overwrite=True)
     samples(to / "samples")
-    config, scores = EngineConfig(max_batch_size=25), {}
-    for name, folder in (("float16", to / "float16"), ("AWQ int4", to / "awq"), ("rounded int4", rounded)):
-        pipe = pipeline(folder, config)
-        scores[name] = {}
-        for task in evaluate.TARGETS:
-            scores[name][task] = evaluate.measure(pipe, task, n)[0]
-            print(f"{name}: {task} {100 * scores[name][task]:.1f}", file=sys.stderr)
-    rows = evaluate.ablations(pipeline(to / "float16", config), ablation_n)
+    folders = {"float16": to / "float16", "AWQ int4": to / "awq", "rounded int4": rounded}
+    scores, rows = evaluate.side_by_side(list(folders.values()), n, ablations_n=ablation_n)
+    scores = dict(zip(folders, scores))
     card = CARD.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6, vision=recipe.VISION, llm=recipe.LLM,
         mlp=4 * recipe.VISION["hidden_size"], recipe=note["recipe"], n=n, ablation_n=ablation_n,

@@ -1,0 +1,324 @@
+"""How fast, and how near to what the machine can do: python -m weights_tools.bench CHECKPOINT
+
+    the machine: how many bytes a second it reads, how many multiplications a second it does
+    -> every engine in a process of its own, asked in turns, so that a busy moment hurts all -> best and median of rounds
+
+    python -m weights_tools.synthesize build/4B --size 4B --awq --tokenizer FOLDER      random weights of full size
+    python -m weights_tools.bench build/4B --precision exact fast lean --against llama.cpp
+
+exact and fast are minivl with that precision, lean is minivl with the modules as released. llama.cpp runs a random Q4_0 file
+of the same shapes, where it is installed (the extra `peers`); --peers-python names a Python that has it.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from minivl.limits import InputError
+from weights_tools import run
+
+OURS, PEERS = {"exact": "exact", "fast": "fast", "lean": None}, ("transformers", "llama.cpp")
+JOBS = {    # name -> (what is asked, unit); seconds become `count / seconds` of the unit, or stay seconds
+    "tile": ({"tiles": 1}, "s/tile"), "prefill 128": ({"prompt": 128}, "tok/s"), "prefill 512": ({"prompt": 512}, "tok/s"),
+    "prefill 1792": ({"prompt": 1792}, "tok/s"), "decode 1": ({"batch": 1}, "tok/s"), "decode 4": ({"batch": 4}, "tok/s")}
+CONTEXT = 64            # tokens that are there when decoding starts
+
+
+# ---- the machine ----------------------------------------------------------------------------------------------------
+
+def best(work, repeats: int = 5) -> float:
+    """Seconds of the fastest of some runs."""
+    work()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def machine() -> dict:
+    """Bytes read a second (float32 summed), and float32 and bfloat16 products a second, the better of torch's two."""
+    import torch
+
+    from minivl import fast
+    big, n = torch.ones(2 ** 27), 2048
+    x, w = torch.randn(512, n), torch.randn(n, n)
+    floating = min(best(lambda: product(x, w)) for product in (torch.nn.functional.linear, fast._onednn))
+    x, w = x.bfloat16(), w.bfloat16()
+    half = best(lambda: torch.nn.functional.linear(x, w))
+    name = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+                platform.processor())
+    return {"cpu": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "GB/s": big.nbytes / best(big.sum) / 1e9, "GFLOP/s float32": 2 * 512 * n * n / floating / 1e9,
+            "GFLOP/s bfloat16": 2 * 512 * n * n / half / 1e9}
+
+
+def _lines(path) -> list:
+    return Path(path).read_text().splitlines() if os.path.exists(path) else []
+
+
+def work_of(config) -> dict:
+    """What the model asks for: multiply-adds of a tile and of a prompt token (two operations each), bytes read for a new token."""
+    v, llm = config.vision_config, config.llm_config
+    P, C = (config.force_image_size // v.patch_size) ** 2, v.hidden_size
+    layer = 4 * C * C + 2 * C * v.intermediate_size
+    tower = (P + 1) * (v.num_hidden_layers * (layer + 2 * (P + 1) * C)) + P * 3 * v.patch_size ** 2 * C
+    D, F = llm.hidden_size, llm.intermediate_size
+    kv = 2 * D * llm.num_key_value_heads // llm.num_attention_heads
+    body = llm.num_hidden_layers * (2 * D * D + D * kv + 3 * D * F)
+    tower += P // 4 * (4 * C * D + D * D)
+    bits = 4 if config.quantization_config else 16
+    return {"GFLOP/tile": 2 * tower / 1e9, "GFLOP/token": 2 * body / 1e9,
+            "GB/token": (body * bits / 8 + 2 * D * llm.vocab_size) / 1e9}
+
+
+# ---- one engine -----------------------------------------------------------------------------------------------------
+
+class Ours:
+    """minivl. Each method does one job and returns its seconds."""
+
+    def __init__(self, checkpoint, precision):
+        import torch
+
+        import minivl
+        self.torch, self.model = torch, minivl.load(checkpoint, precision=precision)
+        self.language = self.model.language_model
+
+    def embed(self, batch, tokens):
+        ids = self.torch.arange(batch * tokens).view(batch, tokens) % 1000
+        return self.language.model.embed_tokens(ids)
+
+    def step(self, x, cache):
+        return self.language.lm_head(self.language.model(x, cache)[:, -1])
+
+    def tiles(self, n):
+        R = self.model.config.force_image_size
+        x = self.torch.randn(n, 3, R, R)
+        start = time.perf_counter()
+        self.model.visual_tokens(x)
+        return time.perf_counter() - start
+
+    def prompt(self, tokens):
+        from minivl.qwen2 import KVCache
+        x = self.embed(1, tokens)
+        start = time.perf_counter()
+        self.step(x, KVCache())
+        return time.perf_counter() - start
+
+    def batch(self, n, tokens):
+        """Seconds of one step that adds a token to each of n prompts: the median."""
+        from minivl.qwen2 import KVCache
+        cache, seconds = KVCache(), []
+        logits = self.step(self.embed(n, CONTEXT), cache)
+        for _ in range(tokens):
+            start = time.perf_counter()
+            logits = self.step(self.language.model.embed_tokens(logits.argmax(-1)[:, None]), cache)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
+
+    def profile(self, tokens):
+        """Share of a step by what it is in: {int4 products: ..., head: ..., attention: ..., the rest: ...}."""
+        from minivl import fast
+        from minivl.awq import AWQLinear
+        spent, hooks = {"int4": 0.0, "head": 0.0, "attention": 0.0}, []
+        for name, module in self.language.named_modules():
+            kind = ("int4" if isinstance(module, (AWQLinear, fast.PackedLinear, fast.OpLinear)) else "head" if name == "lm_head" else
+                    "attention" if name.endswith("attend") else None)
+            if kind:
+                def before(module, inputs):
+                    module.started = time.perf_counter()
+
+                def after(module, inputs, output, kind=kind):
+                    spent[kind] += time.perf_counter() - module.started
+
+                hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+        start = time.perf_counter()
+        from minivl.qwen2 import KVCache
+        cache, x = KVCache(), self.embed(1, 1)
+        for _ in range(tokens):
+            self.step(x, cache)
+        total = time.perf_counter() - start
+        for hook in hooks:
+            hook.remove()
+        spent["the rest"] = total - sum(spent.values())
+        return {kind: seconds / total for kind, seconds in spent.items()}
+
+
+def serve(engine: str, checkpoint: str, tokens: int):
+    """The loop of a worker process: a line of JSON in, a line out."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)           # whatever a library prints goes to stderr
+    start = time.perf_counter()
+    if engine in OURS:
+        import torch
+        torch.set_grad_enabled(False)
+        it = Ours(checkpoint, OURS[engine])
+    else:
+        from weights_tools import bench_peers
+        it = bench_peers.start(engine, checkpoint)
+    loaded = time.perf_counter() - start
+    it.prompt(2), it.batch(1, 1)
+    ready = time.perf_counter() - start
+
+    def say(message):
+        print(json.dumps(message), file=answers, flush=True)
+
+    say({"load": loaded, "first token": ready})
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            if "tiles" in job:
+                say(it.tiles(job["tiles"]))
+            elif "prompt" in job:
+                say(it.prompt(job["prompt"]))
+            elif "batch" in job:
+                say(it.batch(job["batch"], tokens))
+            elif "profile" in job:
+                say(it.profile(tokens))
+            else:
+                say(peak())
+        except (AttributeError, NotImplementedError):       # this engine has no such part
+            say(None)
+
+
+def peak() -> dict:
+    """GB: most memory of the process so far, file pages included, and what is its own now."""
+    status = dict(line.split(":", 1) for line in _lines("/proc/self/status") if ":" in line)
+    return {key: int(status[field].split()[0]) * 1024 / 1e9 for key, field in (("peak", "VmHWM"), ("own", "RssAnon"))
+            if field in status}
+
+
+class Worker:
+    """An engine in its own process."""
+
+    def __init__(self, engine, checkpoint, python, tokens):
+        self.engine = engine
+        root = str(Path(__file__).resolve().parents[1])
+        self.process = subprocess.Popen(
+            [python, "-W", "ignore", "-m", "weights_tools.bench", str(checkpoint), "--serve", engine, "--tokens", str(tokens)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root})
+        self.started = self.read()
+
+    def read(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise InputError(f"{self.engine} ended with code {self.process.wait()}; its last words are above. For transformers and "
+                             "llama.cpp install the extra `peers`, or name a Python that has them with --peers-python")
+        return json.loads(line)
+
+    def ask(self, **job):
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        return self.read()
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+# ---- all together ---------------------------------------------------------------------------------------------------
+
+def bench(checkpoint, engines, *, python=sys.executable, rounds: int = 3, tokens: int = 16, jobs=tuple(JOBS)) -> dict:
+    """{"machine", "work", "engines": {engine: {job: {"best", "median", "unit"}, "load", ...}}}."""
+    from minivl.checkpoint import find
+    from minivl.config import Config
+    folder = find(checkpoint)
+    report = {"checkpoint": str(checkpoint), "machine": machine(), "work": work_of(Config.load(folder)), "engines": {}}
+    workers = []
+    try:
+        for engine in engines:
+            print(f"{engine}: loading", file=sys.stderr)
+            workers.append(Worker(engine, folder, sys.executable if engine in OURS else python, tokens))
+        seconds = {(w.engine, job): [] for w in workers for job in jobs}
+        for i in range(rounds + 1):         # the first round warms up
+            for job in jobs:
+                for worker in workers:
+                    print(f"round {i} of {rounds}: {job}, {worker.engine}   ", end="\r", file=sys.stderr)
+                    found = worker.ask(**JOBS[job][0])
+                    if found is not None and (i or rounds == 0):
+                        seconds[worker.engine, job].append(found)
+        for worker in workers:
+            entry = dict(worker.started)
+            for job in jobs:
+                found, (asked, unit) = seconds[worker.engine, job], JOBS[job]
+                if found:
+                    count = asked.get("prompt") or asked.get("batch")
+                    values = [count / s if count else s for s in found]
+                    entry[job] = {"best": (max if count else min)(values), "median": statistics.median(values), "unit": unit}
+            if worker.engine in OURS:
+                entry["profile"] = worker.ask(profile=True)
+            entry["memory"] = worker.ask()
+            report["engines"][worker.engine] = entry
+    finally:
+        for worker in workers:
+            worker.end()
+    print(" " * 60, end="\r", file=sys.stderr)
+    return report
+
+
+def table(report: dict) -> str:
+    """Markdown: jobs by engines, best of the rounds, in brackets the share of what the machine could do."""
+    m, w, engines = report["machine"], report["work"], report["engines"]
+    limits = {"tile": w["GFLOP/tile"] / m["GFLOP/s float32"], "decode 1": m["GB/s"] / w["GB/token"]}
+    limits.update({job: m["GFLOP/s float32"] / w["GFLOP/token"] for job in JOBS if job.startswith("prefill")})
+    lines = [f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}: reads {m['GB/s']:.0f} GB/s, {m['GFLOP/s float32']:.0f} GFLOP/s in "
+             f"float32, {m['GFLOP/s bfloat16']:.0f} in bfloat16. The model: {w['GFLOP/tile']:.0f} GFLOP for a tile, "
+             f"{w['GFLOP/token']:.2f} for a prompt token, {w['GB/token']:.2f} GB for a new token.", "",
+             "| | float32 limit | " + " | ".join(engines) + " |", "|---|---|" + "---|" * len(engines)]
+
+    def cell(entry, job):
+        if job not in entry:
+            return ""
+        value, limit = entry[job]["best"], limits.get(job)
+        share = "" if not limit else f" ({value / limit:.2f}x)"
+        return f"{value:.2f}{share}"
+
+    for job, (_, unit) in JOBS.items():
+        if any(job in e for e in engines.values()):
+            limit = f"{limits[job]:.2f}" if job in limits else ""
+            lines.append(f"| {job}, {unit} | {limit} | " + " | ".join(cell(e, job) for e in engines.values()) + " |")
+    for key, name in (("load", "load, s"), ("first token", "load to first token, s")):
+        lines.append(f"| {name} | | " + " | ".join(f"{e[key]:.1f}" for e in engines.values()) + " |")
+    for key, name in (("peak", "peak memory, GB, file pages included"), ("own", "own memory, GB")):
+        lines.append(f"| {name} | | " + " | ".join(f"{e['memory'].get(key, 0):.2f}" for e in engines.values()) + " |")
+    parts = [e["profile"] for e in engines.values() if e.get("profile")]
+    for kind in parts[0] if parts else ():
+        lines.append(f"| of a step: {kind}, % | | " + " | ".join(
+            f"{100 * e['profile'][kind]:.0f}" if e.get("profile") else "" for e in engines.values()) + " |")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m weights_tools.bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder or hub id")
+    parser.add_argument("--precision", nargs="+", choices=list(OURS), default=["exact", "fast"], help="default exact fast")
+    parser.add_argument("--against", nargs="+", choices=PEERS, default=[], help="other people's engines, in the same rounds")
+    parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS), metavar="JOB", help=f"of {', '.join(JOBS)}")
+    parser.add_argument("--rounds", type=int, default=3, help="after one that warms up (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=16, help="decoded in each round (default %(default)s)")
+    parser.add_argument("--peers-python", default=sys.executable, metavar="PYTHON", help="default this one")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers to this file")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.serve:
+        serve(args.serve, args.checkpoint, args.tokens)
+        return 0
+    if args.rounds < 1 or args.tokens < 1:
+        raise InputError(f"{args.rounds} rounds of {args.tokens} tokens measure nothing; give 1 or more of each")
+    report = bench(args.checkpoint, [*args.precision, *args.against], python=args.peers_python, rounds=args.rounds, tokens=args.tokens, jobs=args.jobs)
+    print(table(report))
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

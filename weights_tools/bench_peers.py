@@ -1,0 +1,114 @@
+"""Other people's engines for weights_tools.bench, each with the methods of bench.Ours. Runs in a Python that has them.
+
+llama.cpp gets a GGUF file of random Q4_0 numbers with the decoder's shapes: 4-bit numbers in groups of 32, the head in Q6_K as
+its own quantiser leaves it. It has no vision tower here, and what it writes means nothing.
+"""
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import struct
+import time
+from pathlib import Path
+
+CONTEXT, ROOM = 64, 2048        # tokens there when decoding starts; tokens there is room for
+
+
+def start(engine: str, checkpoint):
+    """The engine, ready to be asked."""
+    if engine == "llama.cpp":
+        return LlamaCpp(gguf_file(checkpoint))
+    raise ValueError(f"no engine called {engine}")
+
+
+def gguf_file(checkpoint) -> Path:
+    """The random file beside the checkpoint, written once."""
+    import gguf
+    path = Path(checkpoint) / "random-q4_0.gguf"
+    if path.exists():
+        return path
+    c = json.loads((Path(checkpoint) / "config.json").read_text())["llm_config"]
+    D, F, V, layers = c["hidden_size"], c["intermediate_size"], c["vocab_size"], c["num_hidden_layers"]
+    kv = D // c["num_attention_heads"] * c["num_key_value_heads"]
+    part = path.with_suffix(".partial")
+    writer = gguf.GGUFWriter(part, "qwen2")
+    writer.add_context_length(ROOM)
+    writer.add_embedding_length(D)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(F)
+    writer.add_head_count(c["num_attention_heads"])
+    writer.add_head_count_kv(c["num_key_value_heads"])
+    writer.add_rope_freq_base(c["rope_theta"])
+    writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(V)
+    data = []       # () -> bytes of each tensor, in the order of the file
+
+    def quantized(name, rows, columns, kind=gguf.GGMLQuantizationType.Q4_0):
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        nbytes = rows * columns // block * size
+        writer.add_tensor_info(name, [rows, columns], None, nbytes, raw_dtype=kind)
+        data.append(lambda: random_blocks(nbytes // size, size, 0 if kind == gguf.GGMLQuantizationType.Q4_0 else size - 2,
+                                          0.06 / columns ** 0.5))
+
+    def plain(name, n, value):
+        writer.add_tensor_info(name, [n], None, 4 * n, raw_dtype=gguf.GGMLQuantizationType.F32)
+        data.append(lambda: struct.pack("<f", value) * n)
+
+    quantized("token_embd.weight", V, D)
+    quantized("output.weight", V, D, gguf.GGMLQuantizationType.Q6_K)
+    plain("output_norm.weight", D, 1)
+    for i in range(layers):
+        for name, rows, columns in (("attn_q", D, D), ("attn_k", kv, D), ("attn_v", kv, D), ("attn_output", D, D),
+                                    ("ffn_gate", F, D), ("ffn_up", F, D), ("ffn_down", D, F)):
+            quantized(f"blk.{i}.{name}.weight", rows, columns)
+        for name, n, value in (("attn_norm.weight", D, 1), ("ffn_norm.weight", D, 1), ("attn_q.bias", D, 0),
+                               ("attn_k.bias", kv, 0), ("attn_v.bias", kv, 0)):
+            plain(f"blk.{i}.{name}", n, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    file = writer.fout[0]
+    for make in data:
+        file.write(bytes(-file.tell() % writer.data_alignment))
+        file.write(make())
+    file.close()
+    part.rename(path)
+    return path
+
+
+def random_blocks(blocks: int, size: int, at: int, scale: float) -> bytes:
+    """Random numbers in ggml's blocks of `size` bytes, each with its float16 scale at byte `at`."""
+    out = bytearray(os.urandom(blocks * size))
+    for k, byte in enumerate(struct.pack("<e", scale)):
+        out[at + k::size] = bytes([byte]) * blocks
+    return bytes(out)
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python."""
+
+    def __init__(self, path):
+        import llama_cpp
+        threads = len(os.sched_getaffinity(0))
+        self.api = llama_cpp
+        self.llm = llama_cpp.Llama(str(path), n_ctx=ROOM, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def prompt(self, tokens):
+        self.llm.reset()
+        start = time.perf_counter()
+        self.llm.eval([1 + i % 1000 for i in range(tokens)])
+        return time.perf_counter() - start
+
+    def batch(self, n, tokens):
+        if n != 1:
+            raise NotImplementedError
+        self.prompt(CONTEXT)
+        seconds = []
+        for i in range(tokens):
+            start = time.perf_counter()
+            self.llm.eval([1 + i])
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
