@@ -48,7 +48,7 @@ SAMPLES = {
              ("describe this image", "Where is the star?")),
     "small-print": (Scene((_shape("circle", "red", 0, 0), _shape("square", "blue", 0, 2),
                            Thing("print", "black", 0, text="741", radius=13, shift=(0.5, 0.78))), GREY,
-                          grid=(3, 2)), ("What does the small print say?", "What shape is in the top left corner?")),
+                          grid=(3, 2), scale=1.07), ("What does the small print say?", "What shape is in the top left corner?")),
     "small-print-tall": (Scene((_shape("ring", "purple", 0, 1), Thing("print", "blue", 0, text="TEA", radius=13,
                                                                       shift=(0.4, 0.85))), SAND, grid=(2, 3)),
                          ("What does the small print say?",)),
