@@ -135,7 +135,8 @@ def bars(values, names, *, title: str = "", unit: str = "", width: float = 520) 
         raise InputError(f"{len(values)} values and {len(names)} names; give one name for each value")
     low, high = min(0.0, *values), max(0.0, *values)
     label = 7 * max(len(n) for n in names) + 10
-    room, above = max(60.0, width - label - 80), 26 if title else 6
+    ends = [f"{value:.4g}{' ' + unit if unit else ''}" for value in values]
+    room, above = max(60.0, width - label - 12 - 6.5 * max(map(len, ends))), 26 if title else 6
     scale = room / (high - low or 1.0)
     zero = label - low * scale
     body = text(4, 16, title, weight="bold") if title else ""
@@ -145,8 +146,8 @@ def bars(values, names, *, title: str = "", unit: str = "", width: float = 520) 
         body += text(label - 6, y + 13, name, anchor="end")
         body += (f'<rect x="{x:.1f}" y="{y + 2}" width="{max(0.5, abs(value) * scale):.1f}" height="15" fill="rgb{shade(math.copysign(1, value), 1)}">'
                  f'<title>{escape(name)}: {value:.5g} {escape(unit)}</title></rect>')
-        body += text(zero + max(0.0, value) * scale + 5, y + 14, f"{value:.4g}{' ' + unit if unit else ''}", size=11)
-    return Svg(body, width, above + 20 * len(values) + 6)
+        body += text(zero + max(0.0, value) * scale + 5, y + 14, ends[i], size=11)
+    return Svg(body, max(width, label + room + 12 + 6.5 * max(map(len, ends))), above + 20 * len(values) + 6)
 
 
 def curve(series: dict, *, title: str = "", x: str = "", y: str = "", log: bool = False, width: float = 560, height: float = 260) -> Svg:
@@ -160,7 +161,7 @@ def curve(series: dict, *, title: str = "", x: str = "", y: str = "", log: bool 
         raise InputError("a logarithmic axis needs numbers above 0")
     at = (lambda v: math.log10(v)) if log else (lambda v: v)
     (x0, x1), (y0, y1) = ((min(v), max(v)) for v in ([a for a, _ in points], [at(b) for _, b in points]))
-    left, top, right, bottom = 58, 30 if title else 12, 8 * max(len(n) for n in lines) + 16, 40
+    left, top, right, bottom = 74, 30 if title else 12, 8 * max(len(n) for n in lines) + 16, 40
 
     def place(a, b):
         return (left + (width - left - right) * (a - x0) / (x1 - x0 or 1), top + (height - top - bottom) * (1 - (at(b) - y0) / (y1 - y0 or 1)))
@@ -170,7 +171,7 @@ def curve(series: dict, *, title: str = "", x: str = "", y: str = "", log: bool 
         value = y0 + (y1 - y0) * i / 4
         level = top + (height - top - bottom) * (1 - i / 4)
         body += f'<line x1="{left}" x2="{width - right}" y1="{level:.1f}" y2="{level:.1f}" stroke="{FAINT}" stroke-opacity="0.4"/>'
-        body += text(left - 6, level + 4, f"{10 ** value if log else value:.3g}", anchor="end", size=11, colour=FAINT)
+        body += text(left - 6, level + 4, f"{10 ** value if log else value:{'.2g' if log else '.4g'}}", anchor="end", size=11, colour=FAINT)
     for value in (x0, x1):
         body += text(place(value, 10 ** y0 if log else y0)[0], height - bottom + 16, f"{value:.4g}", anchor="middle", size=11, colour=FAINT)
     body += text((left + width - right) / 2, height - 8, x, anchor="middle", colour=FAINT)
@@ -232,7 +233,7 @@ def tiles(image: Image.Image, *, max_num: int = 12, tile_size: int = 448, use_th
     return Svg(body + text(4, above + height + 18, note), max(right + 8, 8 + 8 * 44), above + height + 26)
 
 
-def strip(stages, *, here: str | None = None, width: float = 900) -> Svg:
+def strip(stages, *, here: str | None = None, width: float = 860) -> Svg:
     """[(name, shape or words), ...] as boxes with arrows; `here` is the one with a heavy frame and a mark."""
     stages = [(str(name), "x".join(map(str, shape)) if isinstance(shape, (tuple, list, torch.Size)) else str(shape)) for name, shape in stages]
     if not stages or here is not None and here not in [name for name, _ in stages]:

@@ -563,12 +563,3 @@ def test_every_mistake_is_caught_on_the_shipped_model(tmp_path):
         return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:6]] for line in text.splitlines() if line.startswith("|")]
     committed = (ROOT / "weights_tools" / "verify" / "MISTAKES.md").read_text("utf-8")
     assert facts(committed) == facts((tmp_path / "page.md").read_text("utf-8")) and len(facts(committed)) == len(rows) + 2
-
-
-def test_every_mistake_is_caught_where_it_is(tiny, recorded, tmp_path):
-    shutil.copy(recorded[0], tmp_path / "float32.safetensors")
-    done = subprocess.run([sys.executable, "-m", "weights_tools.verify.mistakes", str(tiny), str(TIGER), "--traces", str(tmp_path), "--json",
-                           str(tmp_path / "m.json")], cwd=ROOT, capture_output=True, text=True)
-    rows = json.loads((tmp_path / "m.json").read_text())
-    assert rows[0]["stage"] is None, rows[0]        # without a mistake nothing differs
-    assert done.returncode == 0 and len(rows) > 30, done.stdout

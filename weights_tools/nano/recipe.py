@@ -107,7 +107,7 @@ def config_json(awq: bool = False) -> dict:
     data["vision_config"].update(VISION)
     data["llm_config"].update(LLM)
     first = LLM["vocab_size"] - len(synthesize.ADDED_TOKENS)
-    data["llm_config"].update(bos_token_id=first, eos_token_id=first + 2)
+    data["llm_config"].update(bos_token_id=first, eos_token_id=first + 2, use_cache=True)
     data.update(_name_or_path="minivl-nano", force_image_size=TILE, max_dynamic_patch=6)
     return data
 

@@ -1,0 +1,173 @@
+"""What every notebook here uses: a model, its source code, checked numbers, exercises.
+
+    MODEL = "nano"                      or "nano-awq", a folder, or a hub id such as OpenGVLab/InternVL2_5-4B-MPO-AWQ
+    pipe = lab.open(MODEL)              says beforehand what it will take
+    lab.source(minivl.tiling.grid)      the package's own lines
+    lab.number("tokens", 256)           printed, and compared by `make notebooks` with the number committed here
+    lab.grade(my_function)              an exercise: where it first differs, and a hint the second time
+"""
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # nothing here needs it
+
+import torch  # noqa: E402
+
+import minivl  # noqa: E402
+from minivl import EngineConfig  # noqa: E402
+
+SAMPLES = Path(minivl.__file__).parent / "nano" / "samples"
+PICTURES = Path(__file__).parents[1] / "tests" / "golden"
+_failures = {}
+
+
+def open(model: str = "nano"):
+    """The pipeline of a checkpoint. For anything but nano it says first what it needs."""
+    if model not in minivl.checkpoint.SHIPPED:
+        print(f"{model}: the 4B needs 5 GB of memory (AWQ) or 15 (bfloat16 files), 3.3 or 7.4 GB of download if it is not here yet, "
+              "and on two CPU cores about 10 s to load, 3 s for each tile, 1 s for each 50 tokens of prompt.")
+    pipe = minivl.pipeline(model, EngineConfig(precision="exact"))
+    print(f"{model}: {sum(p.numel() for p in pipe.model.parameters()) / 1e6:,.1f} million numbers, "
+          f"tiles of {pipe.model.config.force_image_size} pixels")
+    return pipe
+
+
+class Source:
+    """Lines of the package, shown as code."""
+
+    def __init__(self, thing, first: str | None = None, last: str | None = None):
+        lines, start = inspect.getsourcelines(thing)
+        begin = next((i for i, line in enumerate(lines) if first and first in line), 0)
+        end = next((i for i, line in enumerate(lines) if last and i >= begin and last in line), len(lines) - 1)
+        self.text = inspect.cleandoc("\n" + "".join(lines[begin:end + 1]))
+        self.place = f"minivl/{Path(inspect.getsourcefile(thing)).name}, line {start + begin}"
+
+    def _repr_markdown_(self):
+        return f"```python\n# {self.place}\n{self.text}\n```"
+
+    def __repr__(self):
+        return f"# {self.place}\n{self.text}"
+
+
+def source(thing, first: str | None = None, last: str | None = None) -> Source:
+    """The source of a function, class or method; `first` and `last`: only from the line with one text to that with another."""
+    return Source(thing, first, last)
+
+
+def number(name: str, value):
+    """Prints a number that must stay as it is."""
+    print(f"[=] {name}: {f'{value:.4g}' if isinstance(value, float) else value}")
+
+
+def check(name: str, got, want, tolerance: float = 0.0):
+    """Two tensors or numbers that must agree; prints the largest difference relative to the largest value."""
+    got, want = torch.as_tensor(got).float(), torch.as_tensor(want).float()
+    if got.shape != want.shape:
+        raise AssertionError(f"{name}: shape {tuple(got.shape)}, wanted {tuple(want.shape)}")
+    scale = max(float(want.abs().max()), 1e-30) if want.numel() else 1.0
+    error = float((got - want).abs().max()) / scale if want.numel() else 0.0
+    if error > tolerance:
+        raise AssertionError(f"{name}: largest difference {error:.3g} of the largest value, allowed {tolerance:.3g}")
+    print(f"[x] {name}: {'equal' if error == 0 else f'largest difference {error:.1e} of the largest value'}")
+
+
+def first_difference(got, want, tolerance: float):
+    """None, or where and how two answers differ."""
+    if isinstance(want, torch.Tensor):
+        if not isinstance(got, torch.Tensor):
+            return f"gave a {type(got).__name__}, wanted a tensor"
+        if got.shape != want.shape:
+            return f"shape {tuple(got.shape)}, wanted {tuple(want.shape)}"
+        bad = ((got.double() - want.double()).abs() > tolerance * max(1e-30, float(want.double().abs().max()))).nonzero()
+        if len(bad):
+            at = tuple(bad[0].tolist())
+            return f"first difference at {list(at)}: {got[at]:.6g}, wanted {want[at]:.6g}"
+        return None
+    if isinstance(want, float) and isinstance(got, (int, float)):
+        return None if math.isclose(got, want, rel_tol=max(tolerance, 1e-9), abs_tol=1e-12) else f"gave {got!r}, wanted {want!r}"
+    return None if got == want and type(got) is type(want) else f"gave {got!r}, wanted {want!r}"
+
+
+def grade(attempt):
+    """Tries an exercise on its cases. What it must do, the cases and the hint stand in solutions.py under its name."""
+    import solutions
+    exercise = solutions.EXERCISES[attempt.__name__]
+    solving = bool(os.environ.get("MINIVL_SOLUTIONS"))      # the tests send our own solutions through here
+    function = exercise.solution if solving else attempt
+    for case in exercise.cases:
+        try:
+            got = function(*case)
+        except NotImplementedError:
+            return print("[ ] not attempted yet")
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            problem = first_difference(got, exercise.spec(*case), exercise.tolerance)
+        if problem:
+            if solving:
+                raise AssertionError(f"the solution of {attempt.__name__} is wrong: {problem}")
+            _failures[attempt.__name__] = _failures.get(attempt.__name__, 0) + 1
+            print(f"[!] {attempt.__name__}{_shown(case)}: {problem}")
+            if _failures[attempt.__name__] >= 2:
+                print(f"    Hint: {exercise.hint}")
+            return None
+    print(f"[x] right in {len(exercise.cases)} of {len(exercise.cases)} cases")
+
+
+def _shown(case) -> str:
+    parts = [f"tensor{list(v.shape)}" if isinstance(v, torch.Tensor) else repr(v) for v in case]
+    return f"({', '.join(p if len(p) < 60 else p[:57] + '...' for p in parts)})"
+
+
+# ---- 08: a hidden mistake -------------------------------------------------------------------------------------------
+
+class Suspect:
+    """nano with one line of the package changed, compared with the recorded reference, in a process of its own."""
+    CODE = """
+import json, sys, tempfile
+from weights_tools.verify import mistakes
+shown = [m for m in mistakes.MISTAKES if m.shown == "float32"]
+mistake = shown[int(sys.argv[1]) % len(shown)]
+with tempfile.TemporaryDirectory() as folder:
+    sys.path.insert(0, str(mistakes.plant(mistake, folder)))
+    from weights_tools.verify import compare
+    found = compare.compare(sys.argv[2], compare.Trace.open(sys.argv[3]), pictures=[sys.argv[4]]).json()
+print(json.dumps({"name": mistake.name, "file": mistake.file, "old": mistake.old, "new": mistake.new, **found}))
+"""
+
+    def __init__(self, number: int):
+        package = Path(minivl.__file__).parent
+        trace = package.parent / "weights_tools" / "verify" / "nano" / "awq" / "float32.safetensors"
+        run = subprocess.run([sys.executable, "-W", "ignore", "-c", self.CODE, str(number), str(package / "nano" / "awq"), str(trace),
+                              str(SAMPLES / "small-print.png")], capture_output=True, text=True, cwd=package.parent)
+        if run.returncode:
+            raise RuntimeError(run.stderr[-500:])
+        self.found = json.loads(run.stdout)
+
+    def stages(self) -> dict:
+        """stage -> relative error (None: no number, as for the prompt) in the order of the model, until the first that differs by far."""
+        return {row["stage"]: row["error"] for row in self.found["rows"]}
+
+    def differs(self, stage: str) -> bool:
+        return not next(row["agrees"] for row in self.found["rows"] if row["stage"] == stage)
+
+    def note(self, stage: str) -> str:
+        """What the difference of a stage looks like."""
+        return next(row["note"] for row in self.found["rows"] if row["stage"] == stage).split("look at ")[0]
+
+    def accuse(self, file: str):
+        """Name the file of the package you suspect."""
+        print("[x] yes: " + self.found["file"] if file.removeprefix("minivl/") == self.found["file"] else
+              f"[!] not {file}: which stage is the first that differs, and which file computes it?")
+
+    def reveal(self):
+        """The changed line."""
+        print(f"{self.found['name']}\n  {self.found['file']}\n- {self.found['old']}\n+ {self.found['new']}")

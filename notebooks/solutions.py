@@ -1,0 +1,445 @@
+"""The exercises of the notebooks: what is asked (spec), the cases it is tried on, a hint, and our own solution.
+
+Try first. `lab.grade` compares an attempt with the spec and shows the hint at the second failure; the tests send each solution
+through the same checker.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+
+from minivl import awq, prompt, tiling
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """`spec` says slowly what is right, `solution` is how one might write it. `tolerance` is relative to the largest value."""
+    spec: Callable
+    cases: tuple
+    hint: str
+    solution: Callable
+    tolerance: float = 0.0
+
+
+def _random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- 00 a picture becomes words -------------------------------------------------------------------------------------
+
+def _counting(ids):
+    """A toy model: the next token is the last one plus one, modulo 7."""
+    scores = torch.zeros(7)
+    scores[(ids[-1] + 1) % 7] = 1.0
+    return scores
+
+
+def _write_spec(model, ids, stop, most):
+    ids, new = list(ids), []
+    for _ in range(most):
+        scores = model(ids)
+        token = max(range(len(scores)), key=lambda i: float(scores[i]))
+        new.append(token)
+        ids.append(token)
+        if token == stop:
+            break
+    return new
+
+
+def write(model, ids, stop, most):
+    new = []
+    while len(new) < most and stop not in new:
+        new.append(int(model([*ids, *new]).argmax()))
+    return new
+
+
+# ---- 01 tiles -------------------------------------------------------------------------------------------------------
+
+def _tiles_of_spec(width, height, max_num):
+    from PIL import Image
+    return len(tiling.tile(Image.new("RGB", (width, height)), max_num=max_num, tile_size=448))
+
+
+def tiles_of(width, height, max_num):
+    columns, rows = tiling.choose_grid(width, height, max_num=max_num)
+    return columns * rows + (columns * rows > 1)
+
+
+def _largest_square_spec(budget):
+    fitting = [s for s in range(1, 2001) if 256 * tiles_of(s, s, 12) <= budget]
+    return max(fitting, default=0)
+
+
+def largest_square(budget):
+    side = 0
+    for s in range(1, 2001):
+        columns, rows = tiling.choose_grid(s, s, max_num=12)
+        if 256 * (columns * rows + (columns * rows > 1)) <= budget:
+            side = s
+    return side
+
+
+def _stitch_spec(pixel_values, columns, rows):
+    R = pixel_values.shape[-1]
+    out = torch.empty(3, rows * R, columns * R)
+    for k in range(columns * rows):
+        y, x = k // columns * R, k % columns * R
+        out[:, y:y + R, x:x + R] = pixel_values[k]
+    return out
+
+
+def stitch(pixel_values, columns, rows):
+    R = pixel_values.shape[-1]
+    grid = pixel_values[:columns * rows].view(rows, columns, 3, R, R)       # without the thumbnail
+    return grid.permute(2, 0, 3, 1, 4).reshape(3, rows * R, columns * R)
+
+
+# ---- 02 vit ---------------------------------------------------------------------------------------------------------
+
+def _patches_spec(picture, p):
+    side = picture.shape[1] // p
+    return torch.stack([picture[:, r * p:(r + 1) * p, c * p:(c + 1) * p].flatten() for r in range(side) for c in range(side)])
+
+
+def patches(picture, p):
+    side = picture.shape[1] // p
+    return picture.view(3, side, p, side, p).permute(1, 3, 0, 2, 4).reshape(side * side, 3 * p * p)
+
+
+def _layer_norm_spec(x, weight, bias, eps):
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def layer_norm(x, weight, bias, eps):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+# ---- 03 unshuffle and projector -------------------------------------------------------------------------------------
+
+def _unshuffle_spec(x, f):
+    side = round(len(x) ** 0.5)
+    return torch.stack([torch.cat([x[(row + dy) * side + column + dx] for dy in range(f) for dx in range(f)])
+                        for row in range(0, side, f) for column in range(0, side, f)])
+
+
+def unshuffle(x, f):
+    side = round(len(x) ** 0.5)
+    return x.view(side // f, f, side // f, f, -1).permute(0, 2, 1, 3, 4).reshape(len(x) // f ** 2, -1)
+
+
+def _shuffle_spec(x):
+    n, C = round(len(x) ** 0.5), x.shape[1] // 4
+    out = torch.empty(2 * n, 2 * n, C)
+    for token in range(len(x)):
+        for k in range(4):
+            out[token // n * 2 + k // 2, token % n * 2 + k % 2] = x[token, k * C:(k + 1) * C]
+    return out.view(-1, C)
+
+
+def shuffle(x):
+    n = round(len(x) ** 0.5)
+    return x.view(n, n, 2, 2, -1).permute(0, 2, 1, 3, 4).reshape(4 * len(x), -1)
+
+
+# ---- 04 prompt and tokens -------------------------------------------------------------------------------------------
+
+def _bpe_step_spec(parts, merges):
+    for first in merges:                                    # the list is ordered: the first pair that occurs anywhere
+        if any((a, b) == first for a, b in zip(parts, parts[1:])):
+            out = []
+            for part in parts:
+                if out and (out[-1], part) == first:
+                    out[-1] = out[-1] + part
+                else:
+                    out.append(part)
+            return out
+    return parts
+
+
+def bpe_step(parts, merges):
+    pairs = [pair for pair in zip(parts, parts[1:]) if pair in merges]
+    if not pairs:
+        return parts
+    best, k, out = min(pairs, key=merges.index), 0, []
+    while k < len(parts):
+        width = 1 + (tuple(parts[k:k + 2]) == best)
+        out.append("".join(parts[k:k + width]))
+        k += width
+    return out
+
+
+def _user_turn_spec(question):
+    text = prompt.render([(question, None)])
+    return text[text.index("<|im_start|>user"):]
+
+
+# ---- 05 decoder -----------------------------------------------------------------------------------------------------
+
+def _window_mask_spec(T, w):
+    return torch.tensor([[0 <= t - s < w for s in range(T)] for t in range(T)])
+
+
+def _attention_spec(q, k, v):
+    (H, T, E), K = q.shape, k.shape[0]
+    out = torch.zeros(H, T, E)
+    for h in range(H):
+        for t in range(T):
+            scores = torch.stack([q[h, t] @ k[h * K // H, s] for s in range(t + 1)]) / E ** 0.5
+            out[h, t] = sum(a * v[h * K // H, s] for s, a in enumerate(scores.softmax(0)))
+    return out
+
+
+def attention(q, k, v):
+    (H, T, E), K = q.shape, k.shape[0]
+    k, v = k.repeat_interleave(H // K, 0), v.repeat_interleave(H // K, 0)
+    scores = (q @ k.transpose(1, 2) / E ** 0.5).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), float("-inf"))
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+# ---- 06 generate ----------------------------------------------------------------------------------------------------
+
+def _top_p_spec(probs, p):
+    kept, total = [], 0.0
+    for value, i in sorted(((float(v), i) for i, v in enumerate(probs)), reverse=True):
+        if total >= p:
+            break
+        kept.append(i)
+        total += value
+    return torch.tensor([float(v) / total if i in kept else 0.0 for i, v in enumerate(probs)])
+
+
+def top_p(probs, p):
+    ordered, index = probs.sort(descending=True)
+    before = ordered.cumsum(0) - ordered
+    out = torch.zeros_like(probs).index_copy(0, index, ordered.where(before < p, 0.0))
+    return out / out.sum()
+
+
+def _repetition_spec(scores, seen, r):
+    return torch.tensor([float(v) if i not in seen else float(v) / r if v > 0 else float(v) * r for i, v in enumerate(scores)])
+
+
+def repetition(scores, seen, r):
+    out = scores.clone()
+    for i in set(seen):
+        out[i] = scores[i] / r if scores[i] > 0 else scores[i] * r
+    return out
+
+
+# ---- 08 verify ------------------------------------------------------------------------------------------------------
+
+def first_difference(errors, tolerance):
+    return next((name for name, error in errors if not error <= tolerance), None)
+
+
+def _first_difference_spec(errors, tolerance):
+    for name, error in errors:
+        if error > tolerance or error != error:
+            return name
+    return None
+
+
+def _wrong_tokens_spec(a, b, tolerance):
+    return [t for t in range(a.shape[1]) if float((a[:, t] - b[:, t]).norm() / b[:, t].norm()) > tolerance]
+
+
+def wrong_tokens(a, b, tolerance):
+    error = (a - b).pow(2).sum((0, 2)).sqrt() / b.pow(2).sum((0, 2)).sqrt()
+    return (error > tolerance).nonzero().flatten().tolist()
+
+
+def _damaged(*shape, tokens):
+    x = _random(*shape)
+    x[:, tokens] *= 1.5
+    return x
+
+
+# ---- 09 look inside -------------------------------------------------------------------------------------------------
+
+def _weights_of_spec(q, k):
+    H, K = len(q), len(k)
+    return torch.stack([torch.stack([q[h] @ k[h * K // H, s] for s in range(k.shape[1])]).div(q.shape[1] ** 0.5).softmax(0) for h in range(H)])
+
+
+def weights_of(q, k):
+    k = k.repeat_interleave(len(q) // len(k), 0)                # (H, S, E)
+    return (torch.einsum("he,hse->hs", q, k) / q.shape[1] ** 0.5).softmax(-1)
+
+
+def _lens_ids_spec(hidden, weight, eps, head):
+    best = []
+    for x in hidden:
+        x = x / (x.pow(2).mean() + eps).sqrt() * weight
+        best.append(max(range(len(head)), key=lambda i: float(head[i] @ x)))
+    return best
+
+
+def lens_ids(hidden, weight, eps, head):
+    x = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps) * weight
+    return (x @ head.T).argmax(-1).tolist()
+
+
+# ---- 07 int4 --------------------------------------------------------------------------------------------------------
+
+def _pack_word_spec(numbers):
+    return int(awq.pack(torch.tensor(numbers))) % 2 ** 32
+
+
+def pack_word(numbers):
+    word = 0
+    for nibble, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+        word |= numbers[column] << 4 * nibble
+    return word
+
+
+def _dequantise_spec(q, z, s):
+    g = len(q) // len(s)
+    return torch.stack([(q[i].float() - z[i // g]) * s[i // g] for i in range(len(q))])
+
+
+def dequantise(q, z, s):
+    groups = len(s)
+    return ((q.view(groups, -1, q.shape[1]).float() - z[:, None]) * s[:, None]).view(q.shape)
+
+
+def _round_group_spec(w):
+    low, high = min(0.0, float(w.min())), max(0.0, float(w.max()))
+    s = (high - low) / 15
+    z = round(-low / s)
+    return torch.tensor([s * (min(15, max(0, round(float(v) / s) + z)) - z) for v in w])
+
+
+def round_group(w):
+    low, high = w.min().clamp(max=0), w.max().clamp(min=0)
+    s = (high - low) / 15
+    z = torch.round(-low / s)
+    return ((torch.round(w / s) + z).clamp(0, 15) - z) * s
+
+
+def _numbers(*shape, high=16, seed=0):
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- 10 change it ---------------------------------------------------------------------------------------------------
+
+def _thrifty_grid_spec(width, height, max_num, R):
+    room, best = max(1, round(width * height / R ** 2)), None
+    for columns in range(1, max_num + 1):
+        for rows in range(1, max_num + 1):
+            if columns * rows <= min(max_num, room):
+                key = (abs(width / height - columns / rows), -columns * rows)
+                if best is None or key < best[0]:
+                    best = key, (columns, rows)
+    return best[1]
+
+
+def thrifty_grid(width, height, max_num, R):
+    room = min(max_num, max(1, round(width * height / R ** 2)))
+    grids = [(c, r) for c in range(1, room + 1) for r in range(1, room // c + 1)]
+    return min(grids, key=lambda g: (abs(width / height - g[0] / g[1]), -g[0] * g[1]))
+
+
+def labels_of(ids, answers):
+    labels = [-100] * len(ids)
+    for start, end in answers:
+        labels[start:end] = ids[start:end]
+    return labels
+
+
+EXERCISES = {
+    "tokens_at_factor": Exercise(lambda text, tiles, s, f: text + tiles * len([1 for r in range(0, s, f) for c in range(0, s, f)]),
+                                 ((60, 7, 32, 2), (60, 7, 32, 4), (20, 1, 8, 2), (5, 0, 8, 1)), "A tile has (s / f) squared visual tokens.",
+                                 lambda text, tiles, s, f: text + tiles * (s // f) ** 2),
+    "thrifty_grid": Exercise(_thrifty_grid_spec, ((800, 600, 12, 448), (1920, 1080, 12, 448), (100, 2000, 12, 448), (900, 900, 12, 448),
+                                                  (2000, 2000, 6, 448)), "First the number of tiles there is room for, then the nearest ratio.",
+                             thrifty_grid),
+    "labels_of": Exercise(lambda ids, answers: [i if any(a <= k < b for a, b in answers) else -100 for k, i in enumerate(ids)],
+                          (([5, 6, 7, 8, 9], [(1, 3)]), ([5, 6, 7, 8, 9], [(0, 1), (3, 5)]), ([1], []), ([1, 2], [(0, 2)])),
+                          "Start from a list of -100 and copy the slices.", labels_of),
+    "prompt_length": Exercise(lambda text_tokens, tiles, L: len(["text"] * text_tokens + ["<img>"] + ["token"] * tiles * L + ["</img>"]),
+                              ((20, 1, 16), (60, 7, 256), (5, 13, 256)), "Two more than text and visual tokens.",
+                              lambda text_tokens, tiles, L: text_tokens + tiles * L + 2),
+    "best_tokens": Exercise(lambda scores, n: sorted(range(len(scores)), key=lambda i: -float(scores[i]))[:n],
+                            ((_random(9), 3), (_random(5, seed=1), 1), (_random(4, seed=2), 4)), "topk, and tolist().",
+                            lambda scores, n: scores.topk(n).indices.tolist()),
+    "write": Exercise(_write_spec, ((_counting, [0, 1], 5, 20), (_counting, [2], 5, 2), (_counting, [5], 5, 9)),
+                      "Ask the model for ids plus what is written so far; stop after the stop token or after `most`.", write),
+    "relative_error": Exercise(lambda a, b: float((a - b).double().pow(2).sum() / b.double().pow(2).sum()) ** 0.5,
+                               ((_random(3, 4), _random(3, 4, seed=1)), (_random(5), _random(5)), (2 * _random(2, 3, 4), _random(2, 3, 4))),
+                               "norm() takes all numbers of a tensor, whatever its shape.", lambda a, b: float((a - b).norm() / b.norm()), 1e-5),
+    "first_difference": Exercise(_first_difference_spec, (([("a", 1e-7), ("b", 3e-5), ("c", 1.0)], 2e-5), ([("a", 0.0)], 2e-5),
+                                                          ([("a", 0.0), ("b", float("nan"))], 1.0), ([], 1.0)),
+                                 "nan > x is False. Ask for `not error <= tolerance`.", first_difference),
+    "wrong_tokens": Exercise(_wrong_tokens_spec, ((_damaged(2, 6, 4, tokens=[1, 4]), _random(2, 6, 4), 0.1), (_random(1, 3, 2), _random(1, 3, 2), 1e-6),
+                                                  (_damaged(3, 5, 2, tokens=[0]), _random(3, 5, 2), 0.4)),
+                             "Sum the squares over axes 0 and 2, of the difference and of b.", wrong_tokens),
+    "weights_of": Exercise(_weights_of_spec, ((_random(4, 6), _random(2, 5, 6, seed=1)), (_random(3, 2), _random(3, 1, 2, seed=1)),
+                                              (_random(6, 4), _random(2, 3, 4, seed=1))),
+                           "repeat_interleave the keys to H heads; divide by the root of E before the softmax.", weights_of, 1e-5),
+    "normalised": Exercise(lambda drops: torch.tensor([[max(0.0, float(v)) / max(float(drops.max()), 1e-30) if drops.max() > 0 else 0.0
+                                                        for v in row] for row in drops]),
+                           ((_random(3, 3),), (-_random(2, 4).abs(),), (torch.zeros(2, 2),)), "clamp first; divide only by something positive.",
+                           lambda drops: drops.clamp(min=0) / drops.max() if drops.max() > 0 else torch.zeros_like(drops), 1e-6),
+    "lens_ids": Exercise(_lens_ids_spec, ((_random(3, 8), _random(8, seed=1), 1e-6, _random(20, 8, seed=2)),
+                                          (_random(1, 4), torch.ones(4), 1e-6, _random(5, 4, seed=3))),
+                         "Norm each layer's vector, multiply by head.T, argmax.", lens_ids),
+    "attention_numbers": Exercise(lambda layers, heads, patches: sum(heads * (patches + 1) ** 2 for _ in range(layers)),
+                                  ((6, 5, 64), (24, 16, 1024), (1, 1, 1)), "Each of the 1 + P tokens has a weight for each of them.",
+                                  lambda layers, heads, patches: layers * heads * (1 + patches) ** 2),
+    "patches": Exercise(_patches_spec, ((_random(3, 6, 6), 2), (_random(3, 6, 6), 3), (_random(3, 5, 5), 5), (_random(3, 4, 4), 1)),
+                        "View as [3, rows, p, columns, p]; the axes rows and columns come first, then channel, y, x.", patches),
+    "layer_norm": Exercise(_layer_norm_spec, tuple((_random(*shape), _random(shape[-1], seed=1), _random(shape[-1], seed=2), 1e-6)
+                                                   for shape in ((3, 8), (2, 3, 5), (4, 160))),
+                           "The variance divides by n, not by n - 1; eps goes under the root.", layer_norm, 1e-5),
+    "visual_tokens": Exercise(lambda R, p, f: ((R // p) // f) ** 2, ((448, 14, 2), (112, 14, 2), (448, 14, 4), (56, 14, 2)),
+                              "Patches in a row, divided by f, squared.", lambda R, p, f: (R // p // f) ** 2),
+    "unshuffle": Exercise(_unshuffle_spec, ((_random(16, 3), 2), (_random(36, 2), 3), (_random(16, 1), 4), (_random(9, 5), 1)),
+                          "View as [rows, f, columns, f, C] and bring rows and columns to the front.", unshuffle),
+    "shuffle": Exercise(_shuffle_spec, ((_random(4, 8),), (_random(9, 4),), (_random(1, 12),)),
+                        "The five axes of a token grid are (row, column, dy, dx, c); a patch grid has (row, dy, column, dx, c).", shuffle),
+    "placeholders": Exercise(lambda tiles, L: prompt.render([("<image>" * len(tiles), None)], tiles, tokens_per_tile=L).count("<IMG_CONTEXT>"),
+                             (([1], 16), ([7], 256), ([3, 1, 5], 16), ([], 256)), "Every tile of every picture.",
+                             lambda tiles, L: sum(tiles) * L),
+    "bpe_step": Exercise(_bpe_step_spec, tuple((list(text), merges) for text, merges in (
+        ("banana", [("a", "n"), ("an", "a")]), ("abcbc", [("b", "c"), ("a", "b")]), ("xyz", [("a", "b")]), ("lolol", [("o", "l"), ("l", "o")]))),
+        "First find the pair that stands first in the list of merges, then glue every place of it.", bpe_step),
+    "user_turn": Exercise(_user_turn_spec, (("Who are you?",), ("A\nB",)),
+                          "Print prompt.render([(question, None)]) with repr(): each line end counts.",
+                          lambda question: f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"),
+    "cache_numbers": Exercise(lambda layers, H, K, D: layers * 2 * K * (D // H), ((36, 16, 2, 2048), (4, 8, 4, 256), (1, 2, 2, 8)),
+                              "Keys and values, of K heads with D / H numbers, in every layer.",
+                              lambda layers, H, K, D: 2 * layers * K * D // H),
+    "window_mask": Exercise(_window_mask_spec, ((4, 2), (5, 1), (3, 9), (6, 3)),
+                            "With row and column numbers t and s: visible where 0 <= t - s < w.",
+                            lambda T, w: torch.ones(T, T, dtype=torch.bool).tril() & torch.ones(T, T, dtype=torch.bool).triu(1 - w)),
+    "attention": Exercise(_attention_spec, tuple((_random(H, T, 4), _random(K, T, 4, seed=1), _random(K, T, 4, seed=2)) for H, K, T in (
+        (2, 2, 3), (4, 2, 5), (6, 3, 4), (3, 1, 1))), "repeat_interleave makes H heads of K: 0 0 1 1, not 0 1 0 1. Mask before the softmax.",
+        attention, 1e-5),
+    "cached_passes": Exercise(lambda T, n: T + sum(1 for _ in range(n - 1)), ((200, 20), (5, 1), (1, 9)),
+                              "The last token of the answer is never read.", lambda T, n: T + n - 1),
+    "top_p": Exercise(_top_p_spec, tuple((torch.tensor(v), p) for v, p in (
+        ([0.5, 0.3, 0.15, 0.05], 0.7), ([0.1, 0.2, 0.7], 0.5), ([0.25, 0.35, 0.4], 1.0), ([0.4, 0.35, 0.25], 0.4))),
+        "Sort, and keep a token while those before it hold less than p.", top_p, 1e-5),
+    "repetition": Exercise(_repetition_spec, ((torch.tensor([1.0, -2.0, 3.0, -4.0]), [0, 1, 1], 2.0), (_random(6), [5, 2], 1.3), (_random(4), [], 9.0)),
+                           "Divide positive scores, multiply negative ones; set(seen) has every token once.", repetition, 1e-6),
+    "pack_word": Exercise(_pack_word_spec, (([0, 1, 2, 3, 4, 5, 6, 7],), ([15, 0, 0, 0, 0, 0, 0, 0],), ([0, 0, 0, 0, 0, 0, 0, 15],),
+                                            ([3, 14, 1, 5, 9, 2, 6, 5],)),
+                          "Digit n, counted from the right, holds column (0, 2, 4, 6, 1, 3, 5, 7)[n].", pack_word),
+    "dequantise": Exercise(_dequantise_spec, tuple((_numbers(I, O), _numbers(G, O, seed=1), _random(G, O).abs()) for I, O, G in (
+        (8, 3, 2), (12, 5, 4), (6, 2, 1), (6, 2, 6))), "View q as [groups, g, O]; z and s become [groups, 1, O].", dequantise, 1e-6),
+    "round_group": Exercise(_round_group_spec, tuple((_random(16, seed=n) * 0.1 + shift,) for n, shift in enumerate((0, 0.05, 1, -1))),
+                            "0 must be one of the levels, also where all weights are positive: that is what the max and min with 0 are for.",
+                            round_group, 1e-5),
+    "tiles_of": Exercise(_tiles_of_spec, ((800, 600, 12), (600, 600, 12), (448, 448, 12), (1000, 1000, 6), (30, 900, 4)),
+                         "choose_grid gives (columns, rows). When is there no thumbnail?", tiles_of),
+    "largest_square": Exercise(_largest_square_spec, ((256,), (1280,), (3328,), (255,), (2000,)),
+                               "The cost does not fall when the side grows, but walk through all sides to be sure; a budget that "
+                               "nothing fits gives 0.", largest_square),
+    "stitch": Exercise(_stitch_spec, ((_random(7, 3, 4, 4), 3, 2), (_random(4, 3, 2, 2), 1, 3), (_random(1, 3, 5, 5), 1, 1)),
+                       "Drop the thumbnail, view as [rows, columns, 3, R, R], bring the five axes into the order (3, rows, R, columns, R).",
+                       stitch),
+}

@@ -1,0 +1,109 @@
+"""Notebooks without running them: their form, and our own solutions through the checker. `make notebooks` runs them."""
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+PATHS = sorted(FOLDER.glob("*.ipynb"))
+sys.path.insert(0, str(FOLDER))
+import lab  # noqa: E402
+import solutions  # noqa: E402
+
+
+def cells(path, kind):
+    return ["".join(c["source"]) for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == kind]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+def test_form(path):
+    """The contract of a notebook, as far as a program can read it."""
+    text, code = cells(path, "markdown"), cells(path, "code")
+    lines = [[line for line in c.splitlines() if line.strip()] for c in code]
+    assert len(text) + len(code) <= 40 and sum(map(len, lines)) <= 200
+    assert max(map(len, lines)) <= 15 and max(len(line) for cell in lines for line in cell) <= 105
+    assert sum(len(t.split()) for t in text) <= 1200
+    first, last = text[0], text[-1]
+    assert re.match(r"# \d\d · .*\?\n|# 00 · A picture becomes words\n", first)
+    assert all(word in first for word in ("**You need**", "**You read**", "**Time**", "GB of memory", "Letters:"))
+    assert "## Now you can" in last and "*Exact here:*" in last
+    whole = "\n".join(text)
+    predictions = [int(n) for n in re.findall(r"\*\*Predict \((\d)\)", whole)]
+    assert len(predictions) >= 3 and predictions == list(range(1, len(predictions) + 1))
+    assert whole.count("*Look at:*") >= 2 and "## What breaks" in whole
+    assert re.search("[Tt]oy\\b", whole + "".join(code)) or path.stem.startswith("00")
+    assert "pictures.strip(STAGES" in "".join(code)
+    for link in re.findall(r"\]\(([^)#]+)\)", whole):
+        assert link.startswith("http") or (path.parent / link).exists(), link
+    graded = [re.findall(r"lab\.grade\((\w+)\)", c) for c in code]
+    assert sum(map(len, graded)) == 3
+    for names, source in zip(graded, code):
+        for name in names:
+            assert f"def {name}(" in source and "raise NotImplementedError" in source and name in solutions.EXERCISES
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+def test_committed_outputs(path):
+    """Complete, in order, without errors, warnings, paths of a machine or progress bars."""
+    data = json.loads(path.read_text("utf-8"))
+    code = [c for c in data["cells"] if c["cell_type"] == "code"]
+    assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
+    assert path.stat().st_size < 1_000_000
+    outputs = [o for c in code for o in c["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    shown = json.dumps([{k: v for k, v in o.items() if k != "data"} for o in outputs])
+    assert "/home/" not in shown and "/tmp/" not in shown and "it/s]" not in shown
+    assert sum("[ ] not attempted yet" in "".join(o.get("text", "")) for o in outputs) == 3
+
+
+@pytest.mark.parametrize("name", solutions.EXERCISES)
+def test_solutions(name, monkeypatch, capsys):
+    exercise = solutions.EXERCISES[name]
+
+    def attempt(*_):
+        raise NotImplementedError
+    attempt.__name__ = name
+    lab.grade(attempt)
+    assert capsys.readouterr().out == "[ ] not attempted yet\n"
+    monkeypatch.setenv("MINIVL_SOLUTIONS", "1")
+    lab.grade(attempt)
+    assert f"[x] right in {len(exercise.cases)} of" in capsys.readouterr().out
+    assert exercise.hint.endswith((".", "?"))
+
+
+def test_a_wrong_attempt_is_told_where_and_hinted_at_the_second_time(capsys):
+    def stitch(pixel_values, columns, rows):
+        return solutions.stitch(pixel_values, columns, rows).flip(2)
+    lab._failures.clear()
+    lab.grade(stitch)
+    first = capsys.readouterr().out
+    assert "first difference at [0, 0, 0]" in first and "Hint" not in first
+    lab.grade(stitch)
+    assert "Hint: Drop the thumbnail" in capsys.readouterr().out
+
+    def tiles_of(width, height, max_num):
+        return width / height
+    lab.grade(tiles_of)
+    assert "tiles_of(800, 600, 12): gave 1.33" in capsys.readouterr().out
+
+    def top_p(probs, p):
+        return 1 / 0
+    lab.grade(top_p)
+    assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_check(capsys):
+    lab.check("equal", torch.ones(2), torch.ones(2))
+    assert capsys.readouterr().out == "[x] equal: equal\n"
+    with pytest.raises(AssertionError, match="shape"):
+        lab.check("x", torch.ones(2), torch.ones(3))
+    with pytest.raises(AssertionError, match="allowed 1e-05"):
+        lab.check("x", torch.ones(2), torch.tensor([1.0, 1.1]), 1e-5)
+
+
+def test_changed_numbers_are_noticed():
+    import run
+    assert run.same("3328", "3328") and run.same("0.5001", "0.5") and not run.same("1", "2") and not run.same("(2, 2)", "(3, 3)")
