@@ -46,7 +46,8 @@ def execute(path: Path):
     """(the notebook with its outputs, seconds)."""
     notebook = nbformat.read(path, as_version=4)
     start = time.perf_counter()
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
+    NotebookClient(notebook, timeout=300, kernel_name="python3", extra_arguments=["--log-level=ERROR"],
+                   resources={"metadata": {"path": str(HERE)}}).execute()
     return notebook, time.perf_counter() - start
 
 
