@@ -24,7 +24,7 @@ from pathlib import Path
 from minivl.limits import InputError
 from weights_tools import run
 
-OURS, PEERS = {"exact": "exact", "fast": "fast", "lean": None}, ("transformers", "llama.cpp")
+OURS, PEERS = {"exact": "exact", "fast": "fast", "lean": None}, ("llama.cpp",)
 JOBS = {    # name -> (what is asked, unit); seconds become `count / seconds` of the unit, or stay seconds
     "tile": ({"tiles": 1}, "s/tile"), "prefill 128": ({"prompt": 128}, "tok/s"), "prefill 512": ({"prompt": 512}, "tok/s"),
     "prefill 1792": ({"prompt": 1792}, "tok/s"), "decode 1": ({"batch": 1}, "tok/s"), "decode 4": ({"batch": 4}, "tok/s")}
@@ -210,8 +210,9 @@ class Worker:
     def read(self):
         line = self.process.stdout.readline()
         if not line:
-            raise InputError(f"{self.engine} ended with code {self.process.wait()}; its last words are above. For transformers and "
-                             "llama.cpp install the extra `peers`, or name a Python that has them with --peers-python")
+            self.end()
+            raise InputError(f"{self.engine} ended with code {self.process.returncode}; its last words are above. For llama.cpp install the "
+                             "extra `peers`, or name a Python that has it with --peers-python")
         return json.loads(line)
 
     def ask(self, **job):
@@ -221,6 +222,7 @@ class Worker:
     def end(self):
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
 
 # ---- all together ---------------------------------------------------------------------------------------------------
