@@ -5,6 +5,7 @@
     python -m weights_tools.download HUB_ID                 the files that minivl reads, compared with the hub's sha256
     python -m weights_tools.quantize FOLDER OUT             AWQ int4 from a float checkpoint
     python -m weights_tools.verify CHECKPOINT PICTURE       does minivl compute what transformers computes? where not?
+    python -m weights_tools.bench CHECKPOINT                how fast, beside what the machine could do
     python -m weights_tools.nano.train OUT                  nano, the small model inside the package (also .evaluate, .ship)
 
 `files` writes them: weights_tools.files.save_checkpoint.
