@@ -33,17 +33,6 @@ CONTEXT = 64            # tokens that are there when decoding starts
 
 # ---- the machine ----------------------------------------------------------------------------------------------------
 
-def best(work, repeats: int = 5) -> float:
-    """Seconds of the fastest of some runs."""
-    work()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
 def machine() -> dict:
     """Bytes read a second (float32 summed), and float32 and bfloat16 products a second, the better of torch's two."""
     import torch
@@ -51,13 +40,13 @@ def machine() -> dict:
     from minivl import fast
     big, n = torch.ones(2 ** 27), 2048
     x, w = torch.randn(512, n), torch.randn(n, n)
-    floating = min(best(lambda: product(x, w)) for product in (torch.nn.functional.linear, fast._onednn))
+    floating = fast.fastest(lambda: fast.products()[0](x, w), 5)
     x, w = x.bfloat16(), w.bfloat16()
-    half = best(lambda: torch.nn.functional.linear(x, w))
+    half = fast.fastest(lambda: torch.nn.functional.linear(x, w), 5)
     name = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
                 platform.processor())
     return {"cpu": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "GB/s": big.nbytes / best(big.sum) / 1e9, "GFLOP/s float32": 2 * 512 * n * n / floating / 1e9,
+            "GB/s": big.nbytes / fast.fastest(big.sum, 5) / 1e9, "GFLOP/s float32": 2 * 512 * n * n / floating / 1e9,
             "GFLOP/s bfloat16": 2 * 512 * n * n / half / 1e9}
 
 
