@@ -18,6 +18,7 @@ import re
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from minivl.config import Config, read_json
-from minivl.fast import packs, prepare
+from minivl.fast import has_compiler, keeps_half, prepare, products, warm
 from minivl.limits import InputError, offline
 from minivl.model import MiniVL
 
@@ -61,9 +62,12 @@ def load(path_or_id, *, revision: str | None = None, device=None, dtype=None, pr
         raise InputError(f"precision {precision!r} is not one of exact, fast, None")
     with torch.device("meta"):
         model = MiniVL(config)
+    half = precision is not None and (device.type, dtype) == ("cpu", torch.float32) and keeps_half(model)
+    if half and has_compiler():
+        warm(config.quantization_config.group_size // 8, config.llm_config.hidden_size, torch.float16,
+             precision == "fast" and products()[1])
     tensors = open_weights(folder)
     _check(model, tensors, folder)
-    half = precision is not None and (device.type, dtype) == ("cpu", torch.float32) and packs(model)
     state = {}
     for name in tqdm(model.state_dict(), desc="loading", unit="tensor", delay=2, leave=False, disable=None):
         tensor = tensors[name].read()
@@ -78,6 +82,7 @@ def load(path_or_id, *, revision: str | None = None, device=None, dtype=None, pr
             moved = tensor.to(device)
         state[name] = moved
     model.load_state_dict(state, strict=True, assign=True)
+    del state, tensor, moved        # the model alone holds them now: what `prepare` replaces leaves the memory
     model.img_context_token_id, model.eos_token_ids = _token_ids(folder, config)
     return (prepare(model, precision) if precision else model).eval()
 
@@ -331,9 +336,13 @@ def _verify_sha256(path: Path, entries: dict, metadata: dict, start: int):
     except (ValueError, TypeError, RecursionError):
         raise InputError(f"{path.name}: its list of sha256 digests is corrupt; make or download it again") from None
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-        for name, (_, _, begin, end) in entries.items():
-            with view[start + begin:start + end] as part:
-                if hashlib.sha256(part).hexdigest() != digests.get(name):
+        def digest(entry):
+            with view[start + entry[2]:start + entry[3]] as part:
+                return hashlib.sha256(part).hexdigest()
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for name, found in zip(entries, pool.map(digest, entries.values())):
+                if found != digests.get(name):
                     raise InputError(f"{path.name}: {name} does not match its sha256 digest; the file was altered or "
                                      "damaged, make or download it again")
 
@@ -358,7 +367,26 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
         raise InputError(f"{path.name}: its tensors claim {sum(storages.values())} bytes, its records hold {records}; the "
                          "file was altered or damaged, download it again")
     _verify_crc(path, list(state))
-    return {name: StoredTensor(path, tuple(t.shape), t.dtype, lambda t=t: t.detach()) for name, t in state.items()}
+    # torch maps the file as one piece, which stays in memory as long as any tensor of it. So each is mapped again when it is read.
+    base = min(storages, default=0) - _first_record(path)
+    return {name: StoredTensor(path, tuple(t.shape), t.dtype, partial(_map, path, t.data_ptr() - base, t.shape, t.dtype))
+            for name, t in state.items()}
+
+
+def _map(path: Path, at: int, shape, dtype) -> torch.Tensor:
+    """A tensor that lies at byte `at` of a file. Only the pages that are looked at come into memory."""
+    end = at + math.prod(shape) * dtype.itemsize
+    return torch.empty(0, dtype=dtype).set_(torch.UntypedStorage.from_file(str(path), False, end), at // dtype.itemsize, shape)
+
+
+def _first_record(path: Path) -> int:
+    """Where the first tensor record's bytes begin: after its local header, whose length is in it."""
+    with zipfile.ZipFile(path) as archive:
+        header = min((r.header_offset for r in archive.infolist() if re.search(r"/data/\d+$", r.filename)), default=0)
+    with open(path, "rb") as f:
+        f.seek(header + 26)
+        name, extra = (int.from_bytes(f.read(2), "little") for _ in range(2))
+    return header + 30 + name + extra
 
 
 def _check_zip(path: Path, damaged: str) -> int:

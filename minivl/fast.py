@@ -11,24 +11,34 @@
 so that the inputs a row of words meets lie side by side: eight shifts of 16 words meet 8 x 16 neighbouring inputs, and the
 sum over a group stays in registers. One token reads every word once; that, not arithmetic, is what a token costs. So the
 words lie in huge pages, and a layer with many inputs is cut into parts whose inputs stay in the processor's nearest cache.
-Everything is plain torch. Where a C++ compiler is at hand torch.compile makes loops of the functions below, once, for all
-shapes; without one the definition in awq.py serves, or torch's own int4 product, which rounds.
+Everything is plain torch. Where a C++ compiler is at hand torch makes loops of the functions below, once, for all shapes, and
+keeps them on disk; without one the definition in awq.py serves, or torch's own int4 product, which rounds.
 """
+import hashlib
+import inspect
 import math
 import mmap
 import os
+import platform
 import shutil
+import sys
+import tempfile
+import threading
 import time
 import warnings
 from functools import lru_cache, partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from minivl.awq import PACK_ORDER, AWQLinear, unpack
+from minivl.limits import InputError
 from minivl.qwen2 import MLP, Attention, RMSNorm, rotate
 
+SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)      # of the eight 4-bit numbers in a word
 ROWS = 4                # rows of x that one pass over the words serves
 FEW = 64                # rows up to which words are multiplied as they are: for 64 of them, 2048 x 11008, 16 x 0.56 ms against 1.4 + 8.3
 NEAR = 2 ** 15          # bytes of x that stay in the nearest cache while the words of a part pass by
@@ -38,17 +48,16 @@ LARGE = 10 ** 8         # numbers in a model; below, measuring and compiling wou
 
 # ---- the layout and its three loops ---------------------------------------------------------------------------------
 
-def relayout(qweight, group_size: int):
-    """Released qweight int32[I, O/8] -> words int32[O, I/g, g/8]."""
-    I, columns = qweight.shape
-    rows = qweight.view(I // group_size, 8, group_size // 8, columns)       # (I/g, 8, J, O/8)
-    words = torch.empty(columns, 8, *rows.shape[0:3:2], dtype=torch.int32, device=qweight.device)    # (O/8, 8, I/g, J)
-    for column in range(8):
-        word = torch.zeros_like(rows[:, 0])                                 # (I/g, J, O/8)
-        for n in range(8):
-            word |= (rows[:, n] >> 4 * PACK_ORDER.index(column) & 0xF) << 4 * n
-        words[:, column] = word.permute(2, 0, 1)
-    return words.flatten(0, 1)                                              # (O, I/g, J)
+def relayout(turned, shifts, out):
+    """Released words, turned to [O/8, I/g, 8, J] -> out [O/8, 8, I/g, J]: of eight neighbouring columns' words the words of each.
+
+    shifts int32[8]: where a released word holds its eight columns. Both given as float32, see few_rows.
+    """
+    q = turned.view(torch.int32)[:, None] >> shifts[:, None, None, None] & 0xF      # (O/8, 8, I/g, 8, J)
+    word = q[:, :, :, 0]
+    for n in range(1, 8):
+        word = word | q[:, :, :, n] << 4 * n
+    out.copy_(word.view(torch.float32))
 
 
 def few_rows(x, words, scales, zeros):
@@ -84,44 +93,107 @@ def half_rows(x, weight):
 
 # ---- what this machine has ------------------------------------------------------------------------------------------
 
-class Loop:
-    """A function, compiled at its first call. That takes seconds, but is read from a cache on disk the next time.
-
-    `dynamic`: {argument: dimensions that may have any size}; without it every shape would be compiled anew.
-    """
-
-    def __init__(self, function, dynamic: dict):
-        self.function, self.dynamic, self.compiled = function, dynamic, None
-
-    def __call__(self, *arguments):
-        if self.compiled is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")         # torch's compiler imports deprecated parts of torch
-                self.compiled = torch.compile(self.function, options={"cpp.enable_floating_point_contract_flag": "fast"})
-                for i, dims in self.dynamic.items():
-                    torch._dynamo.mark_dynamic(arguments[i], dims)
-                return self.compiled(*arguments)
-        return self.compiled(*arguments)
-
-
-class Loops:
-    """The functions above, compiled. Those for one row and for four are compiled apart."""
-
-    def __init__(self):
-        self.one_row = Loop(lambda x, *w: few_rows(x, *w), {0: 1, 1: (0, 1), 2: (0, 1), 3: (0, 1)})
-        self.four_rows = Loop(lambda x, *w: few_rows(x, *w), {0: 1, 1: (0, 1), 2: (0, 1), 3: (0, 1)})
-        self.dequantize = Loop(dequantize, {0: (0, 1), 1: (0, 1), 2: (0, 1), 4: (0, 1)})
-        self.half_row = Loop(lambda *x: half_rows(*x), {1: 0})
-        self.half_rows = Loop(lambda *x: half_rows(*x), {1: 0})
-
-
 @lru_cache
-def loops():
-    """Loops, or None without a C++ compiler. MINIVL_COMPILE=0 in the environment also says None."""
-    if os.environ.get("MINIVL_COMPILE") == "0":
-        return None
-    compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "cl") if shutil.which(c)), None)
-    return Loops() if compiler and shutil.which(compiler.split()[0]) else None
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler. MINIVL_COMPILE=0 in the environment says there is none."""
+    name = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "cl") if shutil.which(c)), "")
+    return os.environ.get("MINIVL_COMPILE") != "0" and bool(name) and shutil.which(name.split()[0]) is not None
+
+
+def sample(name: str, *fixed) -> tuple:
+    """What a loop is compiled for: its arguments, and which of their sizes may be any from 2 on: {dimension: o, g, multiples}.
+
+    The sizes here are those of a large model: the compiler looks at them when it decides how many threads a loop gets.
+    """
+    from torch.export import Dim
+    o, g, O, G = Dim("o", min=2, max=2 ** 24), Dim("g", min=2, max=2 ** 16), 4096, 16
+    if name == "few_rows":
+        n, J = fixed
+        x, both, sizes = torch.zeros(n, G * 8 * J), [torch.zeros(O, G), torch.zeros(O, G)], {0: o, 1: g}
+        return (x, torch.zeros(O, G, J), *both), ({1: 8 * J * g}, sizes, sizes, sizes)
+    if name == "relayout":
+        J, = fixed
+        return (torch.zeros(O, G, 8, J), SHIFTS, torch.zeros(O, 8, G, J)), ({0: o, 1: g}, None, {0: o, 2: g})
+    if name == "dequantize":
+        J, dtype = fixed
+        both, out, sizes = [torch.zeros(O, G), torch.zeros(O, G)], torch.zeros(O, G, 8, J, dtype=dtype), {0: o, 1: g}
+        return (torch.zeros(O, G, J), *both, SHIFTS, out), (sizes, sizes, sizes, None, sizes)
+    if name == "half_rows":
+        n, D, dtype = fixed
+        return (torch.zeros(n, D), torch.zeros(4 * O, D, dtype=dtype)), (None, {0: o})
+    raise ValueError(f"no loop called {name}")
+
+
+class Call(nn.Module):
+    """A function as a module, which is what torch.export takes."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, arguments):
+        return self.function(*arguments)
+
+
+def package(name: str, *fixed) -> Path:
+    """The file of a compiled loop: in the user's cache, named after the function, torch, the processor and all else that matters."""
+    processor = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))} \
+        if os.path.exists("/proc/cpuinfo") else platform.processor()
+    what = [inspect.getsource(globals()[name]), inspect.getsource(sample), inspect.getsource(build), fixed, torch.__version__,
+            sys.version, sorted(processor), os.environ.get("CXX")]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minivl"
+    return folder / f"{name}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.pt2"
+
+
+def build(name: str, *fixed) -> Path:
+    """Compile a loop ahead of time, once: some seconds, the first of a process some more. Source: torch.export, AOTInductor."""
+    path = package(name, *fixed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arguments, sizes = sample(name, *fixed)
+    with warnings.catch_warnings(), torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        warnings.simplefilter("ignore")                 # torch's compiler imports deprecated parts of torch
+        program = torch.export.export(Call(globals()[name]), (arguments,), dynamic_shapes=(sizes,))
+        part = torch._inductor.aoti_compile_and_package(program, package_path=str(Path(folder) / path.name), inductor_configs={
+            "cpp.enable_floating_point_contract_flag": "fast"})
+        os.replace(part, path)
+    return path
+
+
+_loops, _lock = {}, threading.Lock()
+
+
+def loop(name: str, *fixed):
+    """A function of this file, compiled for fixed sizes and types: few_rows (n, J), relayout (J), dequantize (J, dtype), half_rows
+    (n, D, dtype). Arguments must be contiguous. One thread builds or loads it, others wait."""
+    if (name, fixed) not in _loops:
+        with _lock:
+            if (name, fixed) not in _loops:
+                path = package(name, *fixed)
+                try:
+                    path = path if path.exists() else build(name, *fixed)
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        _loops[name, fixed] = torch._inductor.aoti_load_package(str(path))
+                except Exception as error:              # the compiler's own, of many kinds
+                    raise InputError(f"the C++ compiler could not make a loop of {name}{fixed} ({type(error).__name__}: {error}); mend it, "
+                                     "or set MINIVL_COMPILE=0 to go without, slower") from error
+    return _loops[name, fixed]
+
+
+def warm(J: int, D: int, half, rounded: bool):
+    """Have all loops of a model ready, in a thread, while the main one waits for the disk."""
+    wanted = [("relayout", J), ("few_rows", ROWS, J), ("half_rows", ROWS, D, half), ("few_rows", 1, J), ("half_rows", 1, D, half),
+              ("dequantize", J, torch.bfloat16 if rounded else torch.float32)]
+
+    def work():
+        missing = sum(not package(*one).exists() for one in wanted)
+        for one in tqdm(wanted, desc=f"compiling {missing} loops, once", disable=None if missing else True, leave=False):
+            try:
+                loop(*one)
+            except InputError:                          # raised again, in the main thread, where the loop is needed
+                return
+
+    threading.Thread(target=work, daemon=True).start()
 
 
 def fastest(work, repeats: int = 3) -> float:
@@ -153,7 +225,7 @@ def products():
 @lru_cache
 def _scratch(size: int, dtype):
     """Memory for dequantised weights, kept: fresh pages would cost more than the numbers."""
-    return torch.empty(size, dtype=dtype), torch.arange(0, 32, 4, dtype=torch.int32)
+    return torch.empty(size, dtype=dtype)
 
 
 def huge(shape, dtype):
@@ -164,6 +236,18 @@ def huge(shape, dtype):
     memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=size).view(shape)
+
+
+def packed_words(qweight, groups: int):
+    """Released qweight int32[I, O/8] -> words int32[O, I/g, g/8]."""
+    I, columns = qweight.shape
+    turned, J = torch.empty(columns, I, dtype=torch.int32), I // groups // 8
+    for rows in range(0, I, 128):                       # 128 rows: twice as fast as all at once
+        turned[:, rows:rows + 128] = qweight[rows:rows + 128].T
+    out = torch.empty(columns, 8, groups, J)
+    place = [PACK_ORDER.index(column) for column in range(8)]
+    loop("relayout", J)((turned.view(columns, groups, 8, J).view(torch.float32), SHIFTS[place], out))
+    return out.view(torch.int32).flatten(0, 1)          # (O, I/g, J)
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------
@@ -192,7 +276,7 @@ class PackedLinear(nn.Module):
             out = huge((parts, sum(x.shape[1] for x in pieces), *pieces[0].shape[2:]), pieces[0].dtype)
             return torch.cat(pieces, dim=1, out=out)
 
-        self.register_buffer("words", stored([relayout(m.qweight, I // groups) for m in linears]), persistent=False)
+        self.register_buffer("words", stored([packed_words(m.qweight, groups) for m in linears]), persistent=False)
         self.register_buffer("scales", stored([m.scales.T.float() for m in linears]), persistent=False)
         self.register_buffer("zeros", stored([unpack(m.qzeros).T.float() for m in linears]), persistent=False)
         bias = None if linears[0].bias is None else torch.cat([m.bias for m in linears])
@@ -208,20 +292,21 @@ class PackedLinear(nn.Module):
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
     def few(self, x, words, scales, zeros):
+        J = words.shape[2]
         if len(x) == 1:
-            return loops().one_row(x.contiguous(), words, scales, zeros)
-        y = [loops().four_rows(F.pad(rows, (0, 0, 0, ROWS - len(rows))), words, scales, zeros) for rows in x.split(ROWS)]
+            return loop("few_rows", 1, J)((x.contiguous(), words, scales, zeros))
+        y = [loop("few_rows", ROWS, J)((F.pad(rows, (0, 0, 0, ROWS - len(rows))), words, scales, zeros)) for rows in x.split(ROWS)]
         return torch.cat(y)[:len(x)]
 
     def many(self, x, words, scales, zeros):
         O, groups, J = words.shape
         I, dtype = x.shape[1], torch.bfloat16 if self.rounded else torch.float32
         product, x, y = F.linear if self.rounded else products()[0], x.to(dtype), []
-        step = max(1, BLOCK // I)                                           # outputs at a time
-        memory, shifts = _scratch(max(BLOCK, I), dtype)
+        step = max(8, BLOCK // I // 8 * 8)                                  # outputs at a time
+        memory = _scratch(max(BLOCK, 8 * I), dtype)
         for block in zip(words.split(step), scales.split(step), zeros.split(step)):
             W = memory[:len(block[0]) * I].view(-1, groups, 8, J)
-            loops().dequantize(*block, shifts, W)
+            loop("dequantize", J, dtype)((*block, SHIFTS, W))
             y.append(product(x, W.view(-1, I)))                             # (n, step)
         return torch.cat(y, dim=1).float()                                  # (n, O)
 
@@ -254,10 +339,10 @@ class HalfLinear(nn.Linear):
 
     def forward(self, x):
         rows = x.reshape(-1, x.shape[-1])                                   # (n, D)
-        if len(rows) == 1:
-            y = loops().half_row(rows, self.weight)                         # (n, V)
-        elif len(rows) <= ROWS:
-            y = loops().half_rows(F.pad(rows, (0, 0, 0, ROWS - len(rows))), self.weight)[:len(rows)]
+        if len(rows) <= ROWS and has_compiler():
+            n = 1 if len(rows) == 1 else ROWS
+            rows_only = F.pad(rows.contiguous(), (0, 0, 0, n - len(rows)))
+            y = loop("half_rows", n, x.shape[-1], self.weight.dtype)((rows_only, self.weight))[:len(rows)]  # (n, V)
         else:
             step = max(1, BLOCK // x.shape[-1])
             y = torch.cat([products()[0](rows, part.float()) for part in self.weight.split(step)], dim=1)
@@ -317,9 +402,15 @@ def is_large(model) -> bool:
     return sum(t.numel() for t in model.state_dict().values()) >= LARGE
 
 
-def packs(model) -> bool:
-    """Whether `prepare` will re-lay its int4 and leave its head in half precision: a large AWQ model, and a compiler."""
-    return is_large(model) and any(isinstance(m, AWQLinear) for m in model.modules()) and loops() is not None
+def keeps_half(model) -> bool:
+    """Whether embeddings and head stay in half precision as released: in a large AWQ model."""
+    return is_large(model) and any(isinstance(m, AWQLinear) for m in model.modules())
+
+
+def relays(model) -> bool:
+    """Whether the int4 fits the compiled loops: whole words in a group, and two groups or more."""
+    linears = [m for m in model.modules() if isinstance(m, AWQLinear)]
+    return bool(linears) and all(m.qweight.shape[0] // len(m.scales) % 8 == 0 and len(m.scales) > 1 for m in linears)
 
 
 def prepare(model, precision: str):
@@ -340,8 +431,7 @@ def prepare(model, precision: str):
         embedding = model.language_model.model.embed_tokens
         if embedding.weight.dtype != torch.float32:
             embedding.__class__ = HalfEmbedding
-            embedding.weight.data = embedding.weight.clone()        # not a view of the file: its pages can go
-        if packs(model):
+        if has_compiler() and relays(model):
             for layer in model.language_model.model.layers:
                 layer.self_attn, layer.mlp = FastAttention(layer.self_attn, rounded), FastMLP(layer.mlp, rounded)
             for norm in [m for m in model.language_model.modules() if type(m) is RMSNorm]:
