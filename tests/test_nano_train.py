@@ -12,7 +12,7 @@ from minivl import InputError, Picture, load, pipeline, tiling, video_prompt
 from minivl.checkpoint import safetensors_header
 from minivl.prompt import IMAGE
 from minivl.tokenizer import Tokenizer
-from weights_tools.nano import data, draw, evaluate, recipe, train, warmup, world
+from weights_tools.nano import data, differences, draw, evaluate, recipe, train, warmup, world
 
 TINY = recipe.Stage("tiny", 6, 4e-3, {"shapes": 1, "texts": 1}, wide=0.3, batch=5, warmup=2)
 
@@ -268,13 +268,57 @@ def test_one_batch_can_be_learned_by_heart(tokenizer):
     assert torch.equal(logits.argmax(-1), wanted)
 
 
-def test_one_question_alone_keeps_its_pictures():
-    for i in range(300):
-        example, whole = world.example("alone", i, alone=True), world.example("alone", i)
-        assert example.pictures == whole.pictures and len(example.turns) <= len(whole.turns)
-        assert sum(turn.question.count(IMAGE) for turn in example.turns) == len(example.pictures)
-        if len(example.turns) > 1:
-            assert {turn.task for turn in example.turns} & {"follow-up", "talk"}
+def test_differences_are_those_the_answers_name():
+    """Squares say "changed" exactly in the places that the answers about them name."""
+    squares = [(r, c) for r in range(4) for c in range(4)]
+    for i in range(80):
+        example = world.example("differ", i, {"changes": 1})
+        marked = {(differences.PLACE[r], differences.PLACE[c]) for (r, c), t in zip(squares, differences.targets(example)) if t[2] == 1}
+        answers = {t.question: t.answer for t in example.turns[1:]}
+        for r, c in ((r, c) for r in range(3) for c in range(3)):
+            answer = answers.get(f"What changed {world.PLACES[r][c]}?")
+            if answer is not None:
+                assert ("nothing changed" not in answer) == ((r, c) in marked), answer
+    for i in range(80):
+        example = world.example("differ", i, {"compare": 1})
+        wanted = differences.targets(example)
+        turn = example.turns[0].answer
+        moved = "it is now" in turn
+        cells = {(differences.PLACE[r], differences.PLACE[c]) for (r, c), t in zip(squares, wanted) if t[2] == 1}
+        assert len(cells) == (0 if turn == "Nothing changed." else 2 if moved else 1), turn
+        first = {(t.row, t.column): t for t in example.pictures[0].shapes}
+        for (r, c), (shape, colour, _) in zip(squares, wanted.tolist()):
+            old = first.get((differences.PLACE[r], differences.PLACE[c]))
+            assert (shape, colour) == ((1 + draw.SHAPES.index(old.kind), 1 + list(draw.COLOURS).index(old.colour)) if old else (0, 0))
+    assert (differences.targets(world.example("differ", 0, {"texts": 1})) == differences.IGNORE).all()
+
+
+def test_the_last_picture_s_states_are_found():
+    ids = torch.tensor([[5, *[7] * 16, 1, 2, *[7] * 16, 3, 3], [7] * 16 + [4] * 21, [4] * 37])
+    hidden = torch.arange(37.0)[None, :, None].expand(3, -1, 2)
+    found = differences.last_picture(hidden, ids, 7)
+    assert found[:, :, 0].tolist()[:2] == [list(range(19, 35)), list(range(16))] and found.shape == (3, 16, 2)
+
+
+def test_differences_are_learned_halfway_through_the_decoder(tokenizer):
+    stage = recipe.Stage("pairs", 40, 4e-3, {"changes": 1, "texts": 1}, wide=0, batch=4, warmup=5, task="differences", tower=0.1)
+    model = recipe.initial().train()
+    model.img_context_token_id = tokenizer.id("<IMG_CONTEXT>")
+    torch.manual_seed(0)
+    head = differences.head(recipe.LLM["hidden_size"])
+    batch, opts = data.Batches(stage, 0, tokenizer)[0], train.optimisers(model, stage, head)
+    learned = [p for opt in opts for group in opt.param_groups for p in group["params"]]
+    assert {*map(id, learned)} == {id(p) for p in (*model.parameters(), *head.parameters())} and len(learned) == len({*map(id, learned)})
+    losses = [train.train_step(model, batch, opts, train.rate(stage, i), head)[0] for i in range(stage.steps)]
+    assert losses[-1] < 0.3 * losses[0]
+    ids, labels, wanted, x = batch[0]
+    with torch.no_grad(), train.halfway(model, on=True) as states:
+        train.answer_logits(model, ids, labels, tiling.normalise(x))
+    scores = head(differences.last_picture(states[0], ids, model.img_context_token_id))
+    loss, hits = differences.loss_and_hits(scores, wanted)
+    assert min(hits.values()) > 0.9 and set(hits) == {name for name, _ in differences.FIELDS}
+    alone = differences.loss_and_hits(scores, torch.full_like(wanted, differences.IGNORE))
+    assert alone[0] == 0 and alone[1] == {}
 
 
 def test_drills_ask_what_they_are_for():
@@ -331,9 +375,9 @@ def test_first_words_leave_the_tower_alone(tmp_path):
     assert not any(same[n] for n in same if n.startswith("language_model.") and n.endswith("proj.weight"))
 
 
-@pytest.mark.parametrize("first", ["answers", "squares"])
+@pytest.mark.parametrize("first", ["answers", "squares", "differences"])
 def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, first):
-    stages = (replace(TINY, task=first, mix={"shapes": 1, "texts": 1}), replace(TINY, name="second", steps=3))
+    stages = (replace(TINY, task=first, mix={"shapes": 1, "texts": 1, "compare": 1}), replace(TINY, name="second", steps=3))
     whole = train.train(tmp_path / "whole", stages, workers=0, watch_n=8, watch_every=100)
     parts = tmp_path / "parts"
     for _ in range(2):      # killed in the first stage, then in the second

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from minivl.prompt import encode
 from minivl.tiling import tile, to_pixels
 from minivl.tokenizer import Tokenizer
-from weights_tools.nano import recipe, warmup, world
+from weights_tools.nano import differences, recipe, warmup, world
 from weights_tools.nano.draw import TILE, Style, draw
 
 IGNORE = -100           # label of a token that is not learned, as in cross_entropy
@@ -63,7 +63,7 @@ def collate(rows: list, tiles: list, tokenizer: Tokenizer) -> tuple:
 
 class Batches(Dataset):
     """Batch number i of a stage: always the same. A list of micro-batches: (ids, labels, pixels), conversations of similar
-    length together; or, in the warm-up, (targets, pixels)."""
+    length together; (ids, labels, targets, pixels) with the task "differences"; (targets, pixels) with "squares"."""
 
     def __init__(self, stage: recipe.Stage, seed, tokenizer: Tokenizer):
         self.stage, self.seed, self.tokenizer = stage, f"{seed} {stage.name}", tokenizer
@@ -73,11 +73,17 @@ class Batches(Dataset):
 
     def __getitem__(self, i):
         style, size = Style(world.TRAINED, wide=self.stage.wide), self.stage.batch
-        examples = [world.example(self.seed, i * size + n, self.stage.mix, style, self.stage.alone) for n in range(size)]
+        examples = [world.example(self.seed, i * size + n, self.stage.mix, style) for n in range(size)]
         if self.stage.task == "squares":
             rng = random.Random(f"{self.seed} {i}")
             tiles, targets = zip(*[view for e in examples for scene in e.pictures for view in warmup.views(scene, rng)])
             return [(torch.stack(targets), pixels(tiles))]
         tiles = [tiles_of(e) for e in examples]
-        pairs = sorted(((ids_of(e, t, self.tokenizer), t) for e, t in zip(examples, tiles)), key=lambda pair: len(pair[0]))
-        return [collate(*zip(*pairs[n:n + MICRO]), self.tokenizer) for n in range(0, size, MICRO)]
+        found = sorted(((ids_of(e, t, self.tokenizer), t, e) for e, t in zip(examples, tiles)), key=lambda row: len(row[0]))
+        batches = []
+        for n in range(0, size, MICRO):
+            rows, tiles, examples = zip(*found[n:n + MICRO])
+            ids, labels, x = collate(rows, tiles, self.tokenizer)
+            extra = [torch.stack([differences.targets(e) for e in examples])] if self.stage.task == "differences" else []
+            batches.append((ids, labels, *extra, x))
+        return batches

@@ -44,9 +44,8 @@ class Stage:
     warmup: int = 100       # steps until the learning rate is reached
     floor: float = 0.0      # share of the learning rate left at the end of the cosine
     weight_decay: float = 0.05
-    alone: bool = False     # one question about each picture, not a conversation
     half: bool = True       # matrix products in bfloat16 (autocast), weights and all else in float32
-    task: str = "answers"   # "squares": vision tower and projector alone, see warmup.py
+    task: str = "answers"   # "squares": vision tower and projector alone, see warmup.py; "differences": answers, and see differences.py
     tower: float = 0.0      # learning rate of tower and projector while answers are learned, as a share of the decoder's
 
     def __post_init__(self):
@@ -58,8 +57,8 @@ class Stage:
                                ("warmup", 0, self.steps), ("floor", 0, 1), ("weight_decay", 0, 1), ("tower", 0, 1)):
             if not low <= getattr(self, key) <= high:
                 raise InputError(f"stage {self.name}: {key} is {getattr(self, key)}, it must be in {low}..{high}")
-        if self.task not in ("answers", "squares"):
-            raise InputError(f"stage {self.name}: task is {self.task!r}; tasks are answers and squares")
+        if self.task not in ("answers", "squares", "differences"):
+            raise InputError(f"stage {self.name}: task is {self.task!r}; tasks are answers, squares and differences")
         if not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:
             raise InputError(f"stage {self.name}: the shares of the mix are {self.mix}; they must be positive")
 
@@ -91,7 +90,12 @@ STAGES = (
     Stage("spot", 700, 4e-3, {"changes": 42, "compare": 42, "texts": 8, "reason": 8}, wide=0.0, batch=24, floor=0.6),
     Stage("everything", 5400, 3e-3, {"shapes": 12, "by place": 3, "by two": 4, "count": 9, "judge": 8, "describe": 5, "texts": 19,
                                      "print": 7, "compare": 12, "changes": 6, "video": 8, "follow": 5, "reason": 9, "texture": 1,
-                                     "talk": 2}, wide=0.12, batch=16, floor=0.02, tower=0.15))
+                                     "talk": 2}, wide=0.12, batch=16, floor=0.02, tower=0.15),
+    Stage("differences", 1000, 3e-3, {"compare": 40, "changes": 20, "video": 25, "shapes": 8, "texts": 7}, wide=0.0, batch=16,
+          floor=0.5, task="differences"),
+    Stage("once more", 11000, 3e-3, {"shapes": 12, "by place": 4, "by two": 4, "count": 12, "judge": 9, "describe": 4, "texts": 22,
+                                     "print": 7, "compare": 9, "changes": 2, "video": 6, "follow": 6, "reason": 11, "texture": 1,
+                                     "talk": 1}, wide=0.12, batch=16, floor=0.02, tower=0.15, task="differences"))
 QUICK = (
     Stage("squares", 900, 4e-3, SQUARES, wide=0.0, task="squares"),
     Stage("find", 500, 4e-3, {"find": 1}, **_narrow),

@@ -31,7 +31,7 @@ from minivl.model import MiniVL
 from minivl.tiling import normalise
 from minivl.tokenizer import Tokenizer
 from weights_tools import run
-from weights_tools.nano import recipe, warmup, world
+from weights_tools.nano import differences, recipe, warmup, world
 from weights_tools.nano.data import IGNORE, MICRO, Batches, collate, ids_of, tiles_of
 from weights_tools.nano.draw import Style
 
@@ -89,15 +89,15 @@ def orthogonalise(x, steps=5):
 
 def optimisers(model: MiniVL, stage: recipe.Stage, head=None) -> list:
     """Muon for the matrices of the patches, the blocks and the projector; AdamW for embeddings, head, norms and biases."""
-    shares = {"decoder": 0.0 if head else 1.0, "tower": 1.0 if head else stage.tower}
-    muon, adamw = [], []
+    shares = {"decoder": 0.0, "tower": 1.0} if stage.task == "squares" else {"decoder": 1.0, "tower": stage.tower}
+    muon, adamw, heads = [], [], list(head.parameters()) if head else []
     for part, share in shares.items():
         learned = {n: p for n, p in model.named_parameters() if n.startswith("language_model.") == (part == "decoder")}
         for p in learned.values():
             p.requires_grad_(share > 0)
         if share > 0:
             matrices = {n: p for n, p in learned.items() if p.ndim in (2, 4) and "embed_tokens" not in n and "lm_head" not in n}
-            rest = [p for n, p in learned.items() if n not in matrices] + (list(head.parameters()) if head else [])
+            rest, heads = [p for n, p in learned.items() if n not in matrices] + heads, []
             muon.append({"params": list(matrices.values()), "lr": share * stage.lr})
             adamw += [{"params": [p for p in rest if p.ndim == 2], "lr": share * stage.lr / 2, "weight_decay": stage.weight_decay},
                       {"params": [p for p in rest if p.ndim != 2], "lr": share * stage.lr / 2, "weight_decay": 0.0}]
@@ -133,18 +133,34 @@ def precision(device: str, half: bool):
         yield
 
 
+@contextmanager
+def halfway(model: MiniVL, on: bool):
+    """A list that receives the decoder's hidden states float[B, T, D] after differences.LAYER."""
+    states = []
+    hook = model.language_model.model.layers[differences.LAYER].register_forward_hook(lambda *call: states.append(call[-1])) if on else None
+    try:
+        yield states
+    finally:
+        if hook:
+            hook.remove()
+
+
 def train_step(model: MiniVL, batch: list, opts: list, share: float, head=None) -> tuple:
     """One step on a list of micro-batches: (loss per supervised token or square, their number)."""
     device = model.device
-    count = sum(len(m[0]) if head else int((m[1][:, 1:] != IGNORE).sum()) for m in batch)
+    count = sum(len(m[0]) if len(m) == 2 else int((m[1][:, 1:] != IGNORE).sum()) for m in batch)
     total = 0.0
     for *wanted, x in batch:
-        if head:
-            scores = head(model.visual_tokens(normalise(x.to(device))))
-            loss = warmup.loss_and_hits(scores, wanted[0].to(device))[0] * len(x) / count
+        wanted, x = [t.to(device) for t in wanted], normalise(x.to(device))
+        if len(wanted) == 1:        # "squares"
+            loss = warmup.loss_and_hits(head(model.visual_tokens(x)), wanted[0])[0] * len(x) / count
         else:
-            logits, tokens = answer_logits(model, *(t.to(device) for t in wanted), normalise(x.to(device)))
+            with halfway(model, on=head is not None) as states:
+                logits, tokens = answer_logits(model, *wanted[:2], x)
             loss = F.cross_entropy(logits, tokens, reduction="sum") / count
+            if head:                # "differences"
+                scores = head(differences.last_picture(states[0], wanted[0], model.img_context_token_id))
+                loss = loss + differences.loss_and_hits(scores, wanted[2])[0] / len(batch)
         loss.backward()
         total += loss.item()
     if not math.isfinite(total):
@@ -162,10 +178,16 @@ def train_step(model: MiniVL, batch: list, opts: list, share: float, head=None) 
 @torch.no_grad()
 def watch(model: MiniVL, tokenizer: Tokenizer, stage: recipe.Stage, head=None, n: int = 384) -> dict:
     """How a stage goes, on n held-out examples: task or field -> share right."""
-    if head:
+    if stage.task == "squares":
         *wanted, x = Batches(replace(stage, batch=n), "watch", tokenizer)[0][0]
         return warmup.loss_and_hits(head(model.visual_tokens(normalise(x.to(model.device)))), wanted[0].to(model.device))[1]
-    return accuracy(model, tokenizer, n=n, mix=stage.mix, style=Style(world.TRAINED, wide=stage.wide), alone=stage.alone)
+    fields = {}
+    if head:
+        ids, labels, wanted, x = Batches(replace(stage, batch=8 * MICRO), "watch", tokenizer)[0][-1]
+        with halfway(model, on=True) as states:
+            answer_logits(model, ids.to(model.device), labels.to(model.device), normalise(x.to(model.device)))
+        fields = differences.loss_and_hits(head(differences.last_picture(states[0], ids, model.img_context_token_id)), wanted)[1]
+    return fields | accuracy(model, tokenizer, n=n, mix=stage.mix, style=Style(world.TRAINED, wide=stage.wide))
 
 
 @torch.no_grad()
@@ -220,7 +242,8 @@ def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 
         model.img_context_token_id = tokenizer.id("<IMG_CONTEXT>")
         model = model.float().train().to(device)
         torch.manual_seed(seed)
-        head = warmup.head(recipe.LLM["hidden_size"]).to(device) if stage.task == "squares" else None
+        heads = {"squares": warmup.head, "differences": differences.head}
+        head = heads[stage.task](recipe.LLM["hidden_size"]).to(device) if stage.task in heads else None
         opts, first, half = optimisers(model, stage, head), 0, stage.half and fast_half
         if state.get("stage") == number:
             model.load_state_dict(state["model"])

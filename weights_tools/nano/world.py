@@ -748,16 +748,14 @@ KINDS = {"find": find_example, "exist": exist_example, "name": name_example, "de
 MIX = {"shapes": 30, "texts": 24, "print": 12, "compare": 9, "video": 8, "follow": 6, "reason": 8, "texture": 1.5, "talk": 1.5}
 
 
-def example(seed, index: int, mix: dict | None = None, style: Style | None = None, alone: bool = False) -> Example:
-    """Example number `index` of the endless set `seed`. `alone`: one question, not a conversation (but for follow-ups)."""
+def example(seed, index: int, mix: dict | None = None, style: Style | None = None) -> Example:
+    """Example number `index` of the endless set `seed`."""
     rng = random.Random(f"{seed} {index}")
     mix, style = mix or MIX, style or Style(TRAINED)
     turns = None
     while not turns:
         kind = rng.choices(list(mix), list(mix.values()))[0]
         scenes, turns = KINDS[kind](rng, style)
-    if alone and kind not in ("follow", "talk"):
-        turns = [rng.choice(turns)]
     turns = [replace(t, question=casual(rng, t.question)) for t in turns]
     max_num = 1 if kind in ("video", "compare", "changes") or kind in ("shapes", "reason") and rng.random() < 0.15 else 6
     if kind in ("compare", "changes"):
