@@ -62,9 +62,23 @@ def source(thing, first: str | None = None, last: str | None = None) -> Source:
     return Source(thing, first, last)
 
 
+def randn(*shape, seed: int = 0) -> torch.Tensor:
+    """Random numbers, the same each time."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def number(name: str, value):
     """Prints a number that must stay as it is."""
     print(f"[=] {name}: {f'{value:.4g}' if isinstance(value, float) else value}")
+
+
+def card(change: str):
+    """What nano's card says: the rows of its tables whose first cell holds these words."""
+    lines = (Path(minivl.__file__).parent / "nano" / "README.md").read_text("utf-8").splitlines()
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and change in cells[0] and len(cells) > 3:
+            print(f"{cells[0]}: {cells[1]} {cells[2]} % -> {cells[3]} %")
 
 
 def check(name: str, got, want, tolerance: float = 0.0):
@@ -102,7 +116,10 @@ def grade(attempt):
     exercise = solutions.EXERCISES[attempt.__name__]
     solving = bool(os.environ.get("MINIVL_SOLUTIONS"))      # the tests send our own solutions through here
     function = exercise.solution if solving else attempt
-    for case in exercise.cases:
+    on_a_model = callable(exercise.cases)                   # cases that need nano are made when they are asked for
+    cases = exercise.cases() if on_a_model else exercise.cases
+    for case in cases:
+        want = exercise.spec(*case)
         try:
             got = function(*case)
         except NotImplementedError:
@@ -110,7 +127,9 @@ def grade(attempt):
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         else:
-            problem = first_difference(got, exercise.spec(*case), exercise.tolerance)
+            problem = first_difference(got, want, exercise.tolerance)
+            if not problem and on_a_model and first_difference(exercise.spec(*case), want, exercise.tolerance):
+                problem = "right, but the model stays changed; put back what you replaced (try ... finally)"
         if problem:
             if solving:
                 raise AssertionError(f"the solution of {attempt.__name__} is wrong: {problem}")
@@ -119,11 +138,12 @@ def grade(attempt):
             if _failures[attempt.__name__] >= 2:
                 print(f"    Hint: {exercise.hint}")
             return None
-    print(f"[x] right in {len(exercise.cases)} of {len(exercise.cases)} cases")
+    print(f"[x] right in {len(cases)} of {len(cases)} cases")
 
 
 def _shown(case) -> str:
-    parts = [f"tensor{list(v.shape)}" if isinstance(v, torch.Tensor) else repr(v) for v in case]
+    parts = [f"tensor{list(v.shape)}" if isinstance(v, torch.Tensor) else v.name if isinstance(v, Path) else
+             repr(v) if isinstance(v, (str, int, float, list, tuple, bool)) else type(v).__name__ for v in case]
     return f"({', '.join(p if len(p) < 60 else p[:57] + '...' for p in parts)})"
 
 

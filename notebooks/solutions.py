@@ -5,19 +5,28 @@ through the same checker.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Callable
 
 import torch
 
-from minivl import awq, prompt, tiling
+import minivl
+from minivl import awq, prompt, qwen2, tiling
+
+SAMPLES = Path(minivl.__file__).parent / "nano" / "samples"
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """`spec` says slowly what is right, `solution` is how one might write it. `tolerance` is relative to the largest value."""
+    """`spec` says slowly what is right, `solution` is how one might write it. `tolerance` is relative to the largest value.
+
+    `cases`: the arguments to try, or a function that makes them, for exercises that change nano.
+    """
     spec: Callable
-    cases: tuple
+    cases: tuple | Callable
     hint: str
     solution: Callable
     tolerance: float = 0.0
@@ -25,6 +34,272 @@ class Exercise:
 
 def _random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- exercises that change a model ----------------------------------------------------------------------------------
+
+@functools.lru_cache
+def nano(name="nano"):
+    return minivl.pipeline(name)
+
+
+@contextmanager
+def instead(owner, name, value):
+    """Another value for an attribute, for the length of a `with`. On a module: beside its method, which comes back after."""
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if before is None else setattr(owner, name, before)
+
+
+def pixels_of(pipe, picture, **how):
+    return tiling.to_pixel_values(tiling.tile(minivl.load_image(picture), tile_size=pipe.model.config.force_image_size,
+                                              **{"max_num": pipe.model.config.max_dynamic_patch, **how}))
+
+
+def by_hand(pipe, question, pixel_values, visual=None):
+    """The greedy answer to a question about one picture, from its tiles and, if given, other visual tokens."""
+    model, tokenizer = pipe.model, pipe.tokenizer
+    ids = prompt.encode(tokenizer, [(f"<image>\n{question}", None)], [len(pixel_values)], tokens_per_tile=model.config.num_image_token)
+    with torch.no_grad():
+        x, cache, written = model.embed(torch.tensor([ids]), model.visual_tokens(pixel_values) if visual is None else visual), qwen2.KVCache(), []
+        while len(written) < 512:
+            written.append(int(model.language_model(x, cache)[0, -1].argmax()))
+            if written[-1] in model.eos_token_ids:
+                break
+            x = model.embed(torch.tensor([written[-1:]]))
+    return tokenizer.decode(written).strip()
+
+
+def blind(pipe, question, picture):
+    model, right = pipe.model, pipe.model.visual_tokens
+    with instead(model, "visual_tokens", lambda pixel_values: torch.zeros_like(right(pixel_values))):
+        return pipe((question, picture)).text
+
+
+def _blind_spec(pipe, question, picture):
+    pixel_values = pixels_of(pipe, picture)
+    c = pipe.model.config
+    return by_hand(pipe, question, pixel_values, torch.zeros(len(pixel_values), c.num_image_token, c.llm_config.hidden_size))
+
+
+def without_thumbnail(pipe, question, picture):
+    with instead(pipe.model, "config", replace(pipe.model.config, use_thumbnail=False)):
+        return pipe((question, picture)).text
+
+
+def without_layer(pipe, pixel_values, i):
+    layer = pipe.model.vision_model.encoder.layers[i]
+    kept = layer.ls1.data, layer.ls2.data
+    layer.ls1.data, layer.ls2.data = (torch.zeros_like(gain) for gain in kept)
+    try:
+        with torch.no_grad():
+            return pipe.model.visual_tokens(pixel_values)
+    finally:
+        layer.ls1.data, layer.ls2.data = kept
+
+
+def _without_layer_spec(pipe, pixel_values, i):
+    tower, m = pipe.model.vision_model, pipe.model
+    with torch.no_grad():
+        x = tower.embeddings(pixel_values)
+        for k, layer in enumerate(tower.encoder.layers):
+            x = x if k == i else layer(x)
+        return m.mlp1(m.pixel_unshuffle(x[:, 1:]))
+
+
+def averaged(pipe, question, picture):
+    right = pipe.model.visual_tokens
+    with instead(pipe.model, "visual_tokens", lambda p: (v := right(p)).mean(1, keepdim=True).expand_as(v)):
+        return pipe((question, picture)).text
+
+
+def _averaged_spec(pipe, question, picture):
+    pixel_values = pixels_of(pipe, picture)
+    with torch.no_grad():
+        visual = pipe.model.visual_tokens(pixel_values)
+    return by_hand(pipe, question, pixel_values, torch.stack([torch.stack([v.mean(0)] * len(v)) for v in visual]))
+
+
+def exchanged(pipe, a, b, question, picture):
+    rows = [pipe.tokenizer.encode(word)[0] for word in (a, b)]
+    table = pipe.model.language_model.model.embed_tokens.weight.data
+    table[rows] = table[rows[::-1]]
+    try:
+        return pipe((question, picture)).text
+    finally:
+        table[rows] = table[rows[::-1]]
+
+
+def _exchanged_spec(pipe, a, b, question, picture):
+    """Reads each of the two words as the other; the head is not touched."""
+    a, b = (pipe.tokenizer.encode(word)[0] for word in (a, b))
+    right, swap = pipe.model.embed, {a: b, b: a}
+    with instead(pipe.model, "embed", lambda ids, *visual: right(torch.tensor([[swap.get(i, i) for i in row] for row in ids.tolist()]), *visual)):
+        return by_hand(pipe, question, pixels_of(pipe, picture))
+
+
+def layer_errors(pipe, ids, rotate):
+    def run():
+        with torch.no_grad(), minivl.trace(pipe.model, "llm.layers.*", "logits") as t:
+            pipe.model(torch.tensor([ids]))
+        return {name: x for name, x in t.items() if name == "logits" or name.split(".")[-1].isdigit()}
+    right = run()
+    with instead(qwen2, "rotate", rotate):
+        wrong = run()
+    return torch.tensor([float(minivl.relative_error(wrong[name], right[name])) for name in right])
+
+
+def _layer_errors_spec(pipe, ids, rotate):
+    def run():
+        decoder, out = pipe.model.language_model.model, []
+        with torch.no_grad():
+            x = pipe.model.embed(torch.tensor([ids]))
+            tables = qwen2.rope_tables(torch.arange(len(ids))[None], decoder.head_dim, decoder.theta)
+            for layer in decoder.layers:
+                x = layer(x, *tables, None, None)
+                out.append(x)
+            return [*out, pipe.model.language_model.lm_head(decoder.norm(x))]
+    right = run()
+    with instead(qwen2, "rotate", rotate):
+        wrong = run()
+    return torch.tensor([float((a - b).norm() / b.norm()) for a, b in zip(wrong, right)])
+
+
+def interleaved(x, cos, sin):
+    half = x.shape[-1] // 2
+    even, odd, c, s = x[..., ::2], x[..., 1::2], cos[..., :half], sin[..., :half]
+    return torch.stack([even * c - odd * s, odd * c + even * s], dim=-1).flatten(-2)
+
+
+def never_twice(model, ids, n):
+    from minivl.generate import steps
+    written = []
+
+    def choose(scores):
+        scores = scores.clone()
+        scores[written] = float("-inf")
+        written.append(int(scores.argmax()))
+        return written[-1]
+    with torch.no_grad():
+        for _ in zip(range(n), steps(model, model.embed(torch.tensor([ids])), [choose])):
+            pass
+    return written[:n]
+
+
+def _never_twice_spec(model, ids, n):
+    written = []
+    for _ in range(n):
+        with torch.no_grad():
+            scores = model(torch.tensor([[*ids, *written]]))[0, -1].tolist()
+        written.append(max((i for i in range(len(scores)) if i not in written), key=scores.__getitem__))
+    return written
+
+
+def fewer_bits(model, ids, pixel_values):
+    def run():
+        with torch.no_grad():
+            visual = model.visual_tokens(pixel_values)
+            return visual, model.language_model(model.embed(torch.tensor([ids]), visual))
+    right, unpack = run(), awq.unpack
+    with instead(awq, "unpack", lambda packed: unpack(packed) // 2 * 2):
+        wrong = run()
+    return torch.tensor([float(minivl.relative_error(a, b)) for a, b in zip(wrong, right)])
+
+
+def _fewer_bits_spec(model, ids, pixel_values):
+    with torch.no_grad():
+        right = model(torch.tensor([ids]), pixel_values)
+        linears = [m for m in model.modules() if isinstance(m, awq.AWQLinear)]
+        kept = [(m.qweight, m.qzeros) for m in linears]
+        for m in linears:
+            m.qweight, m.qzeros = (awq.pack(awq.unpack(x).int() & 0b1110) for x in (m.qweight, m.qzeros))
+        wrong = model(torch.tensor([ids]), pixel_values)
+        for m, (m.qweight, m.qzeros) in zip(linears, kept):
+            pass
+    return torch.tensor([0.0, float((wrong - right).norm() / right.norm())])
+
+
+def _recorded():
+    """What notebook 08 compares with: (checkpoint, the recorded reference, its picture)."""
+    from weights_tools.verify import compare
+    folder = minivl.checkpoint.find("nano-awq")
+    return folder, compare.Trace.open(Path(compare.__file__).parent / "nano" / "awq" / "float32.safetensors"), SAMPLES / "small-print.png"
+
+
+def caught_at(name, wrong):
+    from weights_tools.verify import compare
+    folder, trace, picture = _recorded()
+    model = minivl.load(folder)
+    with instead(model, name, functools.partial(wrong, model)):
+        report = compare.compare(folder, trace, pictures=[picture], model=model)
+    return report.first and report.first.stage
+
+
+def _caught_at_spec(name, wrong):
+    from weights_tools.verify import compare
+    folder, trace, picture = _recorded()
+    kept = getattr(minivl.MiniVL, name)
+    setattr(minivl.MiniVL, name, wrong)
+    try:
+        report = compare.compare(folder, trace, pictures=[picture])
+    finally:
+        setattr(minivl.MiniVL, name, kept)
+    return next((row.stage for row in report.rows if not row.agrees), None)
+
+
+def last_patch_dropped(self, pixel_values):
+    return self.mlp1(self.pixel_unshuffle(self.vision_model(pixel_values.to(self.device, self.dtype))[:, :-1]))
+
+
+def two_percent_more(self, pixel_values):
+    return 1.02 * self.mlp1(self.pixel_unshuffle(self.vision_model(pixel_values.to(self.device, self.dtype))[:, 1:]))
+
+
+def patched(pipe, question, picture, other, token):
+    right = pipe.model.visual_tokens
+    with torch.no_grad():
+        foreign = right(pixels_of(pipe, other, max_num=1))
+
+    def mixed(pixel_values):
+        visual = right(pixel_values).clone()
+        visual[0, token] = foreign[0, token]
+        return visual
+    with instead(pipe.model, "visual_tokens", mixed):
+        return pipe((question, minivl.Picture(minivl.load_image(picture), max_num=1))).text
+
+
+def _patched_spec(pipe, question, picture, other, token):
+    a, b = (pixels_of(pipe, p, max_num=1) for p in (picture, other))
+    with torch.no_grad():
+        a_tokens, b_tokens = (list(pipe.model.visual_tokens(x)[0]) for x in (a, b))
+    a_tokens[token] = b_tokens[token]
+    return by_hand(pipe, question, a, torch.stack(a_tokens)[None])
+
+
+def _green_heart():
+    """shapes.png and the same with a green heart, as files would be given."""
+    from PIL import Image
+    picture = minivl.load_image(SAMPLES / "shapes.png")
+    w, h = picture.size
+    purple = picture.getpixel((round(0.83 * w), round(0.83 * h)))
+    green = Image.new("RGB", (w, h))
+    green.putdata([(40, 160, 70) if sum(abs(a - b) for a, b in zip(p, purple)) < 60 else p
+                   for p in (picture.getpixel((x, y)) for y in range(h) for x in range(w))])
+    return picture, green
+
+
+def mixed_lessons(new, old, every, n):
+    return [old(i) if i % every == every - 1 else new(i) for i in range(n)]
+
+
+def _mixed_lessons_spec(new, old, every, n):
+    out = []
+    while len(out) < n:
+        out.append(old(len(out)) if (len(out) + 1) % every == 0 else new(len(out)))
+    return out
 
 
 # ---- 00 a picture becomes words -------------------------------------------------------------------------------------
@@ -298,12 +573,12 @@ def pack_word(numbers):
 
 def _dequantise_spec(q, z, s):
     g = len(q) // len(s)
-    return torch.stack([(q[i].float() - z[i // g]) * s[i // g] for i in range(len(q))])
+    return torch.stack([(q[i].float() - z[i // g].float()) * s[i // g] for i in range(len(q))])
 
 
 def dequantise(q, z, s):
     groups = len(s)
-    return ((q.view(groups, -1, q.shape[1]).float() - z[:, None]) * s[:, None]).view(q.shape)
+    return ((q.view(groups, -1, q.shape[1]).float() - z[:, None].float()) * s[:, None]).view(q.shape)
 
 
 def _round_group_spec(w):
@@ -351,6 +626,34 @@ def labels_of(ids, answers):
 
 
 EXERCISES = {
+    "blind": Exercise(_blind_spec, lambda: ((nano(), "describe this image", SAMPLES / "shapes.png"), (nano(), "What does it say?", SAMPLES / "wide.png")),
+                      "right = pipe.model.visual_tokens; pipe.model.visual_tokens = lambda x: torch.zeros_like(right(x)); del pipe.model.visual_tokens "
+                      "puts it back.", blind),
+    "without_thumbnail": Exercise(lambda pipe, question, picture: by_hand(pipe, question, pixels_of(pipe, picture, use_thumbnail=False)),
+                                  lambda: tuple((nano(), q, SAMPLES / p) for p in ("wide.png", "tall.png") for q in ("How many shapes are there?",)),
+                                  "dataclasses.replace(pipe.model.config, use_thumbnail=False) is the other config; pipe.model.config takes it.",
+                                  without_thumbnail),
+    "without_layer": Exercise(_without_layer_spec, lambda: tuple((nano(), pixels_of(nano(), SAMPLES / "shapes.png"), i) for i in (0, 3, 5)),
+                              "layer.ls1.data.zero_() and the same for ls2; keep clones first.", without_layer, 1e-5),
+    "averaged": Exercise(_averaged_spec, lambda: tuple((nano(), q, SAMPLES / "shapes.png") for q in ("What colour is the heart?", "describe this image")),
+                         "visual.mean(1, keepdim=True).expand_as(visual).", averaged),
+    "exchanged": Exercise(_exchanged_spec, lambda: tuple((nano(), " red", " yellow", q, SAMPLES / "shapes.png") for q in (
+        "Where is the red star?", "What shape is purple?")), "table = model.language_model.model.embed_tokens.weight.data; table[[a, b]] = table[[b, a]] "
+        "exchanges two rows, and exchanges them back.", exchanged),
+    "layer_errors": Exercise(_layer_errors_spec, lambda: tuple((nano(), ids, interleaved) for ids in ([300, 301, 302, 303], list(range(300, 320)))),
+                             "Trace \"llm.layers.*\" and \"logits\" twice; the stages of whole layers end in a number.", layer_errors, 1e-3),
+    "never_twice": Exercise(_never_twice_spec, lambda: ((nano().model, [300, 301], 6), (nano().model, nano().tokenizer.encode("Who are you?"), 12)),
+                            "scores.clone(), -inf at what is written, argmax.", never_twice),
+    "fewer_bits": Exercise(_fewer_bits_spec, lambda: tuple((nano("nano-awq").model, prompt.encode(
+        nano("nano-awq").tokenizer, [("<image>\nWhere is it?", None)], [1], tokens_per_tile=16), pixels_of(nano("nano-awq"), SAMPLES / p, max_num=1))
+        for p in ("shapes.png", "count.png")), "unpack = awq.unpack first; then awq.unpack = lambda packed: unpack(packed) // 2 * 2. Do all linears hold "
+        "int4?", fewer_bits, 1e-3),
+    "caught_at": Exercise(_caught_at_spec, lambda: (("visual_tokens", last_patch_dropped), ("visual_tokens", two_percent_more)),
+                          "setattr(type(model), name, wrong), compare.compare(...), put back; the report's `first` has the stage.", caught_at),
+    "patched": Exercise(_patched_spec, lambda: tuple((nano(), "What colour is the heart?", *_green_heart()[::-1], k) for k in (0, 15)),
+                        "Compute the other picture's visual tokens first; then let model.visual_tokens give a clone with one row replaced.", patched),
+    "mixed_lessons": Exercise(_mixed_lessons_spec, ((lambda i: f"new {i}", lambda i: f"old {i}", 2, 5), (lambda i: i, lambda i: -i, 4, 9),
+                                                    (lambda i: i, lambda i: -i, 1, 3)), "Every `every`-th: i % every == every - 1.", mixed_lessons),
     "tokens_at_factor": Exercise(lambda text, tiles, s, f: text + tiles * len([1 for r in range(0, s, f) for c in range(0, s, f)]),
                                  ((60, 7, 32, 2), (60, 7, 32, 4), (20, 1, 8, 2), (5, 0, 8, 1)), "A tile has (s / f) squared visual tokens.",
                                  lambda text, tiles, s, f: text + tiles * (s // f) ** 2),
@@ -429,7 +732,7 @@ EXERCISES = {
     "pack_word": Exercise(_pack_word_spec, (([0, 1, 2, 3, 4, 5, 6, 7],), ([15, 0, 0, 0, 0, 0, 0, 0],), ([0, 0, 0, 0, 0, 0, 0, 15],),
                                             ([3, 14, 1, 5, 9, 2, 6, 5],)),
                           "Digit n, counted from the right, holds column (0, 2, 4, 6, 1, 3, 5, 7)[n].", pack_word),
-    "dequantise": Exercise(_dequantise_spec, tuple((_numbers(I, O), _numbers(G, O, seed=1), _random(G, O).abs()) for I, O, G in (
+    "dequantise": Exercise(_dequantise_spec, tuple((_numbers(I, O).byte(), _numbers(G, O, seed=1).byte(), _random(G, O).abs()) for I, O, G in (
         (8, 3, 2), (12, 5, 4), (6, 2, 1), (6, 2, 6))), "View q as [groups, g, O]; z and s become [groups, 1, O].", dequantise, 1e-6),
     "round_group": Exercise(_round_group_spec, tuple((_random(16, seed=n) * 0.1 + shift,) for n, shift in enumerate((0, 0.05, 1, -1))),
                             "0 must be one of the levels, also where all weights are positive: that is what the max and min with 0 are for.",

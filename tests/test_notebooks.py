@@ -39,7 +39,7 @@ def test_form(path):
     for link in re.findall(r"\]\(([^)#]+)\)", whole):
         assert link.startswith("http") or (path.parent / link).exists(), link
     graded = [re.findall(r"lab\.grade\((\w+)\)", c) for c in code]
-    assert sum(map(len, graded)) == 3
+    assert sum(map(len, graded)) == 4
     for names, source in zip(graded, code):
         for name in names:
             assert f"def {name}(" in source and "raise NotImplementedError" in source and name in solutions.EXERCISES
@@ -56,7 +56,7 @@ def test_committed_outputs(path):
     assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
     shown = json.dumps([{k: v for k, v in o.items() if k != "data"} for o in outputs])
     assert "/home/" not in shown and "/tmp/" not in shown and "it/s]" not in shown
-    assert sum("[ ] not attempted yet" in "".join(o.get("text", "")) for o in outputs) == 3
+    assert sum("[ ] not attempted yet" in "".join(o.get("text", "")) for o in outputs) == 4
 
 
 @pytest.mark.parametrize("name", solutions.EXERCISES)
@@ -70,7 +70,8 @@ def test_solutions(name, monkeypatch, capsys):
     assert capsys.readouterr().out == "[ ] not attempted yet\n"
     monkeypatch.setenv("MINIVL_SOLUTIONS", "1")
     lab.grade(attempt)
-    assert f"[x] right in {len(exercise.cases)} of" in capsys.readouterr().out
+    cases = exercise.cases() if callable(exercise.cases) else exercise.cases
+    assert f"[x] right in {len(cases)} of" in capsys.readouterr().out
     assert exercise.hint.endswith((".", "?"))
 
 
@@ -93,6 +94,24 @@ def test_a_wrong_attempt_is_told_where_and_hinted_at_the_second_time(capsys):
         return 1 / 0
     lab.grade(top_p)
     assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_a_model_must_be_put_back(capsys):
+    def averaged(pipe, question, picture):
+        answer = solutions.averaged(pipe, question, picture)
+        pipe.model.visual_tokens = lambda pixel_values: torch.ones(len(pixel_values), 16, 256)
+        return answer
+    try:
+        lab.grade(averaged)
+        assert "the model stays changed" in capsys.readouterr().out
+    finally:
+        del solutions.nano().model.visual_tokens
+
+
+def test_card(capsys):
+    lab.card("pictures exchanged")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 5 and all(re.fullmatch(r"pictures exchanged[^:]*: [a-z ]+ [\d.]+ % -> [\d.]+ %", line) for line in lines)
 
 
 def test_check(capsys):
