@@ -60,7 +60,7 @@ def load(path_or_id, *, revision: str | None = None, device=None, dtype=None, pr
     dtype = _dtype(dtype, device, config)
     if precision not in (None, "exact", "fast"):
         raise InputError(f"precision {precision!r} is not one of exact, fast, None")
-    with torch.device("meta"):
+    with _on_meta():
         model = MiniVL(config)
     half = precision is not None and (device.type, dtype) == ("cpu", torch.float32) and keeps_half(model)
     if half and has_compiler():
@@ -85,6 +85,18 @@ def load(path_or_id, *, revision: str | None = None, device=None, dtype=None, pr
     del state, tensor, moved        # the model alone holds them now: what `prepare` replaces leaves the memory
     model.img_context_token_id, model.eos_token_ids = _token_ids(folder, config)
     return (prepare(model, precision) if precision else model).eval()
+
+
+@contextmanager
+def _on_meta():
+    """Modules without memory. nn.Embedding's random numbers are left out: on `meta` torch imports half its compiler for them, 1 s."""
+    reset = torch.nn.Embedding.reset_parameters
+    torch.nn.Embedding.reset_parameters = lambda self: None
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.nn.Embedding.reset_parameters = reset
 
 
 def find(path_or_id, *, revision: str | None = None) -> Path:

@@ -223,8 +223,8 @@ def products():
 
 
 @lru_cache
-def _scratch(size: int, dtype):
-    """Memory for dequantised weights, kept: fresh pages would cost more than the numbers."""
+def _scratch(size: int, dtype, number: int = 0):
+    """Memory for unpacked weights, kept: fresh pages would cost more than the numbers."""
     return torch.empty(size, dtype=dtype)
 
 
@@ -248,6 +248,19 @@ def packed_words(qweight, groups: int):
     place = [PACK_ORDER.index(column) for column in range(8)]
     loop("relayout", J)((turned.view(columns, groups, 8, J).view(torch.float32), SHIFTS[place], out))
     return out.view(torch.int32).flatten(0, 1)          # (O, I/g, J)
+
+
+def rows_of_numbers(qweight):
+    """Released qweight int32[I, O/8] -> int32[O, I], a number in each, in memory that the next call uses again."""
+    I, columns = qweight.shape
+    turned, shifted, out = (_scratch(n * qweight.numel(), torch.int32, k)[:n * qweight.numel()] for k, n in enumerate((1, 1, 8)))
+    turned, shifted, out = turned.view(columns, I), shifted.view(columns, I), out.view(columns, 8, I)
+    for rows in range(0, I, 128):
+        turned[:, rows:rows + 128] = qweight[rows:rows + 128].T
+    for nibble, column in enumerate(PACK_ORDER):
+        torch.bitwise_right_shift(turned, 4 * nibble, out=shifted)
+        torch.bitwise_and(shifted, 0xF, out=out[:, column])
+    return out.view(8 * columns, I)
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------
@@ -317,12 +330,13 @@ class OpLinear(nn.Module):
     def __init__(self, linear: AWQLinear):
         super().__init__()
         self.group = linear.qweight.shape[0] // linear.scales.shape[0]
-        q = unpack(linear.qweight).T.contiguous()                           # (O, I)
         scales, zeros = linear.scales.float(), unpack(linear.qzeros).float()
         both = torch.stack([scales, (8 - zeros) * scales], dim=-1).bfloat16()   # the op computes (q - 8) * scale + zero
-        if q.device.type == "cpu":
-            packed = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1)  # a layout for this very CPU: never saved
+        if linear.qweight.device.type == "cpu":
+            # a layout for this very CPU: never saved
+            packed = torch._convert_weight_to_int4pack_for_cpu(rows_of_numbers(linear.qweight), 1)
         else:
+            q = unpack(linear.qweight).T.contiguous()                       # (O, I)
             packed = torch._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8)
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("both", both, persistent=False)                # (I/g, O, 2)
@@ -437,8 +451,9 @@ def prepare(model, precision: str):
             for norm in [m for m in model.language_model.modules() if type(m) is RMSNorm]:
                 norm.__class__ = FastNorm
     if precision == "fast":
-        for parent in list(model.language_model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, AWQLinear):
-                    setattr(parent, name, OpLinear(child))
+        # Only the places are listed, not the linears: each goes as soon as it is replaced.
+        for parent, name in [(parent, name) for parent in model.language_model.modules() for name, child in parent.named_children()
+                             if isinstance(child, AWQLinear)]:
+            setattr(parent, name, OpLinear(getattr(parent, name)))
+        _scratch.cache_clear()
     return model

@@ -24,6 +24,14 @@ def test_a_whole_run(tiny):
     assert "| decode 4, tok/s |" in table and "lean" in table and "peak memory" in table
 
 
+def test_accuracy(tiny, capsys):
+    found = bench.accuracy(tiny, ["released", "lean", "op"])
+    assert found["lean"] == {"logits": 0.0, "KL": pytest.approx(0, abs=1e-6), "largest KL": pytest.approx(0, abs=1e-6), "same best": 1.0}
+    assert 1e-4 < found["op"]["logits"] < 0.2 and 0 < found["op"]["KL"] <= found["op"]["largest KL"]
+    with pytest.raises(InputError, match="give two or more"):
+        bench.main([str(tiny), "--accuracy", "--precision", "exact"])
+
+
 def test_a_missing_peer_says_what_to_do(tiny):
     with pytest.raises(InputError, match="llama.cpp ended with code 1; .* install the *extra `peers`"):
         bench.Worker("llama.cpp", tiny, bench.sys.executable, 1)

@@ -94,6 +94,12 @@ def test_linears_side_by_side(uncompiled):
     torch.testing.assert_close(fast.PackedLinear(*linears)(x).double(), expected, rtol=1e-5, atol=1e-4)
 
 
+def test_rows_of_numbers():
+    for I, O in ((32, 8), (200, 24), (384, 40)):
+        linear = awq_linear(I, O, I)
+        assert torch.equal(fast.rows_of_numbers(linear.qweight), minivl.awq.unpack(linear.qweight).T.int())
+
+
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 def test_torchs_own_int4_product(group):
     """It rounds scales, zeros and x to bfloat16, 8 bits."""

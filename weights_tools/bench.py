@@ -6,7 +6,8 @@
     python -m weights_tools.synthesize build/4B --size 4B --awq --tokenizer FOLDER      random weights of full size
     python -m weights_tools.bench build/4B --precision exact fast lean --against llama.cpp
 
-exact and fast are minivl with that precision, lean is minivl with the modules as released. llama.cpp runs a random Q4_0 file
+exact and fast are minivl with that precision; lean and op are the same two on a machine without a compiler (int4 by its
+definition; torch's own int4 product); released is minivl with the modules as released. llama.cpp runs a random Q4_0 file
 of the same shapes, where it is installed (the extra `peers`); --peers-python names a Python that has it.
 """
 from __future__ import annotations
@@ -18,13 +19,15 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from minivl.limits import InputError
 from weights_tools import run
 
-OURS, PEERS = {"exact": "exact", "fast": "fast", "lean": None}, ("llama.cpp",)
+OURS, PEERS = {"exact": "exact", "fast": "fast", "lean": "exact", "op": "fast", "released": None}, ("llama.cpp",)
+UNCOMPILED = ("lean", "op")     # as on a machine without a C++ compiler
 JOBS = {    # name -> (what is asked, unit); seconds become `count / seconds` of the unit, or stay seconds
     "tile": ({"tiles": 1}, "s/tile"), "prefill 128": ({"prompt": 128}, "tok/s"), "prefill 512": ({"prompt": 512}, "tok/s"),
     "prefill 1792": ({"prompt": 1792}, "tok/s"), "decode 1": ({"batch": 1}, "tok/s"), "decode 4": ({"batch": 4}, "tok/s")}
@@ -113,6 +116,20 @@ class Ours:
             seconds.append(time.perf_counter() - start)
         return statistics.median(seconds)
 
+    def scores(self, path):
+        """Into a file: log probabilities [68, V] of the last 64 tokens of a prompt with a tile, and of four more, one by one."""
+        from minivl.qwen2 import KVCache
+        torch, c, cache = self.torch, self.model.config, KVCache()
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, min(c.llm_config.vocab_size, 1000), (1, 260), generator=generator)
+        pixels = torch.randn(1, 3, c.force_image_size, c.force_image_size, generator=generator)
+        x = torch.cat([self.model.visual_tokens(pixels).flatten(0, 1)[None], self.language.model.embed_tokens(ids)], dim=1)
+        hidden = self.language.model(x[:, :-4], cache)[:, -64:]
+        found = [self.language.lm_head(hidden)[0]] + [self.language.lm_head(self.language.model(x[:, t:t + 1], cache))[0]
+                                                      for t in range(x.shape[1] - 4, x.shape[1])]
+        torch.save(torch.cat(found).float().log_softmax(-1), path)
+        return 0.0
+
     def profile(self, tokens):
         """Share of a step by what it is in: {int4 products: ..., head: ..., attention: ..., the rest: ...}."""
         from minivl import fast
@@ -148,8 +165,8 @@ def serve(engine: str, checkpoint: str, tokens: int):
     start = time.perf_counter()
     if engine in OURS:
         import torch
-        torch.set_grad_enabled(False)
         it = Ours(checkpoint, OURS[engine])
+        torch.set_grad_enabled(False)
     else:
         from weights_tools import bench_peers
         it = bench_peers.start(engine, checkpoint)
@@ -164,7 +181,9 @@ def serve(engine: str, checkpoint: str, tokens: int):
     for line in sys.stdin:
         job = json.loads(line)
         try:
-            if "tiles" in job:
+            if "scores" in job:
+                say(it.scores(job["scores"]))
+            elif "tiles" in job:
                 say(it.tiles(job["tiles"]))
             elif "prompt" in job:
                 say(it.prompt(job["prompt"]))
@@ -193,7 +212,7 @@ class Worker:
         root = str(Path(__file__).resolve().parents[1])
         self.process = subprocess.Popen(
             [python, "-W", "ignore", "-m", "weights_tools.bench", str(checkpoint), "--serve", engine, "--tokens", str(tokens)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root})
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root, **({"MINIVL_COMPILE": "0"} if engine in UNCOMPILED else {})})
         self.started = self.read()
 
     def read(self):
@@ -254,6 +273,31 @@ def bench(checkpoint, engines, *, python=sys.executable, rounds: int = 3, tokens
     return report
 
 
+def accuracy(checkpoint, engines, tokens: int = 1) -> dict:
+    """{engine: {"logits", "KL", "same best", "largest KL"}} against the first of the engines, over 68 tokens of one prompt."""
+    import torch
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for engine in engines:              # one after the other: each needs the memory of a model
+            print(f"{engine}: loading", file=sys.stderr)
+            worker = Worker(engine, checkpoint, sys.executable, tokens)
+            worker.ask(scores=str(Path(folder) / engine))
+            worker.end()
+            found[engine] = torch.load(Path(folder) / engine, weights_only=True)
+    right = found[engines[0]]
+
+    def centred(x):         # log probabilities and scores differ by a constant for each token
+        return x - x.mean(-1, keepdim=True)
+
+    report = {}
+    for engine in engines[1:]:
+        other = found[engine]
+        kl = (right.exp() * (right - other)).sum(-1)                                    # (68)
+        report[engine] = {"logits": float((centred(other) - centred(right)).norm() / centred(right).norm()), "KL": float(kl.mean()),
+                          "largest KL": float(kl.max()), "same best": float((right.argmax(-1) == other.argmax(-1)).float().mean())}
+    return report
+
+
 def table(report: dict) -> str:
     """Markdown: jobs by engines, best of the rounds, in brackets the share of what the machine could do."""
     m, w, engines = report["machine"], report["work"], report["engines"]
@@ -296,6 +340,7 @@ def main(argv=None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="after one that warms up (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=16, help="decoded in each round (default %(default)s)")
     parser.add_argument("--peers-python", default=sys.executable, metavar="PYTHON", help="default this one")
+    parser.add_argument("--accuracy", action="store_true", help="no speed: how far the scores of each --precision are from those of the first")
     parser.add_argument("--json", metavar="FILE", help="write all numbers to this file")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -304,6 +349,15 @@ def main(argv=None) -> int:
         return 0
     if args.rounds < 1 or args.tokens < 1:
         raise InputError(f"{args.rounds} rounds of {args.tokens} tokens measure nothing; give 1 or more of each")
+    if args.accuracy:
+        from minivl.checkpoint import find
+        if len(args.precision) < 2:
+            raise InputError("--accuracy compares; give two or more of --precision, the first is the measure")
+        found = accuracy(find(args.checkpoint), args.precision)
+        print(f"| against {args.precision[0]} | relative error of the logits | mean KL | largest KL | same best token |\n|---|---|---|---|---|")
+        for engine, e in found.items():
+            print(f"| {engine} | {e['logits']:.1e} | {e['KL']:.1e} | {e['largest KL']:.1e} | {100 * e['same best']:.0f} % |")
+        return 0
     report = bench(args.checkpoint, [*args.precision, *args.against], python=args.peers_python, rounds=args.rounds, tokens=args.tokens, jobs=args.jobs)
     print(table(report))
     if args.json:

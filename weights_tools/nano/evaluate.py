@@ -107,12 +107,12 @@ def measure(pipe, task: str, n: int, seed=HELD_OUT, change=None, wide: bool = Fa
 
 
 @lru_cache(maxsize=3)
-def _pipe(checkpoint: str):
-    return pipeline(checkpoint, EngineConfig(max_batch_size=25))
+def _pipe(checkpoint: str, precision: str = "exact"):
+    return pipeline(checkpoint, EngineConfig(max_batch_size=25, precision=precision))
 
 
-def _share(checkpoint: str, task: str, n: int) -> float:
-    return measure(_pipe(checkpoint), task, n)[0]
+def _share(checkpoint: str, task: str, n: int, precision: str) -> float:
+    return measure(_pipe(checkpoint, precision), task, n)[0]
 
 
 def _ablations(checkpoint: str, n: int) -> list:
@@ -123,11 +123,11 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def side_by_side(checkpoints: list, n: int, tasks=tuple(TARGETS), ablations_n: int = 0) -> tuple:
+def side_by_side(checkpoints: list, n: int, tasks=tuple(TARGETS), ablations_n: int = 0, precision: str = "exact") -> tuple:
     """([{task: share right} of each checkpoint], ablations of the first or []), one process with one thread on each core."""
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _one_thread) as pool:
         changes = pool.submit(_ablations, str(checkpoints[0]), ablations_n) if ablations_n else None      # the longest first
-        jobs = {(c, task): pool.submit(_share, str(c), task, n) for c in checkpoints for task in tasks}
+        jobs = {(c, task): pool.submit(_share, str(c), task, n, precision) for c in checkpoints for task in tasks}
         for job in tqdm(as_completed(jobs.values()), total=len(jobs), unit="task", disable=None):
             job.result()
         return [{task: jobs[c, task].result() for task in tasks} for c in checkpoints], changes.result() if changes else []
@@ -198,6 +198,7 @@ def main(argv=None) -> int:
                         help="folders (default: the shipped ones, nano and nano-awq)")
     parser.add_argument("-n", type=int, default=500, help="questions per task (default %(default)s)")
     parser.add_argument("--tasks", nargs="+", choices=TARGETS, metavar="TASK", help="only these")
+    parser.add_argument("--precision", choices=("exact", "fast"), default="exact", help="of the pipeline, see minivl.fast (default %(default)s)")
     parser.add_argument("--ablations", action="store_true", help="what the parts are good for, on the first checkpoint")
     parser.add_argument("--wrong", type=int, default=0, metavar="K", help="print K wrong answers of each task")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
@@ -205,13 +206,14 @@ def main(argv=None) -> int:
     if args.n < 1:
         raise InputError(f"-n is {args.n}; ask at least one question")
     tasks, start = args.tasks or list(TARGETS), time.perf_counter()
-    scores, rows = side_by_side(args.checkpoints, args.n, tuple(tasks), args.n if args.ablations else 0)
+    scores, rows = side_by_side(args.checkpoints, args.n, tuple(tasks), args.n if args.ablations else 0,
+                                args.precision)
     report = {"questions": args.n, "seed": HELD_OUT, **{str(c): score for c, score in zip(args.checkpoints, scores)}}
     print(f"{args.n * len(tasks)} questions for each, {time.perf_counter() - start:.0f} s", file=sys.stderr)
     print(table([str(c) for c in args.checkpoints], scores) if not args.tasks else json.dumps(report, indent=1))
     for checkpoint in args.checkpoints if args.wrong else ():
         for task in tasks:
-            wrong = [(item.turns[-1], answer) for item, answer in measure(_pipe(str(checkpoint)), task, args.n)[1]
+            wrong = [(item.turns[-1], answer) for item, answer in measure(_pipe(str(checkpoint), args.precision), task, args.n)[1]
                      if not is_right(item.turns[-1], answer)]
             for turn, answer in wrong[:args.wrong]:
                 print(f"{task}: {turn.question!r}\n    right {turn.answer!r}\n    wrote {answer!r}", file=sys.stderr)
