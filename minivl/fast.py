@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from minivl import vit
 from minivl.awq import PACK_ORDER, AWQLinear, unpack
 from minivl.limits import InputError
 from minivl.qwen2 import MLP, Attention, RMSNorm, rotate
@@ -391,6 +392,24 @@ class FastAttention(Attention):
         return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
+class HeadByHead(nn.Module):
+    """vit.Attend, one head after the other by the faster product: torch's fused attention goes through MKL, 575 ms a tile against 415."""
+
+    def forward(self, q, k, v):                                             # (N, H, 1+P, E)
+        product, y = products()[0], []
+        for one_q, one_k, one_v in zip(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)):
+            shares = product(one_q * q.shape[-1] ** -0.5, one_k.contiguous(), None).softmax(-1)     # (1+P, 1+P)
+            y.append(product(shares, one_v.T.contiguous(), None))           # (1+P, E)
+        return torch.stack(y).view(q.shape)
+
+
+class GeluInside(vit.MLP):
+    """vit.MLP whose exact GELU is taken while a product's result is still in the cache: 100 ms a tile."""
+
+    def forward(self, x):
+        return self.fc2(torch.ops.mkldnn._linear_pointwise(x, self.fc1.weight, self.fc1.bias, "gelu", [], "none"))
+
+
 class FastNorm(RMSNorm):
     """qwen2.RMSNorm in one call; float32 only."""
 
@@ -445,6 +464,10 @@ def prepare(model, precision: str):
         embedding = model.language_model.model.embed_tokens
         if embedding.weight.dtype != torch.float32:
             embedding.__class__ = HalfEmbedding
+        if products()[0] is _onednn:
+            for layer in model.vision_model.encoder.layers:
+                layer.attn.attend = HeadByHead()
+                layer.mlp.__class__ = layer.mlp.__class__ if rounded else GeluInside
         if has_compiler() and relays(model):
             for layer in model.language_model.model.layers:
                 layer.self_attn, layer.mlp = FastAttention(layer.self_attn, rounded), FastMLP(layer.mlp, rounded)

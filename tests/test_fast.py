@@ -1,5 +1,6 @@
 """fast.py against the definition in awq.py: the layout, each loop, compiled and not, and a whole model."""
 import random
+import types
 
 import pytest
 import torch
@@ -108,6 +109,24 @@ def test_torchs_own_int4_product(group):
     y = fast.OpLinear(linear)(x)
     assert y.shape == (2, 3, 32) and y.dtype == torch.float32
     assert minivl.relative_error(y, definition(linear, x).float()) < 1e-2
+
+
+def test_attention_head_by_head(monkeypatch):
+    q, k, v = (torch.randn(2, 3, 7, 5) for _ in range(3))
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    for product in (F.linear, fast._onednn):
+        monkeypatch.setattr(fast, "products", lambda product=product: (product, False))
+        for strided in (q, q.transpose(1, 2).contiguous().transpose(1, 2)):
+            torch.testing.assert_close(fast.HeadByHead()(strided, k, v).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gelu_inside_the_product():
+    mlp = fast.vit.MLP(types.SimpleNamespace(hidden_size=24, intermediate_size=40))
+    x = torch.randn(2, 5, 24)
+    with torch.no_grad():
+        expected = mlp.double()(x.double())
+        mlp.float().__class__ = fast.GeluInside
+        torch.testing.assert_close(mlp(x).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_both_float32_products(monkeypatch):
