@@ -3,6 +3,7 @@
     MODEL = "nano"                      or "nano-awq", a folder, or a hub id such as OpenGVLab/InternVL2_5-4B-MPO-AWQ
     pipe = lab.open(MODEL)              says beforehand what it will take
     lab.source(minivl.tiling.grid)      the package's own lines
+    lab.slider(draw, layer=(0, 3, 1, 0))     to drag
     lab.number("tokens", 256)           printed, and compared by `make notebooks` with the number committed here
     lab.grade(my_function)              an exercise: where it first differs, and a hint the second time
 """
@@ -60,6 +61,17 @@ class Source:
 def source(thing, first: str | None = None, last: str | None = None) -> Source:
     """The source of a function, class or method; `first` and `last`: only from the line with one text to that with another."""
     return Source(thing, first, last)
+
+
+def slider(draw, **ranges):
+    """To drag: draw(name=value) again for each value; name=(from, to, step, start). Where no kernel runs, as on GitHub, the picture
+    above it is all there is to see."""
+    from ipywidgets import FloatSlider, IntSlider, interact
+    controls = {}
+    for name, (low, high, step, start) in ranges.items():
+        kind = IntSlider if isinstance(step, int) else FloatSlider
+        controls[name] = kind(value=start, min=low, max=high, step=step, description=name)
+    interact(draw, **controls)
 
 
 def randn(*shape, seed: int = 0) -> torch.Tensor:

@@ -312,7 +312,7 @@ def test_differences_are_learned_halfway_through_the_decoder(tokenizer):
     losses = [train.train_step(model, batch, opts, train.rate(stage, i), head)[0] for i in range(stage.steps)]
     assert losses[-1] < 0.3 * losses[0]
     ids, labels, wanted, x = batch[0]
-    with torch.no_grad(), train.halfway(model, on=True) as states:
+    with torch.no_grad(), differences.halfway(model) as states:
         train.answer_logits(model, ids, labels, tiling.normalise(x))
     scores = head(differences.last_picture(states[0], ids, model.img_context_token_id))
     loss, hits = differences.loss_and_hits(scores, wanted)

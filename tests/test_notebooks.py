@@ -33,7 +33,8 @@ def test_form(path):
     whole = "\n".join(text)
     predictions = [int(n) for n in re.findall(r"\*\*Predict \((\d)\)", whole)]
     assert len(predictions) >= 3 and predictions == list(range(1, len(predictions) + 1))
-    assert whole.count("*Look at:*") >= 2 and "## What breaks" in whole
+    assert whole.count("*Look at:*") >= 3 and "## What breaks" in whole and "Reference:" in last + "".join(text)
+    assert "$" in whole and "Simplified" in whole and "lab.source(" in "".join(code) and "lab.check(" in "".join(code)
     assert re.search("[Tt]oy\\b", whole + "".join(code)) or path.stem.startswith("00")
     assert "pictures.strip(STAGES" in "".join(code)
     for link in re.findall(r"\]\(([^)#]+)\)", whole):
@@ -106,6 +107,12 @@ def test_a_model_must_be_put_back(capsys):
         assert "the model stays changed" in capsys.readouterr().out
     finally:
         del solutions.nano().model.visual_tokens
+
+
+def test_slider():
+    seen = []
+    lab.slider(lambda layer, share: seen.append((layer, share)), layer=(0, 3, 1, 2), share=(0.0, 1.0, 0.1, 0.5))
+    assert seen == [(2, 0.5)]
 
 
 def test_card(capsys):

@@ -8,6 +8,8 @@ square, it learns to look at the same square of the picture before.
 """
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -45,6 +47,18 @@ def targets(example) -> torch.Tensor:
 def head(width: int) -> nn.Linear:
     """Hidden state -> scores of every answer to every field, side by side."""
     return nn.Linear(width, sum(n for _, n in FIELDS))
+
+
+@contextmanager
+def halfway(model, on: bool = True):
+    """A list that receives the decoder's hidden states float[B, T, D] after LAYER; empty if not `on`."""
+    states, layer = [], model.language_model.model.layers[LAYER]
+    hook = layer.register_forward_hook(lambda module, inputs, output: states.append(output)) if on else None
+    try:
+        yield states
+    finally:
+        if hook:
+            hook.remove()
 
 
 def last_picture(hidden, ids, context: int):

@@ -133,18 +133,6 @@ def precision(device: str, half: bool):
         yield
 
 
-@contextmanager
-def halfway(model: MiniVL, on: bool):
-    """A list that receives the decoder's hidden states float[B, T, D] after differences.LAYER."""
-    states = []
-    hook = model.language_model.model.layers[differences.LAYER].register_forward_hook(lambda *call: states.append(call[-1])) if on else None
-    try:
-        yield states
-    finally:
-        if hook:
-            hook.remove()
-
-
 def train_step(model: MiniVL, batch: list, opts: list, share: float, head=None) -> tuple:
     """One step on a list of micro-batches: (loss per supervised token or square, their number)."""
     device = model.device
@@ -155,7 +143,7 @@ def train_step(model: MiniVL, batch: list, opts: list, share: float, head=None) 
         if len(wanted) == 1:        # "squares"
             loss = warmup.loss_and_hits(head(model.visual_tokens(x)), wanted[0])[0] * len(x) / count
         else:
-            with halfway(model, on=head is not None) as states:
+            with differences.halfway(model, on=head is not None) as states:
                 logits, tokens = answer_logits(model, *wanted[:2], x)
             loss = F.cross_entropy(logits, tokens, reduction="sum") / count
             if head:                # "differences"
@@ -181,13 +169,7 @@ def watch(model: MiniVL, tokenizer: Tokenizer, stage: recipe.Stage, head=None, n
     if stage.task == "squares":
         *wanted, x = Batches(replace(stage, batch=n), "watch", tokenizer)[0][0]
         return warmup.loss_and_hits(head(model.visual_tokens(normalise(x.to(model.device)))), wanted[0].to(model.device))[1]
-    fields = {}
-    if head:
-        ids, labels, wanted, x = Batches(replace(stage, batch=8 * MICRO), "watch", tokenizer)[0][-1]
-        with halfway(model, on=True) as states:
-            answer_logits(model, ids.to(model.device), labels.to(model.device), normalise(x.to(model.device)))
-        fields = differences.loss_and_hits(head(differences.last_picture(states[0], ids, model.img_context_token_id)), wanted)[1]
-    return fields | accuracy(model, tokenizer, n=n, mix=stage.mix, style=Style(world.TRAINED, wide=stage.wide))
+    return accuracy(model, tokenizer, n=n, mix=stage.mix, style=Style(world.TRAINED, wide=stage.wide))
 
 
 @torch.no_grad()
