@@ -28,8 +28,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from minivl import fast
 from minivl.config import Config, read_json
-from minivl.fast import has_compiler, keeps_half, prepare, products, warm
 from minivl.limits import InputError, offline
 from minivl.model import MiniVL
 
@@ -62,12 +62,12 @@ def load(path_or_id, *, revision: str | None = None, device=None, dtype=None, pr
         raise InputError(f"precision {precision!r} is not one of exact, fast, None")
     with _on_meta():
         model = MiniVL(config)
-    half = precision is not None and (device.type, dtype) == ("cpu", torch.float32) and keeps_half(model)
-    if half and has_compiler():
-        warm(config.quantization_config.group_size // 8, config.llm_config.hidden_size, torch.float16,
-             precision == "fast" and products()[1])
     tensors = open_weights(folder)
     _check(model, tensors, folder)
+    half = precision is not None and (device.type, dtype) == ("cpu", torch.float32) and fast.keeps_half(model)
+    if half and fast.has_compiler() and fast.relays(model):
+        fast.warm(config.quantization_config.group_size // 8, config.llm_config.hidden_size,
+                  tensors["language_model.lm_head.weight"].dtype, precision == "fast" and fast.products()[1])
     state = {}
     for name in tqdm(model.state_dict(), desc="loading", unit="tensor", delay=2, leave=False, disable=None):
         tensor = tensors[name].read()
@@ -84,19 +84,21 @@ def load(path_or_id, *, revision: str | None = None, device=None, dtype=None, pr
     model.load_state_dict(state, strict=True, assign=True)
     del state, tensor, moved        # the model alone holds them now: what `prepare` replaces leaves the memory
     model.img_context_token_id, model.eos_token_ids = _token_ids(folder, config)
-    return (prepare(model, precision) if precision else model).eval()
+    return (fast.prepare(model, precision) if precision else model).eval()
+
+
+_RESET = torch.nn.Embedding.reset_parameters
 
 
 @contextmanager
 def _on_meta():
     """Modules without memory. nn.Embedding's random numbers are left out: on `meta` torch imports half its compiler for them, 1 s."""
-    reset = torch.nn.Embedding.reset_parameters
     torch.nn.Embedding.reset_parameters = lambda self: None
     try:
         with torch.device("meta"):
             yield
     finally:
-        torch.nn.Embedding.reset_parameters = reset
+        torch.nn.Embedding.reset_parameters = _RESET
 
 
 def find(path_or_id, *, revision: str | None = None) -> Path:
@@ -380,7 +382,7 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
                          "file was altered or damaged, download it again")
     _verify_crc(path, list(state))
     # torch maps the file as one piece, which stays in memory as long as any tensor of it. So each is mapped again when it is read.
-    base = min(storages, default=0) - _first_record(path)
+    base = min((start for start, size in storages.items() if size), default=0) - _first_record(path)
     return {name: StoredTensor(path, tuple(t.shape), t.dtype, partial(_map, path, t.data_ptr() - base, t.shape, t.dtype))
             for name, t in state.items()}
 
@@ -388,13 +390,15 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
 def _map(path: Path, at: int, shape, dtype) -> torch.Tensor:
     """A tensor that lies at byte `at` of a file. Only the pages that are looked at come into memory."""
     end = at + math.prod(shape) * dtype.itemsize
-    return torch.empty(0, dtype=dtype).set_(torch.UntypedStorage.from_file(str(path), False, end), at // dtype.itemsize, shape)
+    if end <= at:       # empty: it lies nowhere
+        return torch.empty(shape, dtype=dtype)
+    return torch.empty(0, dtype=dtype).set_(torch.UntypedStorage.from_file(str(path), False, end)[at:end], 0, shape)
 
 
 def _first_record(path: Path) -> int:
     """Where the first tensor record's bytes begin: after its local header, whose length is in it."""
     with zipfile.ZipFile(path) as archive:
-        header = min((r.header_offset for r in archive.infolist() if re.search(r"/data/\d+$", r.filename)), default=0)
+        header = min((r.header_offset for r in archive.infolist() if r.file_size and re.search(r"/data/\d+$", r.filename)), default=0)
     with open(path, "rb") as f:
         f.seek(header + 26)
         name, extra = (int.from_bytes(f.read(2), "little") for _ in range(2))

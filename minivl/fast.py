@@ -14,6 +14,7 @@ words lie in huge pages, and a layer with many inputs is cut into parts whose in
 Everything is plain torch. Where a C++ compiler is at hand torch makes loops of the functions below, once, for all shapes, and
 keeps them on disk; without one the definition in awq.py serves, or torch's own int4 product, which rounds.
 """
+import atexit
 import hashlib
 import inspect
 import math
@@ -97,8 +98,8 @@ def half_rows(x, weight):
 @lru_cache
 def has_compiler() -> bool:
     """Whether there is a C++ compiler. MINIVL_COMPILE=0 in the environment says there is none."""
-    name = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "cl") if shutil.which(c)), "")
-    return os.environ.get("MINIVL_COMPILE") != "0" and bool(name) and shutil.which(name.split()[0]) is not None
+    name = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")     # torch looks for these
+    return os.environ.get("MINIVL_COMPILE") != "0" and shutil.which(name.split()[0]) is not None
 
 
 def sample(name: str, *fixed) -> tuple:
@@ -136,23 +137,40 @@ class Call(nn.Module):
         return self.function(*arguments)
 
 
+@lru_cache
+def cache_folder() -> Path:
+    """Where compiled loops are kept: the user's cache, if nobody else can write there; what lies in it is run. Else a folder of this
+    process alone."""
+    try:
+        xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        folder = (xdg if xdg.is_absolute() else Path.home() / ".cache") / "minivl"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+        mine = not hasattr(os, "getuid") or about.st_uid == os.getuid() and not about.st_mode & 0o022
+        if mine and os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):         # no home, or not for us
+        pass
+    folder = tempfile.mkdtemp(prefix="minivl-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 def package(name: str, *fixed) -> Path:
-    """The file of a compiled loop: in the user's cache, named after the function, torch, the processor and all else that matters."""
+    """The file of a compiled loop, named after the function, torch, the processor and all else that matters."""
     processor = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))} \
         if os.path.exists("/proc/cpuinfo") else platform.processor()
     what = [inspect.getsource(globals()[name]), inspect.getsource(sample), inspect.getsource(build), fixed, torch.__version__,
-            sys.version, sorted(processor), os.environ.get("CXX")]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minivl"
-    return folder / f"{name}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.pt2"
+            torch.get_num_threads(), sys.version, sorted(processor), os.environ.get("CXX")]
+    return cache_folder() / f"{name}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.pt2"
 
 
 def build(name: str, *fixed) -> Path:
     """Compile a loop ahead of time, once: some seconds, the first of a process some more. Source: torch.export, AOTInductor."""
     path = package(name, *fixed)
-    path.parent.mkdir(parents=True, exist_ok=True)
     arguments, sizes = sample(name, *fixed)
-    with warnings.catch_warnings(), torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        warnings.simplefilter("ignore")                 # torch's compiler imports deprecated parts of torch
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        warnings.simplefilter("ignore")                 # of all sorts, from deep inside torch
         program = torch.export.export(Call(globals()[name]), (arguments,), dynamic_shapes=(sizes,))
         part = torch._inductor.aoti_compile_and_package(program, package_path=str(Path(folder) / path.name), inductor_configs={
             "cpp.enable_floating_point_contract_flag": "fast"})
@@ -160,39 +178,53 @@ def build(name: str, *fixed) -> Path:
     return path
 
 
+def _read(name: str, *fixed):
+    """The loop from its file; one that cannot be read (a disk that was full) is built again."""
+    path = package(name, *fixed)
+    if path.exists():
+        try:
+            return torch._inductor.aoti_load_package(str(path))
+        except Exception:
+            path.unlink(missing_ok=True)
+    return torch._inductor.aoti_load_package(str(build(name, *fixed)))
+
+
 _loops, _lock = {}, threading.Lock()
+atexit.register(_loops.clear)               # a loop unpacks itself into a temporary folder, and removes it when it goes
 
 
 def loop(name: str, *fixed):
     """A function of this file, compiled for fixed sizes and types: few_rows (n, J), relayout (J), dequantize (J, dtype), half_rows
-    (n, D, dtype). Arguments must be contiguous. One thread builds or loads it, others wait."""
+    (n, D, dtype). Arguments must be contiguous and on the CPU: nothing is checked. One thread builds or loads it, others wait."""
     if (name, fixed) not in _loops:
         with _lock:
             if (name, fixed) not in _loops:
-                path = package(name, *fixed)
+                # torch's compiler looks for numpy, and imports deprecated parts of torch. Filters stay: putting them back, as
+                # catch_warnings does, would undo what the main thread sets meanwhile.
+                warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+                warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch(\.|$)")
                 try:
-                    path = path if path.exists() else build(name, *fixed)
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")
-                        _loops[name, fixed] = torch._inductor.aoti_load_package(str(path))
+                    _loops[name, fixed] = _read(name, *fixed)
                 except Exception as error:              # the compiler's own, of many kinds
-                    raise InputError(f"the C++ compiler could not make a loop of {name}{fixed} ({type(error).__name__}: {error}); mend it, "
-                                     "or set MINIVL_COMPILE=0 to go without, slower") from error
+                    raise InputError(f"the C++ compiler could not make a loop of {name}{fixed} in {cache_folder()} "
+                                     f"({type(error).__name__}: {error}); mend it, or set MINIVL_COMPILE=0 to go without, "
+                                     "slower") from error
     return _loops[name, fixed]
 
 
 def warm(J: int, D: int, half, rounded: bool):
     """Have all loops of a model ready, in a thread, while the main one waits for the disk."""
-    wanted = [("relayout", J), ("few_rows", ROWS, J), ("half_rows", ROWS, D, half), ("few_rows", 1, J), ("half_rows", 1, D, half),
-              ("dequantize", J, torch.bfloat16 if rounded else torch.float32)]
+    wanted = [("relayout", J), ("few_rows", ROWS, J), ("few_rows", 1, J), ("dequantize", J, torch.bfloat16 if rounded else torch.float32)]
+    if half != torch.float32:
+        wanted += [("half_rows", ROWS, D, half), ("half_rows", 1, D, half)]
 
     def work():
-        missing = sum(not package(*one).exists() for one in wanted)
-        for one in tqdm(wanted, desc=f"compiling {missing} loops, once", disable=None if missing else True, leave=False):
-            try:
+        try:
+            missing = sum(not package(*one).exists() for one in wanted)
+            for one in tqdm(wanted, desc=f"compiling {missing} loops, once", disable=None if missing else True, leave=False):
                 loop(*one)
-            except InputError:                          # raised again, in the main thread, where the loop is needed
-                return
+        except (InputError, OSError):                   # met again, in the main thread, where the loop is needed
+            return
 
     threading.Thread(target=work, daemon=True).start()
 
@@ -224,9 +256,13 @@ def products():
 
 
 @lru_cache
-def _scratch(size: int, dtype, number: int = 0):
-    """Memory for unpacked weights, kept: fresh pages would cost more than the numbers."""
+def _memory(size: int, dtype, number: int, thread: int):
     return torch.empty(size, dtype=dtype)
+
+
+def _scratch(size: int, dtype, number: int = 0):
+    """Memory for unpacked weights, kept for each thread: fresh pages would cost more than the numbers."""
+    return _memory(size, dtype, number, threading.get_ident())
 
 
 def huge(shape, dtype):
@@ -235,7 +271,10 @@ def huge(shape, dtype):
     if not hasattr(mmap, "MADV_HUGEPAGE") or not size:
         return torch.empty(shape, dtype=dtype)
     memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:         # a system without them
+        pass
     return torch.frombuffer(memory, dtype=dtype, count=size).view(shape)
 
 
@@ -283,7 +322,7 @@ class PackedLinear(nn.Module):
     def __init__(self, *linears: AWQLinear, rounded: bool = False):
         super().__init__()
         I, groups = linears[0].qweight.shape[0], linears[0].scales.shape[0]
-        parts = next(n for n in range(1, groups + 1) if groups % n == 0 and I // n * 4 <= NEAR)
+        parts = next((n for n in range(1, groups) if groups % n == 0 and I // n * 4 <= NEAR and groups // n > 1), 1)
 
         def stored(pieces):     # [O, I/g, ...] of each linear -> [parts, all O, I/g/parts, ...]
             pieces = [x.unflatten(1, (parts, -1)).transpose(0, 1) for x in pieces]
@@ -298,7 +337,12 @@ class PackedLinear(nn.Module):
         self.rounded = rounded      # many rows in bfloat16
 
     def forward(self, x):
-        rows = x.reshape(-1, x.shape[-1])                                   # (n, I)
+        if x.device.type != "cpu" or self.scales.dtype != torch.float32:
+            raise InputError(f"these int4 weights are laid out for float32 on the CPU, not for {self.scales.dtype} on {x.device.type}; load "
+                             "the model again with device= and dtype= instead of moving it")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise InputError("compiled int4 has no gradients; load the model with precision=None, or compute under torch.no_grad()")
+        rows = x.reshape(-1, x.shape[-1]).float().contiguous()              # (n, I)
         multiply = self.few if len(rows) <= FEW else self.many
         y = None                                                            # (n, O)
         for part in zip(rows.chunk(len(self.words), dim=1), self.words.view(torch.float32), self.scales, self.zeros):
@@ -309,7 +353,8 @@ class PackedLinear(nn.Module):
         J = words.shape[2]
         if len(x) == 1:
             return loop("few_rows", 1, J)((x.contiguous(), words, scales, zeros))
-        y = [loop("few_rows", ROWS, J)((F.pad(rows, (0, 0, 0, ROWS - len(rows))), words, scales, zeros)) for rows in x.split(ROWS)]
+        y = [loop("few_rows", ROWS, J)((F.pad(rows, (0, 0, 0, ROWS - len(rows))).contiguous(), words, scales, zeros))
+             for rows in x.split(ROWS)]
         return torch.cat(y)[:len(x)]
 
     def many(self, x, words, scales, zeros):
@@ -353,11 +398,11 @@ class HalfLinear(nn.Linear):
     """A head whose weight stays in half precision as released; products and sums in float32."""
 
     def forward(self, x):
-        rows = x.reshape(-1, x.shape[-1])                                   # (n, D)
-        if len(rows) <= ROWS and has_compiler():
+        rows = x.reshape(-1, x.shape[-1]).float().contiguous()              # (n, D)
+        if len(rows) <= ROWS and has_compiler() and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad):
             n = 1 if len(rows) == 1 else ROWS
-            rows_only = F.pad(rows.contiguous(), (0, 0, 0, n - len(rows)))
-            y = loop("half_rows", n, x.shape[-1], self.weight.dtype)((rows_only, self.weight))[:len(rows)]  # (n, V)
+            padded = F.pad(rows, (0, 0, 0, n - len(rows)))
+            y = loop("half_rows", n, x.shape[-1], self.weight.dtype)((padded, self.weight))[:len(rows)]     # (n, V)
         else:
             step = max(1, BLOCK // x.shape[-1])
             y = torch.cat([products()[0](rows, part.float()) for part in self.weight.split(step)], dim=1)
@@ -478,5 +523,5 @@ def prepare(model, precision: str):
         for parent, name in [(parent, name) for parent in model.language_model.modules() for name, child in parent.named_children()
                              if isinstance(child, AWQLinear)]:
             setattr(parent, name, OpLinear(getattr(parent, name)))
-        _scratch.cache_clear()
+        _memory.cache_clear()
     return model

@@ -73,6 +73,20 @@ def test_all_forms_give_the_same_logits(copy):
         assert torch.equal(logits(copy), want), suffix
 
 
+def test_pickled_tensors_are_mapped_one_by_one(tmp_path):
+    """Views of one storage, at offsets, an empty one; each comes with its own bytes alone."""
+    whole = torch.arange(60.0)
+    tensors = {"empty": torch.empty(0, 3), "b": whole[10:40].view(5, 6), "a": whole, "half": torch.randn(7).half(),
+               "words": torch.randint(-2**31, 2**31, (4, 9)).int(), "scalar": torch.tensor(2.5)}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    found = open_weights(tmp_path)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        read = found[name].read()
+        assert torch.equal(read, tensor) and read.dtype == tensor.dtype, name
+        assert read.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), name
+
+
 def test_statistics_and_code_are_never_opened(copy):
     (copy / "inputs_stats.pth").write_bytes(b"not a pickle")
     (copy / "modeling_internvl_chat.py").write_text("raise SystemExit('executed')")

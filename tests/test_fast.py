@@ -1,4 +1,5 @@
 """fast.py against the definition in awq.py: the layout, each loop, compiled and not, and a whole model."""
+import os
 import random
 import types
 
@@ -42,6 +43,7 @@ SIZES = [(32, 8, 32), (96, 40, 32), (128, 8, 128), (384, 24, 128), (320, 56, 64)
 def uncompiled(monkeypatch):
     monkeypatch.setattr(fast, "loop", lambda name, *fixed: lambda arguments: getattr(fast, name)(*arguments))
     monkeypatch.setattr(fast, "has_compiler", lambda: True)
+    monkeypatch.setattr(fast, "warm", lambda *sizes: None)
 
 
 @pytest.mark.parametrize("I, O, group", SIZES)
@@ -219,7 +221,13 @@ def test_compiled_loops_are_the_functions():
             with mode():
                 x = torch.randn(rows, linear.qweight.shape[0])
                 torch.testing.assert_close(packed(x).double(), definition(linear, x), rtol=1e-5, atol=4e-4)
-    assert {name for name, _ in fast._loops} == {"relayout", "few_rows", "dequantize"}
+    for rows in (1, 66):            # another group size, another compilation
+        linear = awq_linear(96, 16, 32)
+        x = torch.randn(96, rows).T     # not contiguous
+        torch.testing.assert_close(fast.PackedLinear(linear)(x).double(), definition(linear, x), rtol=1e-5, atol=2e-4)
+    rounded = fast.PackedLinear(linears[0], rounded=True)
+    x = torch.randn(70, 256)
+    assert 1e-4 < minivl.relative_error(rounded(x), definition(linears[0], x).float()) < 2e-2
     head = torch.nn.Linear(64, 333, bias=False)
     head.weight.data = head.weight.data.half()
     head.__class__ = fast.HalfLinear
@@ -227,16 +235,49 @@ def test_compiled_loops_are_the_functions():
         x = torch.randn(1, rows, 64)
         torch.testing.assert_close(head(x).double(), x.double() @ head.weight.double().T, rtol=1e-5, atol=1e-5)
     loops = [fast.package(name, *fixed) for name, fixed in fast._loops]
-    assert len({*loops}) == len(loops) == 6 and all(path.exists() for path in loops)
+    assert len({*loops}) == len(loops) == 10 and all(path.exists() for path in loops)
+    key = "half_rows", (4, 64, torch.float16)
+    loops[list(fast._loops).index(key)].write_bytes(b"cut")         # a full disk, say
+    del fast._loops[key]
+    torch.testing.assert_close(head(x[:2, :64]).double(), x[:2, :64].double() @ head.weight.double().T, rtol=1e-5, atol=1e-5)
 
 
 def test_a_broken_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(fast, "_loops", {})
     monkeypatch.setattr(fast, "build", lambda *what: 1 / 0)
+    fast.cache_folder.cache_clear()
     with pytest.raises(minivl.InputError, match="could not make a loop of few_rows.*MINIVL_COMPILE=0"):
         fast.loop("few_rows", 1, 16)
-    assert not list(tmp_path.iterdir())
+    assert fast.cache_folder() == tmp_path / "minivl"
+    fast.cache_folder.cache_clear()
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners of files")
+def test_loops_are_kept_only_where_nobody_else_writes(monkeypatch, tmp_path):
+    """What lies in the cache is run."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for mode, kept in ((0o700, True), (0o770, False), (0o707, False)):
+        (tmp_path / "minivl").mkdir(exist_ok=True)
+        (tmp_path / "minivl").chmod(mode)
+        fast.cache_folder.cache_clear()
+        folder = fast.cache_folder()
+        assert (folder == tmp_path / "minivl") == kept and folder.is_dir() and not folder.stat().st_mode & 0o022
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    fast.cache_folder.cache_clear()
+    assert fast.cache_folder().is_dir()
+    fast.cache_folder.cache_clear()
+
+
+def test_what_compiled_int4_refuses(uncompiled):
+    packed = fast.PackedLinear(awq_linear(64, 8, 32))
+    with pytest.raises(minivl.InputError, match="no gradients"):
+        packed(torch.randn(2, 64, requires_grad=True))
+    with torch.no_grad():
+        packed(torch.randn(2, 64, requires_grad=True))
+    with pytest.raises(minivl.InputError, match="float32 on the CPU, not for torch.float16 on cpu"):
+        packed.half()(torch.randn(2, 64))
 
 
 def test_without_a_compiler_the_definition_serves(tiny, every_model_is_large, monkeypatch):

@@ -281,8 +281,10 @@ def accuracy(checkpoint, engines, tokens: int = 1) -> dict:
         for engine in engines:              # one after the other: each needs the memory of a model
             print(f"{engine}: loading", file=sys.stderr)
             worker = Worker(engine, checkpoint, sys.executable, tokens)
-            worker.ask(scores=str(Path(folder) / engine))
-            worker.end()
+            try:
+                worker.ask(scores=str(Path(folder) / engine))
+            finally:
+                worker.end()
             found[engine] = torch.load(Path(folder) / engine, weights_only=True)
     right = found[engines[0]]
 
