@@ -129,7 +129,7 @@ def grade(attempt):
     solving = bool(os.environ.get("MINIVL_SOLUTIONS"))      # the tests send our own solutions through here
     function = exercise.solution if solving else attempt
     on_a_model = callable(exercise.cases)                   # cases that need nano are made when they are asked for
-    cases = exercise.cases() if on_a_model else exercise.cases
+    cases, before = (exercise.cases(), solutions.fingerprint()) if on_a_model else (exercise.cases, None)
     for case in cases:
         want = exercise.spec(*case)
         try:
@@ -140,7 +140,7 @@ def grade(attempt):
             problem = f"{type(error).__name__}: {error}"
         else:
             problem = first_difference(got, want, exercise.tolerance)
-            if not problem and on_a_model and first_difference(exercise.spec(*case), want, exercise.tolerance):
+            if not problem and on_a_model and first_difference(solutions.fingerprint(), before, 0.0):
                 problem = "right, but the model stays changed; put back what you replaced (try ... finally)"
         if problem:
             if solving:

@@ -59,6 +59,18 @@ def pixels_of(pipe, picture, **how):
                                               **{"max_num": pipe.model.config.max_dynamic_patch, **how}))
 
 
+def fingerprint():
+    """Scores of both twins for a question about several tiles: others as soon as a model is another."""
+    rows = []
+    for pipe in (nano(), nano("nano-awq")):
+        pixel_values = pixels_of(pipe, SAMPLES / "wide.png")
+        ids = prompt.encode(pipe.tokenizer, [("<image>\nWhat do you see?", None)], [len(pixel_values)],
+                            tokens_per_tile=pipe.model.config.num_image_token)
+        with torch.no_grad():
+            rows.append(pipe.model(torch.tensor([ids]), pixel_values)[0, -1])
+    return torch.stack(rows)
+
+
 def by_hand(pipe, question, pixel_values, visual=None):
     """The greedy answer to a question about one picture, from its tiles and, if given, other visual tokens."""
     model, tokenizer = pipe.model, pipe.tokenizer

@@ -32,11 +32,12 @@ def test_accuracy(tiny, capsys):
         bench.main([str(tiny), "--accuracy", "--precision", "exact"])
 
 
-def test_a_missing_peer_says_what_to_do(tiny):
-    with pytest.raises(InputError, match="llama.cpp ended with code 1; .* install the *extra `peers`"):
-        bench.Worker("llama.cpp", tiny, bench.sys.executable, 1)
+@pytest.mark.parametrize("peer", bench.PEERS)
+def test_a_missing_peer_says_what_to_do(tiny, peer):
+    with pytest.raises(InputError, match=f"{peer} ended with code 1; .* install the *extra `peers`"):
+        bench.Worker(peer, tiny, bench.sys.executable, 1)
     with pytest.raises(SystemExit):
-        bench.main([str(tiny), "--against", "transformers"])
+        bench.main([str(tiny), "--against", "vllm"])
 
 
 def test_random_blocks_carry_their_scale():

@@ -331,6 +331,12 @@ def test_drills_ask_what_they_are_for():
         assert sum(len(e.turns) for e in examples) > 3 * len(examples), name
     counts = Counter(turn.task for i in range(60) for turn in world.example("drill", i, {"judge": 1}).turns)
     assert set(counts) == {"yes", "no", "false premise"} and min(counts.values()) > 20
+    asked = Counter()
+    for turn in (turn for i in range(60) for turn in world.example("drill", i, {"same": 1}).turns):
+        question, answer = (re.search(r'"(\w+)"', text)[1] for text in (turn.question, turn.answer))
+        assert turn.task == ("yes" if question == answer else "no") and turn.answer.endswith(f"so {turn.task}.")
+        asked[turn.task, len(question) == len(answer) and sum(x != y for x, y in zip(question, answer)) < 2] += 1
+    assert asked["yes", True] > 120 and asked["no", True] > 60 and asked["no", False] > 30 and asked.total() == 360
 
 
 def test_half_precision_keeps_the_weights_whole(tmp_path, monkeypatch):

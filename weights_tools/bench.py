@@ -8,7 +8,8 @@
 
 exact and fast are minivl with that precision; lean and op are the same two on a machine without a compiler (int4 by its
 definition; torch's own int4 product); released is minivl with the modules as released. llama.cpp runs a random Q4_0 file
-of the same shapes, where it is installed (the extra `peers`); --peers-python names a Python that has it.
+of the same shapes, transformers the same int4 words through gptqmodel, where they are installed (the extra `peers`);
+--peers-python names a Python that has them.
 """
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from pathlib import Path
 from minivl.limits import InputError
 from weights_tools import run
 
-OURS, PEERS = {"exact": "exact", "fast": "fast", "lean": "exact", "op": "fast", "released": None}, ("llama.cpp",)
+OURS, PEERS = {"exact": "exact", "fast": "fast", "lean": "exact", "op": "fast", "released": None}, ("llama.cpp", "transformers")
 UNCOMPILED = ("lean", "op")     # as on a machine without a C++ compiler
 JOBS = {    # name -> (what is asked, unit); seconds become `count / seconds` of the unit, or stay seconds
     "tile": ({"tiles": 1}, "s/tile"), "prefill 128": ({"prompt": 128}, "tok/s"), "prefill 512": ({"prompt": 512}, "tok/s"),
@@ -219,8 +220,8 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             self.end()
-            raise InputError(f"{self.engine} ended with code {self.process.returncode}; its last words are above. For llama.cpp install the "
-                             "extra `peers`, or name a Python that has it with --peers-python")
+            raise InputError(f"{self.engine} ended with code {self.process.returncode}; its last words are above. For other "
+                             "people's engines install the extra `peers`, or name a Python that has them with --peers-python")
         return json.loads(line)
 
     def ask(self, **job):

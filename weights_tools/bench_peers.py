@@ -2,6 +2,9 @@
 
 llama.cpp gets a GGUF file of random Q4_0 numbers with the decoder's shapes: 4-bit numbers in groups of 32, the head in Q6_K as
 its own quantiser leaves it. It has no vision tower here, and what it writes means nothing.
+
+transformers gets the checkpoint's own int4 words, with the layers that gptqmodel chooses for this machine, everything else in
+bfloat16 as those layers want it, and a vision tower of its own in float32.
 """
 from __future__ import annotations
 
@@ -19,6 +22,8 @@ def start(engine: str, checkpoint):
     """The engine, ready to be asked."""
     if engine == "llama.cpp":
         return LlamaCpp(gguf_file(checkpoint))
+    if engine == "transformers":
+        return Transformers(Path(checkpoint))
     raise ValueError(f"no engine called {engine}")
 
 
@@ -112,3 +117,48 @@ class LlamaCpp:
             self.llm.eval([1 + i])
             seconds.append(time.perf_counter() - start)
         return statistics.median(seconds)
+
+
+class Transformers:
+    """transformers' Qwen2 on gptqmodel's AWQ layers, and its InternVL tower and projector with random weights."""
+
+    def __init__(self, folder: Path):
+        import torch
+        from transformers import DynamicCache, InternVLModel, Qwen2ForCausalLM
+
+        from weights_tools.verify.reference import Weights, hf_config
+        config = json.loads((folder / "config.json").read_text())
+        self.torch, self.cache, self.size = torch, DynamicCache, config["force_image_size"]
+        prefix, read = "language_model.", Weights(folder).read
+        text = hf_config(config).text_config
+        text.quantization_config = dict(config["llm_config"]["quantization_config"])
+        self.model = Qwen2ForCausalLM.from_pretrained(
+            None, config=text, dtype=torch.bfloat16,
+            state_dict={name.removeprefix(prefix): get() for name, get in read.items() if name.startswith(prefix)})
+        small = {**config["llm_config"], "num_hidden_layers": 1, "vocab_size": 8, "intermediate_size": 8}
+        self.tower = InternVLModel(hf_config({**config, "llm_config": small})).eval()
+
+    def tiles(self, n):
+        x = self.torch.randn(n, 3, self.size, self.size)
+        start = time.perf_counter()
+        with self.torch.inference_mode():
+            self.tower.get_image_features(x)
+        return time.perf_counter() - start
+
+    def prompt(self, tokens):
+        start = time.perf_counter()
+        self._step(self.torch.arange(tokens)[None] % 1000, self.cache())
+        return time.perf_counter() - start
+
+    def batch(self, n, tokens):
+        cache, seconds = self.cache(), []
+        best = self._step(self.torch.arange(n * CONTEXT).view(n, CONTEXT) % 1000, cache)
+        for _ in range(tokens):
+            start = time.perf_counter()
+            best = self._step(best, cache)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
+
+    def _step(self, ids, cache):
+        with self.torch.inference_mode():
+            return self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)

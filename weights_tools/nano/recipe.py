@@ -95,7 +95,11 @@ STAGES = (
           floor=0.5, task="differences"),
     Stage("once more", 11000, 3e-3, {"shapes": 12, "by place": 4, "by two": 4, "count": 12, "judge": 9, "describe": 4, "texts": 22,
                                      "print": 7, "compare": 9, "changes": 2, "video": 6, "follow": 6, "reason": 11, "texture": 1,
-                                     "talk": 1}, wide=0.12, batch=16, floor=0.02, tower=0.15, task="differences"))
+                                     "talk": 1}, wide=0.12, batch=16, floor=0.02, tower=0.15, task="differences"),
+    Stage("same", 800, 4e-3, {"same": 70, "judge": 10, "texts": 20}, wide=0.0, batch=16, floor=0.5),
+    Stage("last", 3000, 2e-3, {"same": 5, "shapes": 12, "by place": 4, "by two": 4, "count": 10, "judge": 9, "describe": 4, "texts": 20,
+                               "print": 10, "compare": 7, "changes": 1, "video": 5, "follow": 6, "reason": 11, "texture": 1,
+                               "talk": 1}, wide=0.12, batch=16, floor=0.01, tower=0.15, task="differences"))
 QUICK = (
     Stage("squares", 900, 4e-3, SQUARES, wide=0.0, task="squares"),
     Stage("find", 500, 4e-3, {"find": 1}, **_narrow),

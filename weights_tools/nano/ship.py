@@ -97,6 +97,8 @@ the world. It is here to be read, run, changed and measured, offline.
 - `samples/`: pictures and a video to try.
 - Made by `python -m weights_tools.nano.train` and `python -m weights_tools.nano.ship`; sha256 of the recipe
   `{recipe}`.
+  The recipe grew while these weights were trained (`weights_tools/nano/NOTES.md`): a run from nothing makes a nano of this recipe,
+  not bit by bit this one.
 
 ## How often it is right
 

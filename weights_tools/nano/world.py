@@ -543,6 +543,13 @@ def spell_example(rng, style):
     return [scene], ask(rng, scene, ((read, 1),), 1)
 
 
+def same_example(rng, style):
+    """A drill: one short text, and again and again whether it says this or another that may differ in one character."""
+    scene = Scene((), **draw.geometry(rng, style))
+    scene = scene.with_(draw.row_text(rng, style, scene, rng.randrange(3)))
+    return [scene], [yes_no(rng, scene) for _ in range(6)]
+
+
 def page_example(rng, style):
     """For the warm-up: a picture full of letters."""
     scene = Scene((), **draw.geometry(rng, style))
@@ -741,10 +748,10 @@ def talk_example(rng, style):
 
 
 KINDS = {"find": find_example, "exist": exist_example, "name": name_example, "describe": describe_example,
-         "spell": spell_example, "page": page_example, "shapes": shapes_example, "texts": texts_example, "print": print_example,
-         "compare": compare_example, "changes": changes_example, "video": video_example, "follow": follow_example,
-         "reason": reason_example, "texture": texture_example, "talk": talk_example,
-         **{name: functools.partial(drill_example, questions=q, wanted=w) for name, (q, w) in DRILLS.items()}}
+         "spell": spell_example, "same": same_example, "page": page_example, "shapes": shapes_example,
+         "texts": texts_example, "print": print_example, "compare": compare_example, "changes": changes_example,
+         "video": video_example, "follow": follow_example, "reason": reason_example, "texture": texture_example,
+         "talk": talk_example, **{name: functools.partial(drill_example, questions=q, wanted=w) for name, (q, w) in DRILLS.items()}}
 MIX = {"shapes": 30, "texts": 24, "print": 12, "compare": 9, "video": 8, "follow": 6, "reason": 8, "texture": 1.5, "talk": 1.5}
 
 
