@@ -86,7 +86,7 @@ class Ours:
         self.language = self.model.language_model
 
     def embed(self, batch, tokens):
-        ids = self.torch.arange(batch * tokens).view(batch, tokens) % 1000
+        ids = self.torch.arange(batch * tokens).view(batch, tokens) % min(1000, self.model.config.llm_config.vocab_size)
         return self.language.model.embed_tokens(ids)
 
     def step(self, x, cache):

@@ -8,10 +8,13 @@ bfloat16 as those layers want it, and a vision tower of its own in float32.
 """
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import statistics
 import struct
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,14 +31,16 @@ def start(engine: str, checkpoint):
 
 
 def gguf_file(checkpoint) -> Path:
-    """The random file beside the checkpoint, written once."""
+    """The random file of these shapes, written once, into the system's folder for temporary files."""
     import gguf
-    path = Path(checkpoint) / "random-q4_0.gguf"
-    if path.exists():
-        return path
     c = json.loads((Path(checkpoint) / "config.json").read_text())["llm_config"]
     D, F, V, layers = c["hidden_size"], c["intermediate_size"], c["vocab_size"], c["num_hidden_layers"]
     kv = D // c["num_attention_heads"] * c["num_key_value_heads"]
+    path = Path(tempfile.gettempdir()) / f"minivl-bench-{getpass.getuser()}" / f"q4_0-{layers}x{D}x{F}x{kv}x{V}.gguf"
+    if path.exists():
+        return path
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    print(f"writing random numbers in llama.cpp's format to {path}", file=sys.stderr)
     part = path.with_suffix(".partial")
     writer = gguf.GGUFWriter(part, "qwen2")
     writer.add_context_length(ROOM)
@@ -104,7 +109,7 @@ class LlamaCpp:
     def prompt(self, tokens):
         self.llm.reset()
         start = time.perf_counter()
-        self.llm.eval([1 + i % 1000 for i in range(tokens)])
+        self.llm.eval([1 + i % 500 for i in range(tokens)])
         return time.perf_counter() - start
 
     def batch(self, n, tokens):
@@ -147,12 +152,12 @@ class Transformers:
 
     def prompt(self, tokens):
         start = time.perf_counter()
-        self._step(self.torch.arange(tokens)[None] % 1000, self.cache())
+        self._step(self.torch.arange(tokens)[None] % 500, self.cache())
         return time.perf_counter() - start
 
     def batch(self, n, tokens):
         cache, seconds = self.cache(), []
-        best = self._step(self.torch.arange(n * CONTEXT).view(n, CONTEXT) % 1000, cache)
+        best = self._step(self.torch.arange(n * CONTEXT).view(n, CONTEXT) % 500, cache)
         for _ in range(tokens):
             start = time.perf_counter()
             best = self._step(best, cache)
