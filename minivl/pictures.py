@@ -123,9 +123,10 @@ def heat(values, rows: str = "", columns: str = "", *, title: str = "", row_name
     for c, name in enumerate(column_names or ()):
         body += text(left + (c + 0.5) * cell + 4, above - 4, name, size=11, turn=-60)
     low = float(m.min())
-    note = f"{R} x {C}; white 0, dark {top:.3g}" + (f", lowest {low:.3g} (orange, with a minus sign)" if low < 0 else "")
-    return Svg(body + text(left, above + R * cell + 16, note, size=11, colour=FAINT), max(left + C * cell + 12, left + 6.2 * len(note)),
-               above + R * cell + 24)
+    notes = [f"{R} x {C}; white 0, dark {top:.3g}"] + ([f"orange, minus: down to {low:.3g}"] if low < 0 else [])
+    for i, note in enumerate(notes):
+        body += text(left, above + R * cell + 16 + 14 * i, note, size=11, colour=FAINT)
+    return Svg(body, max(left + C * cell + 12, left + 6.2 * max(map(len, notes))), above + R * cell + 10 + 14 * len(notes))
 
 
 def bars(values, names, *, title: str = "", unit: str = "", width: float = 520) -> Svg:

@@ -70,7 +70,8 @@ def slider(draw, **ranges):
     controls = {}
     for name, (low, high, step, start) in ranges.items():
         kind = IntSlider if isinstance(step, int) else FloatSlider
-        controls[name] = kind(value=start, min=low, max=high, step=step, description=name)
+        controls[name] = kind(value=start, min=low, max=high, step=step, description=name,
+                              style={"description_width": "initial"})
     interact(draw, **controls)
 
 
