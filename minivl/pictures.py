@@ -126,7 +126,7 @@ def heat(values, rows: str = "", columns: str = "", *, title: str = "", row_name
     notes = [f"{R} x {C}; white 0, dark {top:.3g}"] + ([f"orange, minus: down to {low:.3g}"] if low < 0 else [])
     for i, note in enumerate(notes):
         body += text(left, above + R * cell + 16 + 14 * i, note, size=11, colour=FAINT)
-    return Svg(body, max(left + C * cell + 12, left + 6.2 * max(map(len, notes))), above + R * cell + 10 + 14 * len(notes))
+    return Svg(body, max(left + C * cell + 12, left + 6.2 * max(map(len, notes)), left + 7.4 * len(title)), above + R * cell + 10 + 14 * len(notes))
 
 
 def bars(values, names, *, title: str = "", unit: str = "", width: float = 520) -> Svg:
