@@ -65,8 +65,6 @@ def load(path_or_id, *, revision: str | None = None, device=None, dtype=None, pr
     tensors = open_weights(folder)
     _check(model, tensors, folder)
     half = precision is not None and (device.type, dtype) == ("cpu", torch.float32) and fast.keeps_half(model)
-    if half:
-        fast.products()             # measured now, before a thread compiles beside it
     if half and fast.has_compiler() and fast.relays(model):
         fast.warm(config.quantization_config.group_size // 8, config.llm_config.hidden_size,
                   tensors["language_model.lm_head.weight"].dtype, precision == "fast" and fast.products()[1])

@@ -218,6 +218,8 @@ def warm(J: int, D: int, half, rounded: bool):
     if half != torch.float32:
         wanted += [("half_rows", ROWS, D, half), ("half_rows", 1, D, half)]
 
+    products()      # measured now: not while the thread compiles beside it
+
     def work():
         try:
             missing = sum(not package(*one).exists() for one in wanted)
@@ -229,14 +231,15 @@ def warm(J: int, D: int, half, rounded: bool):
     threading.Thread(target=work, daemon=True).start()
 
 
-def fastest(work, repeats: int = 3) -> float:
-    """Seconds of the fastest of some runs, after one that warms up."""
-    work()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
+def fastest(*works, repeats: int) -> list:
+    """Seconds of the fastest run of each, in turns, after one that warms up."""
+    best = [float("inf")] * len(works)
+    for i in range(repeats + 1):
+        for k, work in enumerate(works):
+            start = time.perf_counter()
+            work()
+            if i:
+                best[k] = min(best[k], time.perf_counter() - start)
     return best
 
 
@@ -247,12 +250,12 @@ def _onednn(x, weight, bias=None):
 
 @lru_cache
 def products():
-    """(float32 product, whether bfloat16 is faster): measured once on [256, 1024] @ [1024, 1024], 70 milliseconds. In turns, the
-    best of six: a busy moment must not choose for the whole session."""
+    """(float32 product, whether bfloat16 is faster): measured once on [256, 1024] @ [1024, 1024]. In turns, the best of six:
+    a busy moment must not choose for the whole session."""
     x, w = torch.randn(256, 1024), torch.randn(1024, 1024)
     floating = [F.linear] + ([_onednn] if torch.backends.mkldnn.is_available() else [])
     runs = [partial(f, x, w) for f in floating] + [partial(F.linear, x.bfloat16(), w.bfloat16())]
-    *times, half = map(min, zip(*([fastest(run, 1) for run in runs] for _ in range(6))))
+    *times, half = fastest(*runs, repeats=6)
     return floating[times.index(min(times))], half < 0.8 * min(times)
 
 

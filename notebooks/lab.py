@@ -141,7 +141,8 @@ def grade(attempt):
             problem = f"{type(error).__name__}: {error}"
         else:
             problem = first_difference(got, want, exercise.tolerance)
-            if not problem and on_a_model and first_difference(solutions.fingerprint(), before, 0.0):
+            if not problem and on_a_model and (first_difference(solutions.fingerprint(), before, 0.0) or
+                                               first_difference(exercise.spec(*case), want, exercise.tolerance)):
                 problem = "right, but the model stays changed; put back what you replaced (try ... finally)"
         if problem:
             if solving:

@@ -152,17 +152,20 @@ class Transformers:
 
     def prompt(self, tokens):
         start = time.perf_counter()
-        self._step(self.torch.arange(tokens)[None] % 500, self.cache())
+        self._step(self._ids(1, tokens), self.cache())
         return time.perf_counter() - start
 
     def batch(self, n, tokens):
         cache, seconds = self.cache(), []
-        best = self._step(self.torch.arange(n * CONTEXT).view(n, CONTEXT) % 500, cache)
+        best = self._step(self._ids(n, CONTEXT), cache)
         for _ in range(tokens):
             start = time.perf_counter()
             best = self._step(best, cache)
             seconds.append(time.perf_counter() - start)
         return statistics.median(seconds)
+
+    def _ids(self, batch, tokens):
+        return self.torch.arange(batch * tokens).view(batch, tokens) % min(1000, self.model.config.vocab_size)
 
     def _step(self, ids, cache):
         with self.torch.inference_mode():
