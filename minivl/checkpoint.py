@@ -333,12 +333,8 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     except (SafetensorError, OSError):
         raise InputError(f"{path.name} is refused by the safetensors library; download it again") from None
 
-    def read(name):     # a handle of its own: its pages leave the memory when the tensor does, not when the last one does
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
-
-    return {name: StoredTensor(path, shape, DTYPES[dtype], partial(read, name))
-            for name, (dtype, shape, *_) in entries.items()}
+    return {name: StoredTensor(path, shape, DTYPES[dtype], partial(_map, path, start + begin, shape, DTYPES[dtype]))
+            for name, (dtype, shape, begin, _) in entries.items()}
 
 
 def _verify_sha256(path: Path, entries: dict, metadata: dict, start: int):
@@ -443,20 +439,24 @@ def _check_zip(path: Path, damaged: str) -> int:
 def _verify_crc(path: Path, names: list[str]):
     """The zip keeps a CRC-32 of each record, which torch's memory-mapped reader does not look at."""
     with zipfile.ZipFile(path) as archive:
-        for record in archive.infolist():
+        def checksum(record):
             crc = 0
             try:
                 with archive.open(record) as f:
                     f._expected_crc = None      # the zipfile module would raise without saying which tensor
                     while chunk := f.read(1 << 24):
                         crc = zlib.crc32(chunk, crc)
+                return crc
             except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError):
-                crc = None
-            if crc != record.CRC:
-                number = re.fullmatch(r".*/data/(\d+)", record.filename)    # records are numbered in the dict's order
-                name = names[int(number[1])] if number and int(number[1]) < len(names) else record.filename
-                raise InputError(f"{path.name}: {name} does not match its checksum; the file was altered or damaged, "
-                                 "download it again")
+                return None
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for record, crc in zip(archive.infolist(), pool.map(checksum, archive.infolist())):
+                if crc != record.CRC:
+                    number = re.fullmatch(r".*/data/(\d+)", record.filename)    # records are numbered in the dict's order
+                    name = names[int(number[1])] if number and int(number[1]) < len(names) else record.filename
+                    raise InputError(f"{path.name}: {name} does not match its checksum; the file was altered or damaged, "
+                                     "download it again")
 
 
 # ---- against the model ----------------------------------------------------------------------------------------------
