@@ -15,6 +15,7 @@ Everything is plain torch. Where a C++ compiler is at hand torch makes loops of 
 keeps them on disk; without one the definition in awq.py serves, or torch's own int4 product, which rounds.
 """
 import atexit
+import ctypes
 import hashlib
 import inspect
 import math
@@ -38,13 +39,15 @@ from tqdm import tqdm
 from minivl import vit
 from minivl.awq import PACK_ORDER, AWQLinear, unpack
 from minivl.limits import InputError
-from minivl.qwen2 import MLP, Attention, RMSNorm, rotate
+from minivl.qwen2 import MLP, Attend, Attention, RMSNorm, rotate
 
 SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)      # of the eight 4-bit numbers in a word
 ROWS = 4                # rows of x that one pass over the words serves
 FEW = 64                # rows up to which words are multiplied as they are: for 64 of them, 2048 x 11008, 16 x 0.56 ms against 1.4 + 8.3
 NEAR = 2 ** 15          # bytes of x that stay in the nearest cache while the words of a part pass by
 BLOCK = 2 ** 22         # weights dequantised at a time: they stay in the cache until they are multiplied
+PIECE = 1024            # rows that one product takes: with the weights they stay in the cache
+QUERIES = 256           # of a prompt that one product compares with the keys
 LARGE = 10 ** 8         # numbers in a model; below, measuring and compiling would take longer than what is saved
 
 
@@ -259,14 +262,36 @@ def products():
     return floating[times.index(min(times))], half < 0.8 * min(times)
 
 
-@lru_cache
-def _memory(size: int, dtype, number: int, thread: int):
-    return torch.empty(size, dtype=dtype)
+_kept = threading.local()
 
 
 def _scratch(size: int, dtype, number: int = 0):
-    """Memory for unpacked weights, kept for each thread: fresh pages would cost more than the numbers."""
-    return _memory(size, dtype, number, threading.get_ident())
+    """Memory kept for each thread, for numbers that the next call replaces: fresh pages would cost more than they do."""
+    kept = vars(_kept)
+    if len(kept.get((dtype, number), ())) < size:
+        with torch.inference_mode(False):       # so that it can be written to in every mode
+            kept[dtype, number] = torch.empty(size, dtype=dtype)
+    return kept[dtype, number][:size]
+
+
+def glibc(name: str, *numbers: int):
+    """Call a function of Linux's usual C library, if it is there: torch's memory comes from it."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), name):
+        getattr(library, name)(*numbers)
+
+
+def keep_memory():
+    """Give back what is free, then keep up to 256 MB of what becomes free: pages that go back come again one by one, all zeroed,
+    a tenth of the time of a tile."""
+    glibc("malloc_trim", 0)
+    for parameter, value in ((-3, 2 ** 25), (-1, 2 ** 28)):     # M_MMAP_THRESHOLD, at most 32 MB; M_TRIM_THRESHOLD (malloc.h)
+        glibc("mallopt", parameter, value)
+
+
+def pieces(x):
+    """float[..., D] -> the rows in pieces of about PIECE."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.tensor_split(max(1, round(len(rows) / PIECE)))
 
 
 def huge(shape, dtype):
@@ -283,12 +308,12 @@ def huge(shape, dtype):
 
 
 def packed_words(qweight, groups: int):
-    """Released qweight int32[I, O/8] -> words int32[O, I/g, g/8]."""
-    I, columns = qweight.shape
-    turned, J = torch.empty(columns, I, dtype=torch.int32), I // groups // 8
+    """Released qweight int32[I, O/8] -> words int32[O, I/g, g/8], in memory that the next call uses again."""
+    (I, columns), J = qweight.shape, qweight.shape[0] // groups // 8
+    turned = _scratch(qweight.numel(), torch.int32, 1).view(columns, I)
     for rows in range(0, I, 128):                       # 128 rows: twice as fast as all at once
         turned[:, rows:rows + 128] = qweight[rows:rows + 128].T
-    out = torch.empty(columns, 8, groups, J)
+    out = _scratch(qweight.numel(), torch.float32, 2).view(columns, 8, groups, J)
     place = [PACK_ORDER.index(column) for column in range(8)]
     loop("relayout", J)((turned.view(columns, groups, 8, J).view(torch.float32), SHIFTS[place], out))
     return out.view(torch.int32).flatten(0, 1)          # (O, I/g, J)
@@ -297,7 +322,7 @@ def packed_words(qweight, groups: int):
 def rows_of_numbers(qweight):
     """Released qweight int32[I, O/8] -> int32[O, I], a number in each, in memory that the next call uses again."""
     I, columns = qweight.shape
-    turned, shifted, out = (_scratch(n * qweight.numel(), torch.int32, k)[:n * qweight.numel()] for k, n in enumerate((1, 1, 8)))
+    turned, shifted, out = (_scratch(n * qweight.numel(), torch.int32, k) for k, n in enumerate((1, 1, 8)))
     turned, shifted, out = turned.view(columns, I), shifted.view(columns, I), out.view(columns, 8, I)
     for rows in range(0, I, 128):
         turned[:, rows:rows + 128] = qweight[rows:rows + 128].T
@@ -309,15 +334,37 @@ def rows_of_numbers(qweight):
 
 # ---- modules --------------------------------------------------------------------------------------------------------
 
-class Linear(nn.Linear):
-    """nn.Linear, float32, by the product that is faster here; in mode "fast" perhaps in bfloat16."""
-    rounded = False
+class Linear(nn.Module):
+    """nn.Linear, float32, by the product that is faster here; in mode "fast" perhaps in bfloat16.
 
-    def forward(self, x):
-        if self.rounded:
-            bias = None if self.bias is None else self.bias.bfloat16()
-            return F.linear(x.bfloat16(), self.weight, bias).to(x.dtype)
-        return products()[0](x, self.weight, self.bias)
+    oneDNN takes blocks of a weight, and would cut them out anew in each product; cut once, 6 % are saved.
+    """
+
+    def __init__(self, linear: nn.Linear, rounded: bool = False):
+        super().__init__()
+        self.dtype = torch.bfloat16 if rounded else torch.float32
+        weight = linear.weight.detach().to(self.dtype)
+        if rounded or products()[0] is _onednn:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, PIECE)
+        self.register_buffer("blocks", weight, persistent=False)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(self.dtype), persistent=False)
+
+    @property
+    def weight(self):
+        """A copy, to look at: float32[O, I]."""
+        return self.blocks.to_dense().float() if self.blocks.is_mkldnn else self.blocks
+
+    def forward(self, x, activation="none"):
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise InputError("this linear has no gradients; load the model with precision=None, or compute under torch.no_grad()")
+        y = [self.product(rows, activation) for rows in pieces(x)]
+        y = y[0] if len(y) == 1 else torch.cat(y)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def product(self, x, activation):
+        if not self.blocks.is_mkldnn:
+            return products()[0](x, self.blocks, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.blocks, self.bias, activation, [], "none").to(x.dtype)
 
 
 class PackedLinear(nn.Module):
@@ -328,54 +375,67 @@ class PackedLinear(nn.Module):
         I, groups = linears[0].qweight.shape[0], linears[0].scales.shape[0]
         parts = next((n for n in range(1, groups) if groups % n == 0 and I // n * 4 <= NEAR and groups // n > 1), 1)
 
-        def stored(pieces):     # [O, I/g, ...] of each linear -> [parts, all O, I/g/parts, ...]
-            pieces = [x.unflatten(1, (parts, -1)).transpose(0, 1) for x in pieces]
-            out = huge((parts, sum(x.shape[1] for x in pieces), *pieces[0].shape[2:]), pieces[0].dtype)
-            return torch.cat(pieces, dim=1, out=out)
+        def stored(make, dtype, *J):        # [O, I/g, *J] of each linear -> [parts, all O, I/g/parts, *J]
+            sizes = [m.scales.shape[1] for m in linears]
+            out = huge((parts, sum(sizes), groups // parts, *J), dtype)
+            for linear, place in zip(linears, out.split(sizes, dim=1)):
+                place.copy_(make(linear).unflatten(1, (parts, -1)).transpose(0, 1))
+            return out
 
-        self.register_buffer("words", stored([packed_words(m.qweight, groups) for m in linears]), persistent=False)
-        self.register_buffer("scales", stored([m.scales.T.float() for m in linears]), persistent=False)
-        self.register_buffer("zeros", stored([unpack(m.qzeros).T.float() for m in linears]), persistent=False)
+        words = stored(lambda m: packed_words(m.qweight, groups), torch.int32, I // groups // 8)
+        self.register_buffer("words", words, persistent=False)
+        self.register_buffer("scales", stored(lambda m: m.scales.T, torch.float32), persistent=False)
+        self.register_buffer("zeros", stored(lambda m: unpack(m.qzeros).T, torch.float32), persistent=False)
         bias = None if linears[0].bias is None else torch.cat([m.bias for m in linears])
         self.register_buffer("bias", bias, persistent=False)
         self.rounded = rounded      # many rows in bfloat16
+        self.parts = list(zip(self.words.view(torch.float32), self.scales, self.zeros))     # views, made once: 40 us a layer
 
-    def forward(self, x):
+    def forward(self, x, memory=None):
+        """float[..., I] -> float32[..., O]; for many rows in `memory`, float32[n O] or more, if given."""
         if x.device.type != "cpu" or self.scales.dtype != torch.float32:
             raise InputError(f"these int4 weights are laid out for float32 on the CPU, not for {self.scales.dtype} on {x.device.type}; load "
                              "the model again with device= and dtype= instead of moving it")
         if torch.is_grad_enabled() and x.requires_grad:
             raise InputError("compiled int4 has no gradients; load the model with precision=None, or compute under torch.no_grad()")
-        rows = x.reshape(-1, x.shape[-1]).float().contiguous()              # (n, I)
-        multiply = self.few if len(rows) <= FEW else self.many
-        y = None                                                            # (n, O)
-        for part in zip(rows.chunk(len(self.words), dim=1), self.words.view(torch.float32), self.scales, self.zeros):
-            y = multiply(*part) if y is None else y + multiply(*part)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1]).float()                           # (n, I)
+        inputs = rows.chunk(len(self.parts), dim=1) if len(self.parts) > 1 else [rows]
+        if len(rows) <= FEW:
+            found = [self.few(one.contiguous(), part) for one, part in zip(inputs, self.parts)]
+            y = found[0] if len(found) == 1 else sum(found[1:], found[0])   # (n, O)
+        else:
+            n, O = len(rows), self.words.shape[1]
+            y = (torch.empty(n * O) if memory is None else memory[:n * O]).view(n, O)
+            for i, (one, part) in enumerate(zip(inputs, self.parts)):
+                self.many(one, *part, y, first=not i)
+        return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], -1)
 
-    def few(self, x, words, scales, zeros):
-        J = words.shape[2]
+    def few(self, x, part):
+        J = part[0].shape[2]
         if len(x) == 1:
-            return loop("few_rows", 1, J)((x.contiguous(), words, scales, zeros))
-        y = [loop("few_rows", ROWS, J)((F.pad(rows, (0, 0, 0, ROWS - len(rows))).contiguous(), words, scales, zeros))
-             for rows in x.split(ROWS)]
+            return loop("few_rows", 1, J)((x, *part))
+        y = [loop("few_rows", ROWS, J)((F.pad(rows, (0, 0, 0, ROWS - len(rows))).contiguous(), *part)) for rows in x.split(ROWS)]
         return torch.cat(y)[:len(x)]
 
-    def many(self, x, words, scales, zeros):
-        O, groups, J = words.shape
-        I, dtype = x.shape[1], torch.bfloat16 if self.rounded else torch.float32
-        product, x, y = F.linear if self.rounded else products()[0], x.to(dtype), []
+    def many(self, x, words, scales, zeros, y, first):
+        """Into y, or added to it."""
+        (O, groups, J), I = words.shape, x.shape[1]
+        dtype = torch.bfloat16 if self.rounded else torch.float32
+        product, x = F.linear if self.rounded else products()[0], x.to(dtype).contiguous()
         step = max(8, BLOCK // I // 8 * 8)                                  # outputs at a time
         memory = _scratch(max(BLOCK, 8 * I), dtype)
-        for block in zip(words.split(step), scales.split(step), zeros.split(step)):
+        for block in zip(words.split(step), scales.split(step), zeros.split(step), y.split(step, dim=1)):
             W = memory[:len(block[0]) * I].view(-1, groups, 8, J)
-            loop("dequantize", J, dtype)((*block, SHIFTS, W))
-            y.append(product(x, W.view(-1, I)))                             # (n, step)
-        return torch.cat(y, dim=1).float()                                  # (n, O)
+            loop("dequantize", J, dtype)((*block[:3], SHIFTS, W))
+            found = product(x, W.view(-1, I))                               # (n, step)
+            block[3].copy_(found) if first else block[3].add_(found)
 
 
 class OpLinear(nn.Module):
-    """What an AWQLinear computes, rounded to bfloat16, by torch's own int4 product. Needs no compiler."""
+    """What an AWQLinear computes, rounded to bfloat16, by torch's own int4 product. Needs no compiler.
+
+    On a GPU that product is made for few rows; for many, the definition unpacks the words, which are kept for it (untested there).
+    """
 
     def __init__(self, linear: AWQLinear):
         super().__init__()
@@ -384,8 +444,9 @@ class OpLinear(nn.Module):
         both = torch.stack([scales, (8 - zeros) * scales], dim=-1).bfloat16()   # the op computes (q - 8) * scale + zero
         if linear.qweight.device.type == "cpu":
             # a layout for this very CPU: never saved
-            packed = torch._convert_weight_to_int4pack_for_cpu(rows_of_numbers(linear.qweight), 1)
+            packed, self.definition = torch._convert_weight_to_int4pack_for_cpu(rows_of_numbers(linear.qweight), 1), None
         else:
+            self.definition = linear
             q = unpack(linear.qweight).T.contiguous()                       # (O, I)
             packed = torch._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8)
         self.register_buffer("packed", packed, persistent=False)
@@ -393,6 +454,8 @@ class OpLinear(nn.Module):
         self.register_buffer("bias", linear.bias, persistent=False)
 
     def forward(self, x):
+        if self.definition is not None and x[..., 0].numel() > FEW:
+            return self.definition(x)
         product = torch._weight_int4pack_mm_for_cpu if x.device.type == "cpu" else torch._weight_int4pack_mm
         y = product(x.reshape(-1, x.shape[-1]).bfloat16(), self.packed, self.group, self.both).to(x.dtype)      # (n, O)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
@@ -427,7 +490,7 @@ class FastAttention(Attention):
 
     def __init__(self, attention: Attention, rounded: bool):
         nn.Module.__init__(self)
-        self.layer, self.head_dim, self.attend = attention.layer, attention.head_dim, attention.attend
+        self.layer, self.head_dim, self.attend = attention.layer, attention.head_dim, PromptByHead()
         self.heads = [p.qweight.shape[1] * 8 // self.head_dim for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
         self.qkv_proj = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj, rounded=rounded)
         self.o_proj = PackedLinear(attention.o_proj, rounded=rounded)
@@ -442,21 +505,43 @@ class FastAttention(Attention):
 
 
 class HeadByHead(nn.Module):
-    """vit.Attend, one head after the other by the faster product: torch's fused attention goes through MKL, 575 ms a tile against 415."""
+    """vit.Attend, one head after the other by the faster product: torch's fused attention goes through MKL, 580 ms a tile against 355."""
 
     def forward(self, q, k, v):                                             # (N, H, 1+P, E)
-        product, y = products()[0], []
-        for one_q, one_k, one_v in zip(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)):
-            shares = product(one_q * q.shape[-1] ** -0.5, one_k.contiguous(), None).softmax(-1)     # (1+P, 1+P)
-            y.append(product(shares, one_v.T.contiguous(), None))           # (1+P, E)
-        return torch.stack(y).view(q.shape)
+        product, y, shape = products()[0], [], q.shape
+        q, k, v = (t.contiguous().flatten(0, 1) for t in (q, k, v))         # (N H, 1+P, E): each head in one piece
+        for one_q, one_k, one_v in zip(q, k, v):
+            shares = product(one_q * shape[-1] ** -0.5, one_k)              # (1+P, 1+P)
+            y.append(product(torch.softmax(shares, -1, out=shares), one_v.T))       # (1+P, E)
+        return torch.stack(y).view(shape)
+
+
+class PromptByHead(Attend):
+    """qwen2.Attend; a prompt's heads one after the other, some hundred queries at a time with the keys that they may see."""
+
+    def forward(self, q, k, v, mask):
+        (B, H, T, E), K, product = q.shape, k.shape[1], products()[0]
+        if mask is not None or T < QUERIES or product is not _onednn:
+            return super().forward(q, k, v, mask)
+        later, y = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1), torch.empty(B, H, T, E)
+        for b in range(B):
+            for h in range(H):
+                if h % (H // K) == 0:       # the next kv head
+                    keys, values = k[b, h * K // H].contiguous(), v[b, h * K // H].contiguous()     # (T, E)
+                for start in range(0, T, QUERIES):
+                    end = min(start + QUERIES, T)
+                    shares, n = product(q[b, h, start:end] * E ** -0.5, keys[:end]), end - start    # (n, end)
+                    shares[:, start:].masked_fill_(later[:n, :n], -math.inf)
+                    y[b, h, start:end] = product(torch.softmax(shares, -1, out=shares), values[:end].T)
+        return y
 
 
 class GeluInside(vit.MLP):
     """vit.MLP whose exact GELU is taken while a product's result is still in the cache: 100 ms a tile."""
 
     def forward(self, x):
-        return self.fc2(torch.ops.mkldnn._linear_pointwise(x, self.fc1.weight, self.fc1.bias, "gelu", [], "none"))
+        y = [self.fc2(self.fc1(rows.to(self.fc1.dtype), "gelu")) for rows in pieces(x)]
+        return torch.cat(y).view(x.shape).to(x.dtype)
 
 
 class FastNorm(RMSNorm):
@@ -475,8 +560,15 @@ class FastMLP(MLP):
         self.down_proj = PackedLinear(mlp.down_proj, rounded=rounded)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        if x[..., 0].numel() <= FEW:
+            return self.part(x, None)
+        # Fresh memory for the widest tensor of all would cost more than its numbers.
+        memory = _scratch(2 * PIECE * self.gate_up_proj.words.shape[1], torch.float32, 1)
+        return torch.cat([self.part(rows, memory) for rows in pieces(x)]).view(x.shape)
+
+    def part(self, x, memory):
+        gate, up = self.gate_up_proj(x, memory).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate, inplace=True).mul_(up))
 
 
 def is_large(model) -> bool:
@@ -495,37 +587,45 @@ def relays(model) -> bool:
     return bool(linears) and all(m.qweight.shape[0] // len(m.scales) % 8 == 0 and len(m.scales) > 1 for m in linears)
 
 
+def places(model, kind) -> list:
+    """(parent, name) of all modules of exactly this type. Only their places: each goes as soon as it is replaced."""
+    return [(parent, name) for parent in model.modules() for name, child in parent.named_children() if type(child) is kind]
+
+
 def prepare(model, precision: str):
     """Replace modules of a MiniVL by faster ones, in place. Returns it.
 
     "exact": what the model computes, up to the order of additions. "fast": rounded to bfloat16 where that is faster here.
     Small models keep their modules, but that "fast" takes torch's int4 product for any AWQ linear it does not re-lay.
     """
-    if model.device.type == "cpu" and model.dtype == torch.float32 and is_large(model):
+    large = model.device.type == "cpu" and is_large(model)
+    if large and model.dtype == torch.float32:
         rounded = precision == "fast" and products()[1]
-        for linear in [m for m in model.modules() if type(m) is nn.Linear]:
+        for parent, name in places(model, nn.Linear):
+            linear = getattr(parent, name)
             if linear.weight.dtype == torch.float32:
-                linear.__class__, linear.rounded = Linear, rounded
-                linear.weight.data = linear.weight.data.bfloat16() if rounded else linear.weight.data
+                setattr(parent, name, Linear(linear, rounded))
             else:                                       # the head, kept as released
                 linear.__class__ = HalfLinear
-                linear.weight.data = huge(linear.weight.shape, linear.weight.dtype).copy_(linear.weight)
+                if has_compiler():
+                    linear.weight.data = huge(linear.weight.shape, linear.weight.dtype).copy_(linear.weight)
         embedding = model.language_model.model.embed_tokens
         if embedding.weight.dtype != torch.float32:
             embedding.__class__ = HalfEmbedding
         if products()[0] is _onednn:
             for layer in model.vision_model.encoder.layers:
                 layer.attn.attend = HeadByHead()
-                layer.mlp.__class__ = layer.mlp.__class__ if rounded else GeluInside
+                layer.mlp.__class__ = GeluInside
+        glibc("malloc_trim", 0)     # what the weights before were leaves the memory before the int4 comes
         if has_compiler() and relays(model):
             for layer in model.language_model.model.layers:
                 layer.self_attn, layer.mlp = FastAttention(layer.self_attn, rounded), FastMLP(layer.mlp, rounded)
             for norm in [m for m in model.language_model.modules() if type(m) is RMSNorm]:
                 norm.__class__ = FastNorm
     if precision == "fast":
-        # Only the places are listed, not the linears: each goes as soon as it is replaced.
-        for parent, name in [(parent, name) for parent in model.language_model.modules() for name, child in parent.named_children()
-                             if isinstance(child, AWQLinear)]:
+        for parent, name in places(model.language_model, AWQLinear):
             setattr(parent, name, OpLinear(getattr(parent, name)))
-        _memory.cache_clear()
+    vars(_kept).clear()
+    if large:
+        keep_memory()       # now: while weights are replaced, what they leave goes back
     return model

@@ -2,6 +2,7 @@
 import os
 import random
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -113,6 +114,29 @@ def test_torchs_own_int4_product(group):
     assert minivl.relative_error(y, definition(linear, x).float()) < 1e-2
 
 
+def test_many_rows_on_a_gpu_take_the_definition():
+    """There the words are kept beside the op's own; tried here by putting them there."""
+    linear = awq_linear(512, 32, 128)
+    op = fast.OpLinear(linear)
+    assert op.definition is None
+    op.definition = linear
+    x = torch.randn(fast.FEW + 1, 512)
+    assert torch.equal(op(x), linear(x)) and not torch.equal(op(x[1:]), linear(x[1:]))
+
+
+def test_a_prompts_attention_head_by_head(monkeypatch):
+    attend, plain = fast.PromptByHead(), fast.Attend()
+    B, H, K, E = 2, 6, 3, 5
+    for T in (1, fast.QUERIES - 1, fast.QUERIES, 2 * fast.QUERIES + 7):
+        q, k, v = torch.randn(B, T, H, E).transpose(1, 2), torch.randn(B, K, T, E), torch.randn(B, K, T, E)
+        for product in (F.linear, fast._onednn):
+            monkeypatch.setattr(fast, "products", lambda product=product: (product, False))
+            torch.testing.assert_close(attend(q, k, v, None).double(), plain(*(t.double() for t in (q, k, v)), None), rtol=1e-4, atol=1e-5)
+    mask = torch.rand(B, 1, T, T) < 0.5
+    mask |= torch.eye(T, dtype=torch.bool)
+    assert torch.equal(attend(q, k, v, mask), plain(q, k, v, mask))
+
+
 def test_attention_head_by_head(monkeypatch):
     q, k, v = (torch.randn(2, 3, 7, 5) for _ in range(3))
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
@@ -128,7 +152,53 @@ def test_gelu_inside_the_product():
     with torch.no_grad():
         expected = mlp.double()(x.double())
         mlp.float().__class__ = fast.GeluInside
+        mlp.fc1, mlp.fc2 = fast.Linear(mlp.fc1), fast.Linear(mlp.fc2)
         torch.testing.assert_close(mlp(x).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linears_whose_weight_is_cut_once(monkeypatch, bias):
+    linear = torch.nn.Linear(33, 21, bias=bias)
+    for product, rounded, tolerance in ((F.linear, False, 1e-6), (fast._onednn, False, 1e-6), (fast._onednn, True, 1e-2)):
+        monkeypatch.setattr(fast, "products", lambda: (product, False))
+        cut = fast.Linear(linear, rounded)
+        for shape in ((33,), (1, 33), (2, 3, 33), (2, fast.PIECE + 3, 33)):
+            x = torch.randn(shape)
+            with torch.no_grad():
+                y, expected = cut(x), linear(x)
+            assert y.dtype == torch.float32 and y.shape == expected.shape and minivl.relative_error(y, expected) < tolerance
+        assert minivl.relative_error(cut.weight, linear.weight.detach()) < tolerance and cut.weight.shape == (21, 33)
+        with pytest.raises(minivl.InputError, match="no gradients"):
+            cut(torch.randn(2, 33, requires_grad=True))
+
+
+def test_pieces():
+    for shape, sizes in (((5,), [1]), ((3, 5), [3]), ((2, 1025, 5), [1025, 1025]), ((0, 5), [0]), ((1535, 5), [1535]), ((1537, 5), [769, 768])):
+        found = fast.pieces(torch.randn(shape))
+        assert [len(rows) for rows in found] == sizes and all(len(rows) <= 2 * fast.PIECE for rows in found)
+
+
+def test_scratch_is_kept_for_each_thread_and_written_in_every_mode():
+    with torch.inference_mode():
+        first = fast._scratch(10, torch.float32, 7)
+    first.zero_()
+    assert fast._scratch(6, torch.float32, 7).data_ptr() == first.data_ptr() != fast._scratch(6, torch.float32, 8).data_ptr()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(fast._scratch, 10, torch.float32, 7).result()
+    assert other.data_ptr() != first.data_ptr() and len(fast._scratch(11, torch.float32, 7)) == 11
+
+
+def test_a_long_prompt_through_the_mlp(uncompiled):
+    """In pieces, in one memory: rows of one piece must not show in another's."""
+    linears = [awq_linear(32, 40, 32, bias=False), awq_linear(32, 40, 32, bias=False, seed=1), awq_linear(40, 32, 40, bias=False, seed=2)]
+    mlp = fast.MLP(types.SimpleNamespace(hidden_size=32, intermediate_size=40), lambda I, O, bias: linears[0])
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = linears
+    quick = fast.FastMLP(mlp, False)
+    for shape in ((1, 1, 32), (3, fast.FEW, 32), (2, fast.PIECE + 9, 32), (1, fast.FEW + 1, 32)):
+        x = torch.randn(shape)
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                assert minivl.relative_error(quick(x), mlp(x)) < 1e-5
 
 
 def test_both_float32_products(monkeypatch):
