@@ -11,14 +11,15 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import statistics
 import struct
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-CONTEXT, ROOM = 64, 2048        # tokens there when decoding starts; tokens there is room for
+from weights_tools.bench import CONTEXT, median_step
+
+ROOM = 2048             # tokens that there is room for
 
 
 def start(engine: str, checkpoint):
@@ -116,12 +117,7 @@ class LlamaCpp:
         if n != 1:
             raise NotImplementedError
         self.prompt(CONTEXT)
-        seconds = []
-        for i in range(tokens):
-            start = time.perf_counter()
-            self.llm.eval([1 + i])
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
+        return median_step(lambda _: self.llm.eval([1]), None, tokens)
 
 
 class Transformers:
@@ -156,13 +152,8 @@ class Transformers:
         return time.perf_counter() - start
 
     def batch(self, n, tokens):
-        cache, seconds = self.cache(), []
-        best = self._step(self._ids(n, CONTEXT), cache)
-        for _ in range(tokens):
-            start = time.perf_counter()
-            best = self._step(best, cache)
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
+        cache = self.cache()
+        return median_step(lambda best: self._step(best, cache), self._step(self._ids(n, CONTEXT), cache), tokens)
 
     def _ids(self, batch, tokens):
         return self.torch.arange(batch * tokens).view(batch, tokens) % min(1000, self.model.config.vocab_size)
