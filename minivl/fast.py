@@ -246,9 +246,9 @@ def fastest(*works, repeats: int) -> list:
     return best
 
 
-def _onednn(x, weight, bias=None):
+def _onednn(x, weight, bias=None, activation="none"):
     """F.linear through oneDNN. torch itself takes MKL for float32, which leaves half of some AMD processors unused."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
 
 
 @lru_cache
@@ -294,6 +294,19 @@ def pieces(x):
     return rows.tensor_split(max(1, round(len(rows) / PIECE)))
 
 
+def by_pieces(function, x):
+    """What a function of rows, [n, D] -> [n, O], makes of float[..., D]: [..., O]."""
+    y = [function(rows) for rows in pieces(x)]
+    y = y[0] if len(y) == 1 else torch.cat(y)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def refuse_gradients(x, what: str):
+    """An error, where they would be lost."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise InputError(f"{what} has no gradients; load the model with precision=None, or compute under torch.no_grad()")
+
+
 def huge(shape, dtype):
     """Uninitialised memory in pages of 2 MB where the system has them: fewer page tables to walk while all of it is read."""
     size = math.prod(shape)
@@ -307,27 +320,31 @@ def huge(shape, dtype):
     return torch.frombuffer(memory, dtype=dtype, count=size).view(shape)
 
 
+def turned(qweight):
+    """Released qweight int32[I, O/8] -> its transpose, in memory that the next call uses again."""
+    I, columns = qweight.shape
+    out = _scratch(qweight.numel(), torch.int32, 1).view(columns, I)
+    for rows in range(0, I, 128):                       # 128 rows: twice as fast as all at once
+        out[:, rows:rows + 128] = qweight[rows:rows + 128].T
+    return out
+
+
 def packed_words(qweight, groups: int):
     """Released qweight int32[I, O/8] -> words int32[O, I/g, g/8], in memory that the next call uses again."""
     (I, columns), J = qweight.shape, qweight.shape[0] // groups // 8
-    turned = _scratch(qweight.numel(), torch.int32, 1).view(columns, I)
-    for rows in range(0, I, 128):                       # 128 rows: twice as fast as all at once
-        turned[:, rows:rows + 128] = qweight[rows:rows + 128].T
     out = _scratch(qweight.numel(), torch.float32, 2).view(columns, 8, groups, J)
     place = [PACK_ORDER.index(column) for column in range(8)]
-    loop("relayout", J)((turned.view(columns, groups, 8, J).view(torch.float32), SHIFTS[place], out))
+    loop("relayout", J)((turned(qweight).view(columns, groups, 8, J).view(torch.float32), SHIFTS[place], out))
     return out.view(torch.int32).flatten(0, 1)          # (O, I/g, J)
 
 
 def rows_of_numbers(qweight):
     """Released qweight int32[I, O/8] -> int32[O, I], a number in each, in memory that the next call uses again."""
     I, columns = qweight.shape
-    turned, shifted, out = (_scratch(n * qweight.numel(), torch.int32, k) for k, n in enumerate((1, 1, 8)))
-    turned, shifted, out = turned.view(columns, I), shifted.view(columns, I), out.view(columns, 8, I)
-    for rows in range(0, I, 128):
-        turned[:, rows:rows + 128] = qweight[rows:rows + 128].T
+    words, shifted = turned(qweight), _scratch(qweight.numel(), torch.int32, 0).view(columns, I)
+    out = _scratch(8 * qweight.numel(), torch.int32, 2).view(columns, 8, I)
     for nibble, column in enumerate(PACK_ORDER):
-        torch.bitwise_right_shift(turned, 4 * nibble, out=shifted)
+        torch.bitwise_right_shift(words, 4 * nibble, out=shifted)
         torch.bitwise_and(shifted, 0xF, out=out[:, column])
     return out.view(8 * columns, I)
 
@@ -344,7 +361,7 @@ class Linear(nn.Module):
         super().__init__()
         self.dtype = torch.bfloat16 if rounded else torch.float32
         weight = linear.weight.detach().to(self.dtype)
-        if rounded or products()[0] is _onednn:
+        if torch.backends.mkldnn.is_available() and (rounded or products()[0] is _onednn):
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, PIECE)
         self.register_buffer("blocks", weight, persistent=False)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(self.dtype), persistent=False)
@@ -354,17 +371,10 @@ class Linear(nn.Module):
         """A copy, to look at: float32[O, I]."""
         return self.blocks.to_dense().float() if self.blocks.is_mkldnn else self.blocks
 
-    def forward(self, x, activation="none"):
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise InputError("this linear has no gradients; load the model with precision=None, or compute under torch.no_grad()")
-        y = [self.product(rows, activation) for rows in pieces(x)]
-        y = y[0] if len(y) == 1 else torch.cat(y)
-        return y.view(*x.shape[:-1], y.shape[-1])
-
-    def product(self, x, activation):
-        if not self.blocks.is_mkldnn:
-            return products()[0](x, self.blocks, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.blocks, self.bias, activation, [], "none").to(x.dtype)
+    def forward(self, x):
+        refuse_gradients(x, "this linear")
+        product = _onednn if self.blocks.is_mkldnn else F.linear
+        return by_pieces(lambda rows: product(rows.to(self.dtype), self.blocks, self.bias), x).to(x.dtype)
 
 
 class PackedLinear(nn.Module):
@@ -396,13 +406,12 @@ class PackedLinear(nn.Module):
         if x.device.type != "cpu" or self.scales.dtype != torch.float32:
             raise InputError(f"these int4 weights are laid out for float32 on the CPU, not for {self.scales.dtype} on {x.device.type}; load "
                              "the model again with device= and dtype= instead of moving it")
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise InputError("compiled int4 has no gradients; load the model with precision=None, or compute under torch.no_grad()")
+        refuse_gradients(x, "compiled int4")
         rows = x.reshape(-1, x.shape[-1]).float()                           # (n, I)
-        inputs = rows.chunk(len(self.parts), dim=1) if len(self.parts) > 1 else [rows]
+        inputs = rows.chunk(len(self.parts), dim=1)
         if len(rows) <= FEW:
             found = [self.few(one.contiguous(), part) for one, part in zip(inputs, self.parts)]
-            y = found[0] if len(found) == 1 else sum(found[1:], found[0])   # (n, O)
+            y = sum(found[1:], found[0])                                    # (n, O)
         else:
             n, O = len(rows), self.words.shape[1]
             y = (torch.empty(n * O) if memory is None else memory[:n * O]).view(n, O)
@@ -540,8 +549,8 @@ class GeluInside(vit.MLP):
     """vit.MLP whose exact GELU is taken while a product's result is still in the cache: 100 ms a tile."""
 
     def forward(self, x):
-        y = [self.fc2(self.fc1(rows.to(self.fc1.dtype), "gelu")) for rows in pieces(x)]
-        return torch.cat(y).view(x.shape).to(x.dtype)
+        one, two = self.fc1, self.fc2
+        return by_pieces(lambda rows: two(_onednn(rows.to(one.dtype), one.blocks, one.bias, "gelu")), x).to(x.dtype)
 
 
 class FastNorm(RMSNorm):
@@ -564,7 +573,7 @@ class FastMLP(MLP):
             return self.part(x, None)
         # Fresh memory for the widest tensor of all would cost more than its numbers.
         memory = _scratch(2 * PIECE * self.gate_up_proj.words.shape[1], torch.float32, 1)
-        return torch.cat([self.part(rows, memory) for rows in pieces(x)]).view(x.shape)
+        return by_pieces(partial(self.part, memory=memory), x)
 
     def part(self, x, memory):
         gate, up = self.gate_up_proj(x, memory).chunk(2, dim=-1)
