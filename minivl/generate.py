@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from minivl.limits import InputError
-from minivl.qwen2 import KVCache
+from minivl.cache import KVCache
 
 
 @dataclass
@@ -166,8 +166,8 @@ def steps(model, inputs_embeds, choosers, *, cache=None, padding=None, lookup: i
     language, cache, count = model.language_model, cache or KVCache(), 0
     x, guessed = inputs_embeds, []
     while True:
-        hidden = language.model(x, cache, padding)                          # (B, T, D), then (B, 1 + guessed, D)
-        scores = language.lm_head(hidden[:, -1 - len(guessed):]).float()    # (B, 1 + guessed, V); earlier ones are not needed
+        hidden = language.body(x, cache, padding)                           # (B, T, D), then (B, 1 + guessed, D)
+        scores = language.head(hidden[:, -1 - len(guessed):]).float()       # (B, 1 + guessed, V); earlier ones are not needed
         end = cache.length - len(guessed)
         for i in range(1 + len(guessed)):
             cache.length, logits = end + i, scores[:, i]                    # (B, V)
@@ -182,7 +182,7 @@ def steps(model, inputs_embeds, choosers, *, cache=None, padding=None, lookup: i
                 break
         guessed = guess(choosers[0].seen, lookup) if lookup and len(choosers) == 1 else []
         ids = torch.tensor([[token, *guessed] for token in tokens], device=hidden.device)
-        x = language.model.embed_tokens(ids)                                # (B, 1 + guessed, D)
+        x = language.embeddings(ids)                                        # (B, 1 + guessed, D)
 
 
 def left_pad(rows: list) -> tuple:

@@ -69,7 +69,7 @@ class MiniVL(nn.Module):
         if low < 0 or high >= vocabulary:
             raise InputError(f"input_ids span {low}..{high}, the vocabulary has ids 0..{vocabulary - 1}; "
                              "is the tokenizer that of this checkpoint?")
-        x = self.language_model.model.embed_tokens(input_ids.to(self.device))           # (B, T, D)
+        x = self.language_model.embeddings(input_ids.to(self.device))           # (B, T, D)
         if visual_tokens is None:
             return x
         if self.img_context_token_id is None:

@@ -28,7 +28,7 @@ from minivl.generate import Chooser, GenerationConfig, check_ids, left_pad, step
 from minivl.limits import InputError, Limits
 from minivl.media import load_image
 from minivl.model import MiniVL
-from minivl.qwen2 import KVCache
+from minivl.cache import KVCache
 from minivl.tokenizer import TextStream, Tokenizer
 
 IMAGE_TOKEN = "<IMAGE_TOKEN>"       # in a prompt's text: a picture goes here (LMDeploy's word for prompt.IMAGE)
@@ -494,7 +494,7 @@ def _warn(message: str):
 def _progress(model: MiniVL, turns: list):
     """A bar over the layers that look at the tiles and read the prompt; on a terminal, if it takes over 2 seconds."""
     vision = [*model.vision_model.encoder.layers]
-    language = [*model.language_model.model.layers]
+    language = [*model.language_model.layers]
     total = len(vision) * sum(-(-len(turn.tiles) // TILES_AT_ONCE) for turn in turns) + len(language)
     what = f"{sum(len(turn.tiles) for turn in turns)} tiles, {sum(len(turn.ids) for turn in turns)} tokens"
     with tqdm(total=total, desc=what, unit="layer", delay=2, leave=False,

@@ -1,4 +1,4 @@
-"""Qwen2 decoder with a key-value cache: vectors of a prompt -> scores of the next token.
+"""Qwen2 decoder: vectors of a prompt -> scores of the next token.
 
 B prompts, T tokens of this call, S tokens seen so far (cache + T), V vocabulary, D width, F FFN width,
 H query heads, K kv heads, G = H / K query heads per kv head, E head dim (D = H * E).
@@ -8,38 +8,6 @@ GQA arXiv:2305.13245, SwiGLU arXiv:2002.05202.
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-
-class KVCache:
-    """Keys and values of all earlier tokens: per layer two float[B, K, capacity, E], of which `length` are filled.
-
-    `Qwen2Model.forward` appends and advances `length`; `truncate` takes tokens back. Capacity grows in blocks.
-    """
-    BLOCK = 256                 # tokens: growing copies everything, so not at every token
-
-    def __init__(self):
-        self.length = 0         # tokens, the same for every layer between two calls of the model
-        self.layers = {}        # layer index -> [keys, values]
-
-    def append(self, layer: int, k, v):
-        """k, v float[B, K, T, E] of the new tokens -> keys and values of all tokens, float[B, K, S, E]."""
-        end = self.length + k.shape[2]
-        room = self.layers[layer][0].shape[2] if layer in self.layers else 0
-        if end > room:
-            capacity = -(-end // self.BLOCK) * self.BLOCK
-            grown = [t.new_empty(t.shape[0], t.shape[1], capacity, t.shape[3]) for t in (k, v)]
-            for new, old in zip(grown, self.layers.get(layer, ())):
-                new[:, :, :self.length] = old[:, :, :self.length]
-            self.layers[layer] = grown
-        for stored, new in zip(self.layers[layer], (k, v)):
-            stored[:, :, self.length:end] = new
-        return [stored[:, :, :end] for stored in self.layers[layer]]
-
-    def truncate(self, length: int):
-        """Forget every token from position `length` on."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot cut the cache to {length} tokens, it holds {self.length}")
-        self.length = length
 
 
 def rope_tables(positions, head_dim: int, theta: float):
@@ -115,9 +83,12 @@ class Attention(nn.Module):
         self.attend = Attend()
         self.o_proj = linear(D, D, bias=False)
 
+    def qkv(self, x):
+        """float[B, T, D] -> q float[B, H, T, E], k and v float[B, K, T, E], not rotated yet."""
+        return [p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)]
+
     def forward(self, x, cos, sin, mask, cache):
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                   for p in (self.q_proj, self.k_proj, self.v_proj))        # (B, H, T, E), 2 x (B, K, T, E)
+        q, k, v = self.qkv(x)                                               # (B, H, T, E), 2 x (B, K, T, E)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                           # 2 x (B, K, S, E)
@@ -135,12 +106,26 @@ class MLP(nn.Module):
         self.up_proj = linear(D, width, bias=False)
         self.down_proj = linear(width, D, bias=False)
 
+    def gate_up(self, x):
+        """float[B, T, D] -> gate and up, each float[B, T, F]."""
+        return self.gate_proj(x), self.up_proj(x)
+
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, F) inside
+        gate, up = self.gate_up(x)                                          # 2 x (B, T, F)
+        return self.down_proj(F.silu(gate) * up)                            # (B, T, D)
 
 
 class Layer(nn.Module):
-    """One decoder block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One decoder block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    What stands outside a decoder finds its parts by these three, whatever the released names are: `attend` (the module
+    that sees q, k, v), `linears` (name -> module, in the order they run) and `FEEDS` (what a linear's inputs come from).
+    """
+    # A factor on the outputs of the first can be taken back in the others. v_proj -> o_proj is not listed: with shared
+    # kv heads one output of v_proj meets several inputs of o_proj.
+    FEEDS = (("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+             ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+             ("mlp.up_proj", ("mlp.down_proj",)))
 
     def __init__(self, config, layer, linear):
         super().__init__()
@@ -148,6 +133,18 @@ class Layer(nn.Module):
         self.self_attn = Attention(config, layer, linear)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, linear)
+
+    @property
+    def attend(self):
+        """The module that is given q, k, v and the mask."""
+        return self.self_attn.attend
+
+    @property
+    def linears(self):
+        """{"self_attn.q_proj": module, ...}: the linears that AWQ stores as int4."""
+        names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+                 "mlp.up_proj", "mlp.down_proj")
+        return {name: self.get_submodule(name) for name in names}
 
     def forward(self, x, cos, sin, mask, cache):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
@@ -181,12 +178,23 @@ class Qwen2Model(nn.Module):
 
 
 class Qwen2ForCausalLM(nn.Module):
-    """Decoder and head. `linear(in, out, bias=)` builds the seven linears of a layer: nn.Linear, or AWQ's."""
+    """Decoder and head. `linear(in, out, bias=)` builds the seven linears of a layer: nn.Linear, or AWQ's.
+
+    What stands outside goes through `body` (vectors -> normalised hidden states), `embeddings`, `layers`, `norm` and
+    `head`: every decoder has these, under whatever names its files use.
+    """
 
     def __init__(self, config, linear=nn.Linear):
         super().__init__()
         self.model = Qwen2Model(config, linear)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)     # untied in the whole family
+
+    # Properties, not attributes: a module assigned to a second attribute would be registered, and saved, twice.
+    body = property(lambda self: self.model)
+    embeddings = property(lambda self: self.model.embed_tokens)
+    layers = property(lambda self: self.model.layers)
+    norm = property(lambda self: self.model.norm)
+    head = property(lambda self: self.lm_head)
 
     def forward(self, inputs_embeds, cache=None, padding=None):
         """float[B, T, D] -> logits float32[B, T, V]."""

@@ -91,8 +91,12 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
+    def widened(self, x):
+        """float[N, 1+P, C] -> float[N, 1+P, intermediate_size]."""
+        return F.gelu(self.fc1(x))                          # exact (erf) GELU
+
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))                # exact (erf) GELU; (N, 1+P, intermediate_size) inside
+        return self.fc2(self.widened(x))                    # (N, 1+P, C)
 
 
 class Layer(nn.Module):

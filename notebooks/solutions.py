@@ -15,6 +15,7 @@ import torch
 
 import minivl
 from minivl import awq, prompt, qwen2, tiling
+from minivl.cache import KVCache
 
 SAMPLES = Path(minivl.__file__).parent / "nano" / "samples"
 
@@ -76,7 +77,7 @@ def by_hand(pipe, question, pixel_values, visual=None):
     model, tokenizer = pipe.model, pipe.tokenizer
     ids = prompt.encode(tokenizer, [(f"<image>\n{question}", None)], [len(pixel_values)], tokens_per_tile=model.config.num_image_token)
     with torch.no_grad():
-        x, cache, written = model.embed(torch.tensor([ids]), model.visual_tokens(pixel_values) if visual is None else visual), qwen2.KVCache(), []
+        x, cache, written = model.embed(torch.tensor([ids]), model.visual_tokens(pixel_values) if visual is None else visual), KVCache(), []
         while len(written) < 512:
             written.append(int(model.language_model(x, cache)[0, -1].argmax()))
             if written[-1] in model.eos_token_ids:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import minivl
 from minivl import fast
 from minivl.awq import AWQLinear, dequantize, pack
-from minivl.qwen2 import KVCache
+from minivl.cache import KVCache
 
 
 def awq_linear(I, O, group, *, bias=True, seed=0, words=None, zeros=None):

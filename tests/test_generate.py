@@ -9,7 +9,7 @@ from test_shapes import build
 import minivl
 from minivl import GenerationConfig, InputError
 from minivl.generate import Chooser, guess, left_pad, penalise, probabilities, steps
-from minivl.qwen2 import KVCache
+from minivl.cache import KVCache
 
 
 def test_top_k_keeps_k_tokens_also_where_scores_tie():

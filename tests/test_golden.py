@@ -10,7 +10,7 @@ import minivl
 from minivl.config import VisionConfig
 from minivl.pixel_unshuffle import PixelUnshuffle
 from minivl.projector import projector
-from minivl.qwen2 import KVCache
+from minivl.cache import KVCache
 from minivl.trace import first_mismatch
 from minivl.vit import InternVisionModel
 

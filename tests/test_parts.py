@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from minivl import qwen2, vit
+from minivl.cache import KVCache
 from minivl.pixel_unshuffle import PixelUnshuffle, pixel_unshuffle
 from minivl.projector import projector
 
@@ -200,8 +201,8 @@ def test_layer_scale_qk_norm_and_no_final_norm():
 
 
 def test_cache_grows_truncates_and_refuses(monkeypatch):
-    monkeypatch.setattr(qwen2.KVCache, "BLOCK", 2)      # so that it grows several times here
-    cache = qwen2.KVCache()
+    monkeypatch.setattr(KVCache, "BLOCK", 2)      # so that it grows several times here
+    cache = KVCache()
     keys, values = torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9, 4)
     for start, end in ((0, 3), (3, 4), (4, 9)):
         k, v = cache.append(0, keys[:, :, start:end], values[:, :, start:end])

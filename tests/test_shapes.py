@@ -7,7 +7,7 @@ import torch
 
 import minivl
 from minivl.config import Config
-from minivl.qwen2 import KVCache
+from minivl.cache import KVCache
 
 # B 2, N 3, S 28, P 16, L 4, C 12 (3 heads of 4), D 40 (5 heads of 8, 1 kv head), F 56, V 71; T 13
 CONFIG = {

@@ -109,7 +109,7 @@ class Ours:
         return time.perf_counter() - start
 
     def prompt(self, tokens):
-        from minivl.qwen2 import KVCache
+        from minivl.cache import KVCache
         x = self.embed(1, tokens)
         start = time.perf_counter()
         self.step(x, KVCache())
@@ -117,14 +117,14 @@ class Ours:
 
     def batch(self, n, tokens):
         """Seconds of one step that adds a token to each of n prompts: the median."""
-        from minivl.qwen2 import KVCache
+        from minivl.cache import KVCache
         cache = KVCache()
         return median_step(lambda logits: self.step(self.language.model.embed_tokens(logits.argmax(-1)[:, None]), cache),
                            self.step(self.embed(n, CONTEXT), cache), tokens)
 
     def scores(self, path):
         """Into a file: log probabilities [68, V] of the last 64 tokens of a prompt with a tile, and of four more, one by one."""
-        from minivl.qwen2 import KVCache
+        from minivl.cache import KVCache
         torch, c, cache = self.torch, self.model.config, KVCache()
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, min(c.llm_config.vocab_size, 1000), (1, 260), generator=generator)
@@ -143,7 +143,7 @@ class Ours:
         """
         from minivl import fast
         from minivl.awq import AWQLinear
-        from minivl.qwen2 import KVCache
+        from minivl.cache import KVCache
 
         def seconds():
             cache, x = KVCache(), self.embed(1, 1)

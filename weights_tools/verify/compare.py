@@ -21,7 +21,8 @@ import minivl
 from minivl.checkpoint import find, open_weights
 from minivl.limits import InputError
 from minivl.prompt import encode, render
-from minivl.qwen2 import KVCache, rope_tables
+from minivl.cache import KVCache
+from minivl.qwen2 import rope_tables
 from minivl.trace import relative_error
 from weights_tools.files import raw_bytes, save_safetensors
 from weights_tools.verify import inputs

@@ -1,0 +1,36 @@
+"""The key-value cache: what attention keeps of earlier tokens, so that a new one costs only its own computation.
+
+B prompts, T tokens of this call, S tokens seen so far (cache + T), K kv heads, E head dim.
+"""
+
+
+class KVCache:
+    """Keys and values of all earlier tokens: per layer two float[B, K, capacity, E], of which `length` are filled.
+
+    `Qwen2Model.forward` appends and advances `length`; `truncate` takes tokens back. Capacity grows in blocks.
+    """
+    BLOCK = 256                 # tokens: growing copies everything, so not at every token
+
+    def __init__(self):
+        self.length = 0         # tokens, the same for every layer between two calls of the model
+        self.layers = {}        # layer index -> [keys, values]
+
+    def append(self, layer: int, k, v):
+        """k, v float[B, K, T, E] of the new tokens -> keys and values of all tokens, float[B, K, S, E]."""
+        end = self.length + k.shape[2]
+        room = self.layers[layer][0].shape[2] if layer in self.layers else 0
+        if end > room:
+            capacity = -(-end // self.BLOCK) * self.BLOCK
+            grown = [t.new_empty(t.shape[0], t.shape[1], capacity, t.shape[3]) for t in (k, v)]
+            for new, old in zip(grown, self.layers.get(layer, ())):
+                new[:, :, :self.length] = old[:, :, :self.length]
+            self.layers[layer] = grown
+        for stored, new in zip(self.layers[layer], (k, v)):
+            stored[:, :, self.length:end] = new
+        return [stored[:, :, :end] for stored in self.layers[layer]]
+
+    def truncate(self, length: int):
+        """Forget every token from position `length` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot cut the cache to {length} tokens, it holds {self.length}")
+        self.length = length
