@@ -166,8 +166,7 @@ def steps(model, inputs_embeds, choosers, *, cache=None, padding=None, lookup: i
     language, cache, count = model.language_model, cache or KVCache(), 0
     x, guessed = inputs_embeds, []
     while True:
-        hidden = language.body(x, cache, padding)                           # (B, T, D), then (B, 1 + guessed, D)
-        scores = language.head(hidden[:, -1 - len(guessed):]).float()       # (B, 1 + guessed, V); earlier ones are not needed
+        scores = language.scores(x, cache, padding, 1 + len(guessed))       # (B, 1 + guessed, V)
         end = cache.length - len(guessed)
         for i in range(1 + len(guessed)):
             cache.length, logits = end + i, scores[:, i]                    # (B, V)
@@ -181,7 +180,7 @@ def steps(model, inputs_embeds, choosers, *, cache=None, padding=None, lookup: i
             if guessed[i:i + 1] != tokens:
                 break
         guessed = guess(choosers[0].seen, lookup) if lookup and len(choosers) == 1 else []
-        ids = torch.tensor([[token, *guessed] for token in tokens], device=hidden.device)
+        ids = torch.tensor([[token, *guessed] for token in tokens], device=scores.device)
         x = language.embeddings(ids)                                        # (B, 1 + guessed, D)
 
 

@@ -87,9 +87,13 @@ class Attention(nn.Module):
         """float[B, T, D] -> q float[B, H, T, E], k and v float[B, K, T, E], not rotated yet."""
         return [p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)]
 
+    def rotated(self, q, k, cos, sin):
+        """q and k, each turned by its position."""
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
     def forward(self, x, cos, sin, mask, cache):
         q, k, v = self.qkv(x)                                               # (B, H, T, E), 2 x (B, K, T, E)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = self.rotated(q, k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                           # 2 x (B, K, S, E)
         x = self.attend(q, k, v, mask)                                      # (B, H, T, E)
@@ -110,9 +114,13 @@ class MLP(nn.Module):
         """float[B, T, D] -> gate and up, each float[B, T, F]."""
         return self.gate_proj(x), self.up_proj(x)
 
-    def forward(self, x):
+    def gated(self, x):
+        """float[B, T, D] -> float[B, T, F]."""
         gate, up = self.gate_up(x)                                          # 2 x (B, T, F)
-        return self.down_proj(F.silu(gate) * up)                            # (B, T, D)
+        return F.silu(gate) * up
+
+    def forward(self, x):
+        return self.down_proj(self.gated(x))                                # (B, T, D)
 
 
 class Layer(nn.Module):
@@ -167,13 +175,17 @@ class Qwen2Model(nn.Module):
         position = torch.arange(start, start + T, device=inputs_embeds.device)[None]    # (1, T)
         if padding is not None:
             position = (position - padding[:, None]).clamp(min=0)                       # (B, T), 0 at the first real one
-        cos, sin = (t.to(inputs_embeds.dtype) for t in rope_tables(position, self.head_dim, self.theta))
         mask = attention_mask(T, start + T, padding, inputs_embeds.device)
-        x = inputs_embeds
-        for layer in self.layers:
-            x = layer(x, cos, sin, mask, cache)
+        x = self.through(inputs_embeds, position, mask, cache)                          # (B, T, D)
         if cache is not None:
             cache.length = start + T
+        return x
+
+    def through(self, x, position, mask, cache):
+        """Run all layers and the norm on float[B, T, D] whose positions int[B or 1, T] and mask are known."""
+        cos, sin = (t.to(x.dtype) for t in rope_tables(position, self.head_dim, self.theta))    # (B or 1, 1, T, E)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
 
@@ -195,6 +207,10 @@ class Qwen2ForCausalLM(nn.Module):
     layers = property(lambda self: self.model.layers)
     norm = property(lambda self: self.model.norm)
     head = property(lambda self: self.lm_head)
+
+    def scores(self, inputs_embeds, cache=None, padding=None, last=1):
+        """float[B, T, D] -> logits float32[B, last, V]: of the last positions only, where the others are not asked for."""
+        return self.head(self.body(inputs_embeds, cache, padding)[:, -last:]).float()
 
     def forward(self, inputs_embeds, cache=None, padding=None):
         """float[B, T, D] -> logits float32[B, T, V]."""

@@ -1,0 +1,172 @@
+"""The loops of `loops.py`, compiled ahead of time by torch, once for all shapes, and kept on disk.
+
+    loop(few_rows, 1, 16)((x, words, scales, zeros))
+
+Source: torch.export, AOTInductor. Without a C++ compiler nothing here is called.
+"""
+from __future__ import annotations
+
+import atexit
+import hashlib
+import inspect
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import threading
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Callable
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from minivl.fast.loops import SHIFTS, dequantize, few_rows, half_rows, relayout
+from minivl.fast.machine import products
+from minivl.limits import InputError
+
+ROWS = 4                # rows of x that one pass over the words serves
+
+
+def sample(function: Callable, *fixed) -> tuple:
+    """Make up what a loop is compiled for: its arguments, and which of their sizes may be any from 2 on: {dimension: o, g, multiples}.
+
+    The sizes here are those of a large model: the compiler looks at them when it decides how many threads a loop gets.
+    """
+    from torch.export import Dim
+    o, g, O, G = Dim("o", min=2, max=2 ** 24), Dim("g", min=2, max=2 ** 16), 4096, 16
+    both = [torch.zeros(O, G), torch.zeros(O, G)]
+    sizes = {0: o, 1: g}
+    if function is few_rows:
+        n, J = fixed
+        return (torch.zeros(n, G * 8 * J), torch.zeros(O, G, J), *both), ({1: 8 * J * g}, sizes, sizes, sizes)
+    if function is relayout:
+        J, = fixed
+        return (torch.zeros(O, G, 8, J), SHIFTS, torch.zeros(O, 8, G, J)), (sizes, None, {0: o, 2: g})
+    if function is dequantize:
+        J, dtype = fixed
+        out = torch.zeros(O, G, 8, J, dtype=dtype)
+        return (torch.zeros(O, G, J), *both, SHIFTS, out), (sizes, sizes, sizes, None, sizes)
+    if function is half_rows:
+        n, D, dtype = fixed
+        return (torch.zeros(n, D), torch.zeros(4 * O, D, dtype=dtype)), (None, {0: o})
+    raise ValueError(f"{function} is none of the loops of loops.py")
+
+
+class Call(nn.Module):
+    """A function as a module, which is what torch.export takes."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, arguments):
+        return self.function(*arguments)
+
+
+@lru_cache
+def cache_folder() -> Path:
+    """Find where compiled loops are kept: the user's cache if nobody else can write there, else a folder of this process alone.
+
+    What lies there is run.
+    """
+    try:
+        xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        folder = (xdg if xdg.is_absolute() else Path.home() / ".cache") / "minivl"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+        mine = not hasattr(os, "getuid") or about.st_uid == os.getuid() and not about.st_mode & 0o022
+        if mine and os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):         # no home, or not for us
+        pass
+    folder = tempfile.mkdtemp(prefix="minivl-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def loop_file(function: Callable, *fixed) -> Path:
+    """Name the file of a compiled loop after the function, torch, the processor and all else that matters."""
+    processor = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = {line for line in lines if line.startswith(("flags", "Features"))}
+    what = [inspect.getsource(function), inspect.getsource(sample), inspect.getsource(build), fixed, torch.__version__,
+            torch.get_num_threads(), sys.version, sorted(processor), os.environ.get("CXX")]
+    digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+    return cache_folder() / f"{function.__name__}-{digest}.pt2"
+
+
+def build(function: Callable, *fixed) -> Path:
+    """Compile a loop into its file: some seconds, for the first of a process some more."""
+    path = loop_file(function, *fixed)
+    arguments, sizes = sample(function, *fixed)
+    settings = {"cpp.enable_floating_point_contract_flag": "fast"}
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), \
+            tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        warnings.simplefilter("ignore")                 # of all sorts, from deep inside torch
+        program = torch.export.export(Call(function), (arguments,), dynamic_shapes=(sizes,))
+        part = torch._inductor.aoti_compile_and_package(program, package_path=str(Path(folder) / path.name),
+                                                        inductor_configs=settings)
+        os.replace(part, path)
+    return path
+
+
+def read(function: Callable, *fixed):
+    """Load a loop from its file; one that cannot be read (a disk that was full) is built again."""
+    path = loop_file(function, *fixed)
+    if path.exists():
+        try:
+            return torch._inductor.aoti_load_package(str(path))
+        except Exception:
+            path.unlink(missing_ok=True)
+    return torch._inductor.aoti_load_package(str(build(function, *fixed)))
+
+
+_loops, _lock = {}, threading.Lock()
+atexit.register(_loops.clear)               # a loop unpacks itself into a temporary folder, and removes it when it goes
+
+
+def loop(function: Callable, *fixed):
+    """Have a function of loops.py compiled for fixed sizes and types.
+
+    few_rows (n, J), relayout (J), dequantize (J, dtype), half_rows (n, D, dtype). Arguments must be contiguous and on
+    the CPU: nothing is checked. One thread builds or loads it, others wait.
+    """
+    if (function, fixed) not in _loops:
+        with _lock:
+            if (function, fixed) not in _loops:
+                # torch's compiler looks for numpy, and imports deprecated parts of torch. These two filters stay for the
+                # process: putting them back, as catch_warnings does, would undo what the main thread sets meanwhile.
+                warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+                warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch(\.|$)")
+                try:
+                    _loops[function, fixed] = read(function, *fixed)
+                except Exception as error:              # the compiler's own, of many kinds
+                    raise InputError(f"the C++ compiler could not make a loop of {function.__name__}{fixed} in "
+                                     f"{cache_folder()} ({type(error).__name__}: {error}); mend it, or set MINIVL_COMPILE=0 "
+                                     "to go without, slower") from error
+    return _loops[function, fixed]
+
+
+def warm(J: int, D: int, half: torch.dtype, rounded: bool):
+    """Have all loops of a model ready, in a thread, while the main one waits for the disk."""
+    wide = torch.bfloat16 if rounded else torch.float32
+    wanted = [(relayout, J), (few_rows, ROWS, J), (few_rows, 1, J), (dequantize, J, wide)]
+    if half != torch.float32:
+        wanted += [(half_rows, ROWS, D, half), (half_rows, 1, D, half)]
+
+    products()      # measured now: not while the thread compiles beside it
+
+    def work():
+        try:
+            missing = sum(not loop_file(*one).exists() for one in wanted)
+            for one in tqdm(wanted, desc=f"compiling {missing} loops, once", disable=None if missing else True, leave=False):
+                loop(*one)
+        except (InputError, OSError):                   # met again, in the main thread, where the loop is needed
+            return
+
+    threading.Thread(target=work, daemon=True).start()

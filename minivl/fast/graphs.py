@@ -1,0 +1,164 @@
+"""On a GPU: one step of the decoder recorded once and replayed for every token (CUDA graphs).
+
+A step of the 4B is some thousand small kernels; launching them one by one takes six times as long as running them. A
+recording replays them all in one go, but always on the same memory. So, while it is in use, a recording owns the keys and
+values, and where the next token goes is a number on the device:
+
+    KVCache      keys [B, K, S, E] that grow        position: a Python number       mask: none, or by padding
+    Fixed        keys [B, K, capacity, E]           position: int64[1] on the GPU   mask: hides what is not filled
+
+The step is the definition's own modules; what a reader changed between two prompts is found by `signature`, and recorded
+anew. B prompts, D width, S tokens so far, V vocabulary.
+"""
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from minivl import qwen2
+from minivl.cache import KVCache
+from minivl.fast.edits import stands_for
+
+ROOM = 256              # tokens that a recording has room for beyond those that are there, at least
+IDLE = 4                # recordings kept for the next prompts
+
+
+class Fixed:
+    """What a recorded step sees of a KVCache: memory that stays where it is, and the place of the next token."""
+
+    def __init__(self, layers: dict, at: torch.Tensor):
+        self.layers = layers        # layer index -> [keys, values], each float[B, K, capacity, E]
+        self.at = at                # int64[1], on their device
+
+    def append(self, layer: int, k, v):
+        """Store k, v float[B, K, 1, E] of the new token -> all keys and values, also what is not filled: the mask hides it."""
+        for stored, new in zip(self.layers[layer], (k, v)):
+            stored.index_copy_(2, self.at, new)
+        return self.layers[layer]
+
+
+def step(language, inputs, fixed: Fixed, padding):
+    """Compute float[B, 1, D] of one token each -> logits float32[B, 1, V], as `scores` does, with the position on the device.
+
+    padding int64[B]: tokens at the start of each row that nobody sees. Advances `fixed.at`.
+    """
+    capacity = fixed.layers[0][0].shape[2]
+    key = torch.arange(capacity, device=inputs.device)
+    mask = (key <= fixed.at) & (key >= padding[:, None])                                # (B, capacity)
+    position = (fixed.at - padding)[:, None]                                            # (B, 1)
+    hidden = language.body.through(inputs, position, mask[:, None, None], fixed)        # (B, 1, D)
+    scores = language.head(hidden).float()                                              # (B, 1, V)
+    fixed.at.add_(1)
+    return scores
+
+
+def signature(language):
+    """What a recording depends on, to compare: modules, their code, where their weights lie. None if a hook would miss its call."""
+    modules = list(language.modules())
+    if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+        return None
+    kinds = {kind for module in modules for kind in type(module).__mro__}
+    code = [value for kind in kinds for value in vars(kind).values() if callable(value)]
+    functions = [value for value in vars(qwen2).values() if callable(value)]
+    patched = [value for module in modules for value in vars(module).values() if callable(value)]
+    places = [tensor.data_ptr() for module in modules for tensor in (*module._parameters.values(), *module._buffers.values())
+              if tensor is not None]
+    return [*modules, *code, *functions, *patched, *places]
+
+
+class Recording:
+    """A step of `B` prompts with room for `capacity` tokens, and the memory that it works on."""
+
+    def __init__(self, cache: KVCache, inputs, capacity: int):
+        self.capacity, self.graph = capacity, None
+        keys = cache.layers[0][0]
+        self.layers = {layer: [t.new_zeros(*t.shape[:2], capacity, t.shape[3]) for t in both]
+                       for layer, both in cache.layers.items()}
+        self.inputs = torch.empty_like(inputs)
+        self.padding = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
+        self.fixed = Fixed(self.layers, torch.zeros(1, dtype=torch.int64, device=keys.device))
+
+    def fits(self, cache: KVCache, inputs) -> bool:
+        """Say whether a cache can move in: the same prompts, layers and dtype, and room for more."""
+        return (self.inputs.shape == inputs.shape and self.inputs.dtype == inputs.dtype
+                and self.layers.keys() == cache.layers.keys() and cache.length + 1 <= self.capacity)
+
+    def take(self, cache: KVCache, padding):
+        """Copy what a cache holds, and let it hold this memory from now on."""
+        for layer, both in cache.layers.items():
+            for mine, its in zip(self.layers[layer], both):
+                mine[:, :, :cache.length] = its[:, :, :cache.length]
+        cache.layers = dict(self.layers)        # a dict of its own: when it grows, it leaves
+        self.padding.copy_(torch.zeros_like(self.padding) if padding is None else padding)
+
+    def record(self, language, length: int):
+        """Run the step once, so that all it needs is there, then record it."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.fixed.at.fill_(length)
+            step(language, self.inputs, self.fixed, self.padding)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.scores = step(language, self.inputs, self.fixed, self.padding)
+
+    def replay(self, inputs, length: int):
+        """float[B, 1, D] of the token at position `length` -> logits float32[B, 1, V]."""
+        self.inputs.copy_(inputs)
+        self.fixed.at.fill_(length)
+        self.graph.replay()
+        return self.scores.clone()              # the next token overwrites them
+
+
+class Recorded(qwen2.Qwen2ForCausalLM):
+    """The decoder, whose steps of one token for each prompt are recorded. Prompts are read as ever."""
+
+    @stands_for((qwen2.Qwen2ForCausalLM, "scores"), (qwen2.Qwen2Model, "forward"), (qwen2, "attention_mask"),
+                (KVCache, "append"))
+    def scores(self, inputs_embeds, cache=None, padding=None, last=1):
+        one = inputs_embeds.shape[1] == 1 and type(cache) is KVCache and cache.length > 0
+        if not one or torch.is_grad_enabled():
+            vars(self).pop("seen", None)        # a prompt is read: its first step looks at what was changed meanwhile
+            return super().scores(inputs_embeds, cache, padding, last)
+        if "seen" not in vars(self):
+            vars(self)["seen"] = signature(self)
+        if self.seen is None:
+            return super().scores(inputs_embeds, cache, padding, last)
+        with torch.inference_mode():
+            recording = self.recording_of(cache, inputs_embeds, padding)
+            if recording.graph is None or recording.of != self.seen:
+                recording.inputs.copy_(inputs_embeds)
+                recording.record(self, cache.length)
+                recording.of = self.seen
+            scores = recording.replay(inputs_embeds, cache.length)
+            cache.length += 1
+        return scores
+
+    def recording_of(self, cache: KVCache, inputs, padding) -> Recording:
+        """Find the recording that a cache lives in, or move it into an idle or a new one."""
+        found = vars(cache).get("recording")
+        if found and cache.layers[0] is found.layers[0] and found.fits(cache, inputs):
+            return found
+        idle = vars(self).setdefault("idle", [])
+        if found:                                           # outgrown
+            cache.leaves.detach()
+            keep(idle, found)
+        fitting = [r for r in idle if r.fits(cache, inputs) and cache.length + ROOM // 2 <= r.capacity]
+        if fitting:
+            found = min(fitting, key=lambda r: r.capacity)
+            idle.remove(found)
+        else:
+            capacity = 1 << (cache.length + ROOM - 1).bit_length()          # a power of two: few sizes
+            found = Recording(cache, inputs, capacity)
+        found.take(cache, padding)
+        cache.recording = found
+        cache.leaves = weakref.finalize(cache, keep, idle, found)           # when the cache is gone, the next may have it
+        return found
+
+
+def keep(idle: list, recording: Recording):
+    """Keep a recording for the next prompts; the oldest goes where there are too many."""
+    idle.append(recording)
+    del idle[:-IDLE]

@@ -1,0 +1,156 @@
+"""Which modules of a model become faster, and how: by device, precision, size, and whether they are as shipped."""
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from minivl import fast, qwen2, vit
+from minivl.awq import AWQLinear
+from minivl.fast import graphs, layers, machine
+from minivl.fast.edits import INT4, changed, definitions_of, tell
+from minivl.fast.machine import huge, onednn
+
+
+def is_large(model) -> bool:
+    """Say whether a model (also on `meta`) is worth the seconds that measuring and compiling take."""
+    return sum(t.numel() for t in [*model.parameters(), *model.buffers()]) >= fast.LARGE
+
+
+def int4_linears(model) -> list:
+    """List the AWQLinears of a model."""
+    return [m for m in model.modules() if type(m) is AWQLinear]
+
+
+def keeps_half(model) -> bool:
+    """Say whether embeddings and head stay in half precision as released: in a large AWQ model."""
+    return is_large(model) and bool(int4_linears(model))
+
+
+def relays(model) -> bool:
+    """Say whether the int4 fits the compiled loops: whole words in a group, and two groups or more."""
+    linears = int4_linears(model)
+    return bool(linears) and all(m.qweight.shape[0] // len(m.scales) % 8 == 0 and len(m.scales) > 1 for m in linears)
+
+
+def exactly(modules, kind) -> list:
+    """List the modules of a class itself: a subclass computes something else."""
+    return [m for m in modules if type(m) is kind]
+
+
+def become(module, faster, slow: list) -> bool:
+    """Make a module the faster version of its class, if all that this hides is as shipped; else note in `slow` what is not.
+
+    A module with hooks of its own keeps them: they hang on the object, which stays.
+    """
+    names = changed(definitions_of(faster))
+    slow += names
+    if not names:
+        module.__class__ = faster
+    return not names
+
+
+def prepare(model, precision: str):
+    """Make modules of a MiniVL faster, in place. Returns it.
+
+    "exact": what the model computes, up to the order of additions. "fast": rounded to bfloat16 where that is faster here.
+    Small models on the CPU keep their modules, but that "fast" takes torch's int4 product. What a reader has changed stays
+    as it is, and one warning names it.
+    """
+    slow = []
+    if model.device.type == "cuda":
+        if precision == "fast":
+            prepare_for_gpu(model, slow)
+    elif model.device.type == "cpu":
+        prepare_for_cpu(model, precision, slow)
+    elif precision == "fast":
+        warnings.warn(f"precision='fast' was never tried on {model.device.type}; the modules stay as released", stacklevel=3)
+    tell(slow)
+    machine.forget_scratch()
+    return model
+
+
+def prepare_for_cpu(model, precision: str, slow: list):
+    """Replace what is faster on a CPU: a large float32 model's linears, attention and int4; with "fast" any int4."""
+    large = is_large(model)
+    if large and model.dtype == torch.float32:
+        rounded = precision == "fast" and machine.products()[1]
+        prepare_linears(model, rounded, slow)
+        if machine.products()[0] is onednn:
+            for layer in exactly(model.vision_model.encoder.layers, vit.Layer):
+                for module in exactly([layer.attn.attend], vit.Attend):
+                    become(module, layers.HeadByHead, slow)
+                for module in exactly([layer.mlp], vit.MLP):
+                    become(module, layers.GeluInside, slow)
+        machine.glibc("malloc_trim", 0)     # what the weights before were leaves the memory before the int4 comes
+        if machine.has_compiler() and relays(model):
+            prepare_int4(model, lambda *linears: layers.Words(*linears, rounded=rounded), slow)
+            for norm in exactly(model.language_model.modules(), qwen2.RMSNorm):
+                become(norm, layers.FastNorm, slow)
+        for attend in exactly(model.language_model.modules(), qwen2.Attend):
+            become(attend, layers.PromptByHead, slow)
+    if precision == "fast":
+        int4_by_themselves(model, layers.OpWords, slow)
+    if large:
+        machine.keep_memory()       # now: while weights are replaced, what they leave goes back
+
+
+def prepare_for_gpu(model, slow: list):
+    """Replace int4 by torch's own product, norms by one call, and the steps of the decoder by recorded ones."""
+    prepare_int4(model, layers.OpWords, slow)
+    for norm in exactly(model.language_model.modules(), qwen2.RMSNorm):
+        become(norm, layers.FastNorm, slow)
+    for decoder in exactly([model.language_model], qwen2.Qwen2ForCausalLM):
+        become(decoder, graphs.Recorded, slow)
+
+
+def prepare_linears(model, rounded: bool, slow: list):
+    """Cut the weights of float32 linears for the faster product; a head and an embedding kept as released stay so."""
+    for linear in exactly(model.modules(), nn.Linear):
+        if linear.weight.dtype == torch.float32:
+            if not slow_parts(layers.Linear, slow):
+                layers.Linear.of(linear, rounded)
+        else:                                       # the head, kept as released
+            linear.__class__ = layers.HalfLinear
+            if machine.has_compiler():
+                linear.weight.data = huge(linear.weight.shape, linear.weight.dtype).copy_(linear.weight)
+    embedding = model.language_model.embeddings
+    if embedding.weight.dtype != torch.float32:
+        embedding.__class__ = layers.HalfEmbedding
+
+
+def slow_parts(faster, slow: list) -> list:
+    """Name, and note in `slow`, what a faster class hides and is not as shipped."""
+    names = changed(definitions_of(faster))
+    slow += names
+    return names
+
+
+def prepare_int4(model, make_store, slow: list):
+    """Put the int4 of each decoder layer into stores: q, k and v together, gate and up together, all others alone."""
+    if changed(INT4):
+        slow += changed(INT4)
+        return
+    for layer in model.language_model.layers:
+        for module in exactly(layer.children(), qwen2.Attention):
+            side_by_side(module, [module.q_proj, module.k_proj, module.v_proj], layers.FastAttention, make_store, slow)
+        for module in exactly(layer.children(), qwen2.MLP):
+            side_by_side(module, [module.gate_proj, module.up_proj], layers.FastMLP, make_store, slow)
+    int4_by_themselves(model, make_store, slow)
+
+
+def side_by_side(module, linears: list, faster, make_store, slow: list):
+    """Put linears that read the same input into one store, if the module is one whose product of them may be one."""
+    if len(exactly(linears, AWQLinear)) == len(linears) and become(module, faster, slow):
+        module.side_by_side = layers.pack(make_store(*linears), linears)
+
+
+def int4_by_themselves(model, make_store, slow: list):
+    """Put each AWQLinear that is left into a store of its own."""
+    if changed(INT4):
+        slow += changed(INT4)
+        return
+    for linear in int4_linears(model.language_model):
+        store = layers.pack(make_store(linear), [linear])
+        linear.add_module("words", store)
