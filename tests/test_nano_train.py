@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minivl import InputError, Picture, load, pipeline, tiling, video_prompt
-from minivl.checkpoint import safetensors_header
+from minivl.files.formats import safetensors_header
 from minivl.prompt import IMAGE
 from minivl.tokenizer import Tokenizer
 from weights_tools.nano import data, differences, draw, evaluate, recipe, train, warmup, world

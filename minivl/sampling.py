@@ -1,8 +1,6 @@
-"""From a prompt to its continuation: prefill, then one token at a time, greedy or sampled, one prompt or a batch.
+"""Choose the next token from the model's scores: penalties, bans, then the best token or a seeded draw.
 
-B prompts, T tokens of the longest prompt, D language width, V vocabulary.
-A batch is padded on the left, so that the last token of every row is a real one; nobody looks at padding and positions
-start at the first real token: each prompt gets what it gets alone.
+V vocabulary.
 Source: LMDeploy v0.6.4 messages.py:81-125 and the sampling order of its TurboMind engine (src/turbomind/layers/
 sampling_layers); top-p arXiv:1904.09751, repetition penalty arXiv:1909.05858.
 """
@@ -14,7 +12,6 @@ from dataclasses import dataclass, fields
 import torch
 
 from minivl.limits import InputError
-from minivl.cache import KVCache
 
 
 @dataclass
@@ -36,7 +33,7 @@ class GenerationConfig:
     bad_token_ids: list[int] | None = None
     min_new_tokens: int | None = None           # no stop token before
     skip_special_tokens: bool = True            # in the text
-    lookup: int = 0                             # tokens guessed ahead, see `guess`; the answer is the same, 0: none
+    lookup: int = 0                             # prompt-lookup decoding: tokens guessed ahead; the answer is the same, 0: none
     logprobs: int | None = None                 # log-probabilities (of the unmodified scores) of that many best tokens
     response_format: dict | None = None         # not supported
 
@@ -107,7 +104,7 @@ def penalise(logits, ids, penalty: float):
     return logits.index_copy(0, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
 
 
-class Chooser:
+class Sampler:
     """How one prompt picks its next token: penalties, bans, then greedy or a seeded draw."""
 
     def __init__(self, config: GenerationConfig, prompt_ids, stop_ids=(), banned_ids=()):
@@ -138,120 +135,3 @@ class Chooser:
         self.seen.append(token)
         self.count += 1
         return token
-
-
-def guess(ids: list, most: int) -> list:
-    """What followed the last time the latest three tokens (or two) stood in ids: up to `most` tokens, perhaps none.
-
-    An answer that copies from its prompt, as in reading a document aloud, is mostly guessed right.
-    """
-    for n in (3, 2):
-        end = ids[-n:]
-        for start in range(len(ids) - n - 1, -1, -1):
-            if ids[start] == end[0] and ids[start:start + n] == end:
-                copy = ids[start + n:start + n + most]
-                while len(copy) < most:     # a repetition goes on
-                    copy.append(copy[-(len(ids) - start - n)])
-                return copy
-    return []
-
-
-@torch.inference_mode()
-def steps(model, inputs_embeds, choosers, *, cache=None, padding=None, lookup: int = 0):
-    """Prefill float[B, T, D], then forever: yields (tokens: B ids, logits float32[B, V] they were chosen from).
-
-    The caller stops. At each yield the cache holds everything but the tokens just yielded. `lookup`: with one prompt, that
-    many guessed tokens are read along with each chosen one, and those are kept that would have been chosen anyway.
-    """
-    language, cache, count = model.language_model, cache or KVCache(), 0
-    x, guessed = inputs_embeds, []
-    while True:
-        hidden = language.body(x, cache, padding)                           # (B, T, D), then (B, 1 + guessed, D)
-        scores = language.head(hidden[:, -1 - len(guessed):]).float()       # (B, 1 + guessed, V); earlier ones are not needed
-        end = cache.length - len(guessed)
-        for i in range(1 + len(guessed)):
-            cache.length, logits = end + i, scores[:, i]                    # (B, V)
-            if not bool(torch.isfinite(logits).all()):
-                raise InputError(f"the model computed NaN or infinite scores for new token {count + 1} in {model.dtype}; load "
-                                 "it with dtype='bfloat16' or 'float32', or check the weights with "
-                                 "`python -m weights_tools.inspect`")
-            tokens = [choose(row) for choose, row in zip(choosers, logits)]
-            yield tokens, logits
-            count += 1
-            if guessed[i:i + 1] != tokens:
-                break
-        guessed = guess(choosers[0].seen, lookup) if lookup and len(choosers) == 1 else []
-        ids = torch.tensor([[token, *guessed] for token in tokens], device=hidden.device)
-        x = language.embeddings(ids)                                        # (B, 1 + guessed, D)
-
-
-def left_pad(rows: list) -> tuple:
-    """Tensors [1, t, ...] of different lengths t -> [B, T, ...] filled with 0 on the left, and int[B] padding.
-
-    padding is None where all are of one length: the plain causal path, without a mask.
-    """
-    T = max(row.shape[1] for row in rows)
-    padding = torch.tensor([T - row.shape[1] for row in rows], device=rows[0].device)
-    padded = [torch.cat([row.new_zeros(1, T - row.shape[1], *row.shape[2:]), row], dim=1) for row in rows]
-    return torch.cat(padded), padding if bool(padding.any()) else None
-
-
-def check_ids(config: GenerationConfig, model):
-    """The token ids of a config must be in the vocabulary."""
-    vocabulary = model.config.llm_config.vocab_size
-    beyond = [i for i in [*(config.stop_token_ids or ()), *(config.bad_token_ids or ())] if i >= vocabulary]
-    if beyond:
-        raise InputError(f"stop_token_ids and bad_token_ids hold {beyond[0]}, the vocabulary has ids 0..{vocabulary - 1}")
-
-
-@torch.inference_mode()
-def generate(model, input_ids, pixel_values=None, *, max_new_tokens: int, ignore_eos: bool = False,
-             config: GenerationConfig | None = None):
-    """Token ids of the continuation: int[T] -> int[n]; int[B, T] -> int[B, n]; a list of id lists -> a list of them.
-
-    Ends after the model's stop token (included) or max_new_tokens; a finished row of a tensor repeats its stop token.
-    pixel_values: normalised float[N, 3, R, R], tiles of all prompts in order. `config`: how to choose, default greedy;
-    its max_new_tokens does not count here, and what needs text (stop_words, bad_words, logprobs) is for a pipeline.
-    """
-    tensor = isinstance(input_ids, torch.Tensor)
-    if not tensor and not (isinstance(input_ids, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in input_ids)):
-        raise InputError(f"input_ids are a {type(input_ids).__name__}; give int[T], int[B, T] or a list of id lists")
-    if tensor and (input_ids.ndim not in (1, 2) or input_ids.dtype not in (torch.int64, torch.int32)):
-        raise InputError(f"input_ids have shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; give int64 or int32 [T] "
-                         "or [B, T]")
-    if not tensor and not all(type(i) is int and abs(i) < 2 ** 31 for row in input_ids for i in row):
-        raise InputError("input_ids hold something that is no token id; give lists of whole numbers")
-    rows = (input_ids if tensor and input_ids.ndim == 2 else input_ids[None]).tolist() if tensor else list(input_ids)
-    if not rows or not all(len(row) for row in rows):
-        raise InputError("input_ids are empty; there must be at least one prompt, and one token in each")
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, 1 or more")
-    config = GenerationConfig() if config is None else config
-    if not isinstance(config, GenerationConfig):
-        raise InputError(f"config is a {type(config).__name__}; it must be a GenerationConfig")
-    unused = [name for name in ("stop_words", "bad_words", "logprobs") if getattr(config, name)]
-    if unused:
-        raise InputError(f"generate() has no text and cannot use {', '.join(unused)}; use a pipeline")
-    check_ids(config, model)
-    ids, padding = left_pad([torch.tensor([row]) for row in rows])          # (B, T)
-    room = model.config.llm_config.max_position_embeddings
-    if ids.shape[1] + max_new_tokens > room:
-        raise InputError(f"{ids.shape[1]} prompt tokens + {max_new_tokens} new ones exceed the model's {room} positions; "
-                         "shorten the prompt or ask for fewer")
-    stop = {*(() if ignore_eos or config.ignore_eos else model.eos_token_ids), *(config.stop_token_ids or ())}
-    visual = None if pixel_values is None else model.visual_tokens(pixel_values)
-    x = model.embed(ids, visual)                                            # (B, T, D)
-    padding = None if padding is None else padding.to(x.device)
-    choosers = [Chooser(config, row, stop, config.bad_token_ids or []) for row in rows]
-    answers = [[] for _ in rows]
-    for count, (tokens, _) in enumerate(steps(model, x, choosers, padding=padding, lookup=config.lookup), start=1):
-        for answer, token in zip(answers, tokens):
-            if not (answer and answer[-1] in stop):
-                answer.append(token)
-        if count == max_new_tokens or all(answer[-1] in stop for answer in answers):
-            break
-    if not tensor:
-        return answers
-    n = max(map(len, answers))
-    result = torch.tensor([answer + answer[-1:] * (n - len(answer)) for answer in answers])
-    return result if input_ids.ndim == 2 else result[0]

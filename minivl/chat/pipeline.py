@@ -22,13 +22,15 @@ from tqdm import tqdm
 
 from minivl import prompt as template
 from minivl import tiling
-from minivl.checkpoint import find, load
+from minivl.cache import KVCache
 from minivl.config import Config
-from minivl.generate import Chooser, GenerationConfig, check_ids, left_pad, steps
+from minivl.files.find import find
+from minivl.files.load import load
+from minivl.generation import check_ids, left_pad, steps
 from minivl.limits import InputError, Limits
 from minivl.media import load_image
 from minivl.model import MiniVL
-from minivl.cache import KVCache
+from minivl.sampling import GenerationConfig, Sampler
 from minivl.tokenizer import TextStream, Tokenizer
 
 IMAGE_TOKEN = "<IMAGE_TOKEN>"       # in a prompt's text: a picture goes here (LMDeploy's word for prompt.IMAGE)
@@ -360,7 +362,7 @@ class Pipeline:
                 rest = torch.tensor([session.ids[session.cache.length:]])
                 rows = [torch.cat([model.embed(rest), rows[0]], dim=1)]
             x, padding = left_pad(rows)                                                     # (B, T, D)
-            running = steps(model, x, [answer.chooser(self, session) for answer in answers],
+            running = steps(model, x, [answer.sampler(self, session) for answer in answers],
                             cache=session and session.cache, padding=padding, lookup=answers[0].turn.config.lookup)
             tokens, logits = next(running)
         while True:
@@ -411,11 +413,11 @@ class _Answer:
         self.generated = None               # how many of token_ids the model wrote, where that is not all of them
         self.tokenizer = pipe.tokenizer
 
-    def chooser(self, pipe: Pipeline, session: Session | None) -> Chooser:
+    def sampler(self, pipe: Pipeline, session: Session | None) -> Sampler:
         placeholder = pipe.model.img_context_token_id
         seen = [i for i in (session.ids if session else []) + self.turn.ids if i != placeholder]
         banned = {i for word in self.turn.config.bad_words or () for i in pipe.containing(word)}
-        return Chooser(self.turn.config, seen, self.stop_ids, {*banned, *(self.turn.config.bad_token_ids or ())})
+        return Sampler(self.turn.config, seen, self.stop_ids, {*banned, *(self.turn.config.bad_token_ids or ())})
 
     def push(self, token: int, logits) -> str:
         """Takes the next token; returns the text that is certain now."""

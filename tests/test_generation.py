@@ -8,8 +8,9 @@ from test_shapes import build
 
 import minivl
 from minivl import GenerationConfig, InputError
-from minivl.generate import Chooser, guess, left_pad, penalise, probabilities, steps
 from minivl.cache import KVCache
+from minivl.generation import left_pad, prompt_lookup, steps
+from minivl.sampling import Sampler, penalise, probabilities
 
 
 def test_top_k_keeps_k_tokens_also_where_scores_tie():
@@ -63,15 +64,15 @@ def test_repetition_penalty_by_hand():
     assert logits.tolist() == [2.0, -2.0, 1.0, 3.0]
 
 
-def test_chooser():
+def test_sampler():
     logits = torch.tensor([0.0, 3.0, 2.0, 1.0])
-    assert Chooser(GenerationConfig(), [])(logits) == 1
-    assert Chooser(GenerationConfig(min_new_tokens=1), [], stop_ids=[1])(logits) == 2
-    late = Chooser(GenerationConfig(min_new_tokens=1), [], stop_ids=[1])
+    assert Sampler(GenerationConfig(), [])(logits) == 1
+    assert Sampler(GenerationConfig(min_new_tokens=1), [], stop_ids=[1])(logits) == 2
+    late = Sampler(GenerationConfig(min_new_tokens=1), [], stop_ids=[1])
     assert [late(logits), late(logits)] == [2, 1]
-    assert Chooser(GenerationConfig(), [], banned_ids=[1, 2])(logits) == 3
-    assert Chooser(GenerationConfig(do_sample=True, temperature=0), [])(logits) == 1
-    repeated = Chooser(GenerationConfig(do_sample=True, top_k=1, repetition_penalty=1.6), [])
+    assert Sampler(GenerationConfig(), [], banned_ids=[1, 2])(logits) == 3
+    assert Sampler(GenerationConfig(do_sample=True, temperature=0), [])(logits) == 1
+    repeated = Sampler(GenerationConfig(do_sample=True, top_k=1, repetition_penalty=1.6), [])
     assert [repeated(logits) for _ in range(3)] == [1, 2, 1]       # 3/1.6 < 2, then 2/1.6 < 3/1.6
 
 
@@ -80,13 +81,13 @@ def test_seeded_draws_repeat_and_follow_the_distribution():
     config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, random_seed=3)
 
     def draws(count):
-        chooser = Chooser(config, [])
-        return [chooser(logits) for _ in range(count)]
+        sampler = Sampler(config, [])
+        return [sampler(logits) for _ in range(count)]
     first = draws(3000)
     assert first == draws(3000)
     for i, p in enumerate((0.1, 0.2, 0.7)):
         assert first.count(i) / 3000 == pytest.approx(p, abs=0.03)
-    other = Chooser(GenerationConfig(do_sample=True, temperature=1.0, top_k=0, random_seed=4), [])
+    other = Sampler(GenerationConfig(do_sample=True, temperature=1.0, top_k=0, random_seed=4), [])
     assert first[:100] != [other(logits) for _ in range(100)]
 
 
@@ -153,11 +154,11 @@ def test_chunked_prefill_with_padding_equals_prefill():
         assert (whole[1, 4:] - alone).norm() / alone.norm() < 1e-5
 
 
-def test_guess():
-    assert guess([1, 2, 3, 9, 8, 1, 2, 3], 5) == [9, 8, 1, 2, 3] and guess([1, 2, 3, 9, 8, 1, 2, 3], 1) == [9]
-    assert guess([5, 1, 2, 7, 6, 1, 2, 8, 4, 1, 2], 2) == [8, 4]         # the latest; two tokens where three never stood
-    assert guess([1, 2, 3, 4], 5) == guess([1], 5) == guess([], 5) == []
-    assert guess([4, 4, 4], 3) == [4, 4, 4] and guess([7, 8, 9, 7, 8, 9], 4) == [7, 8, 9, 7]
+def test_prompt_lookup():
+    assert prompt_lookup([1, 2, 3, 9, 8, 1, 2, 3], 5) == [9, 8, 1, 2, 3] and prompt_lookup([1, 2, 3, 9, 8, 1, 2, 3], 1) == [9]
+    assert prompt_lookup([5, 1, 2, 7, 6, 1, 2, 8, 4, 1, 2], 2) == [8, 4]         # the latest; two tokens where three never stood
+    assert prompt_lookup([1, 2, 3, 4], 5) == prompt_lookup([1], 5) == prompt_lookup([], 5) == []
+    assert prompt_lookup([4, 4, 4], 3) == [4, 4, 4] and prompt_lookup([7, 8, 9, 7, 8, 9], 4) == [7, 8, 9, 7]
 
 
 @pytest.mark.parametrize("sampled", [{}, {"do_sample": True, "random_seed": 5, "temperature": 2.0, "top_k": 4}])
@@ -190,7 +191,7 @@ def test_lookup_leaves_the_cache_right_for_the_next_turn():
     model = build()
     with torch.no_grad():
         x, cache = model.embed(torch.tensor([[1, 2, 3, 1, 2, 3]])), KVCache()
-        running = steps(model, x, [Chooser(GenerationConfig(), [1, 2, 3, 1, 2, 3])], cache=cache, lookup=5)
+        running = steps(model, x, [Sampler(GenerationConfig(), [1, 2, 3, 1, 2, 3])], cache=cache, lookup=5)
         tokens = [1, 2, 3, 1, 2, 3]
         for _ in range(12):
             chosen, logits = next(running)

@@ -135,11 +135,8 @@ def test_stream_yields_the_same_text_in_whole_characters(pipe):
 
 def forced(pipe, monkeypatch, ids):
     """Makes the pipeline write these tokens."""
-    import minivl.generate as generate_function     # the function; the module is found through sys.modules
-    import sys
     script = iter(ids)
-    monkeypatch.setattr(sys.modules["minivl.generate"].Chooser, "__call__", lambda self, logits: next(script))
-    assert callable(generate_function)
+    monkeypatch.setattr(minivl.sampling.Sampler, "__call__", lambda self, logits: next(script))
 
 
 def test_stream_never_splits_a_character(pipe, monkeypatch):
@@ -201,9 +198,9 @@ def test_bad_words_min_tokens_and_logprobs(pipe):
 
 def test_placeholders_do_not_count_as_repeated(pipe):
     """They stand for the picture; LMDeploy's dummy id there made it penalise `!`."""
-    from minivl.pipeline import _Answer
+    from minivl.chat.pipeline import _Answer
     turn = pipe._read(("what?", TIGER))
-    seen = _Answer(turn, pipe, 0).chooser(pipe, None).seen
+    seen = _Answer(turn, pipe, 0).sampler(pipe, None).seen
     assert len(seen) == len(turn.ids) - 7 * 4 and pipe.model.img_context_token_id not in seen
 
 
@@ -467,12 +464,11 @@ def snippets():
 
 def test_every_lmdeploy_snippet_of_the_card_runs(tiny, monkeypatch, capsys):
     """Only the import lines and the engine-config class are changed; the network is replaced by the same pictures."""
-    import sys
     found = snippets()
     assert len(found) == 4
-    monkeypatch.setattr(sys.modules["minivl.media"], "fetch",
+    monkeypatch.setattr(minivl.media, "fetch",
                         lambda url, **_: shared("images/" + url.split("/")[-1]).read_bytes())
-    monkeypatch.setattr(sys.modules["minivl.pipeline"], "find", lambda name, revision: tiny)
+    monkeypatch.setattr(minivl.chat.pipeline, "find", lambda name, revision: tiny)
     for code in found:
         used = re.findall(r"^from lmdeploy\S* import (.*)$", code, re.M)
         names = sorted({n.strip() for line in used for n in line.split(",")})

@@ -14,8 +14,9 @@ from conftest import GOLDEN
 
 import minivl
 from minivl import InputError
-from minivl.checkpoint import choose_files, find, open_weights, safetensors_header
 from minivl.config import Config
+from minivl.files.find import choose_files, find
+from minivl.files.formats import open_weights, safetensors_header
 from weights_tools.files import save_safetensors
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
