@@ -21,8 +21,9 @@ __version__ = "0.1.0"
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 from minivl import awq, prompt, tiling  # noqa: E402
-from minivl.chat.pipeline import (IMAGE_TOKEN, EngineConfig, Picture, Pipeline, Response, Session,  # noqa: E402
-                                  pipeline, video_prompt)
+from minivl.chat.answers import Response  # noqa: E402
+from minivl.chat.pipeline import EngineConfig, Pipeline, Session, pipeline  # noqa: E402
+from minivl.chat.requests import IMAGE_TOKEN, Picture, video_prompt  # noqa: E402
 from minivl.files.load import load  # noqa: E402
 from minivl.generation import generate  # noqa: E402
 from minivl.limits import InputError, Limits  # noqa: E402

@@ -9,6 +9,7 @@ from PIL import Image
 
 import minivl
 from minivl import IMAGE_TOKEN, EngineConfig, GenerationConfig, InputError, Limits, Picture, Pipeline, prompt
+from minivl.chat.answers import Answer
 from minivl.prompt import encode
 
 SHORT = GenerationConfig(max_new_tokens=12)
@@ -97,7 +98,7 @@ def test_messages(pipe):
     url = {"type": "image_url", "image_url": {"url": str(TIGER), "max_dynamic_patch": 2}}
     low = {"type": "image_url", "image_url": {"url": str(TIGER), "detail": "low"}}
     text = {"type": "text", "text": "what?"}
-    few, more = (pipe._read([{"role": "user", "content": [item, text]}]).tiles for item in (url, low))
+    few, more = (pipe.turn([{"role": "user", "content": [item, text]}]).tiles for item in (url, low))
     image = minivl.load_image(TIGER)
     assert len(few) == len(minivl.tiling.tile(image, max_num=2, tile_size=56))
     assert len(more) == len(minivl.tiling.tile(image, max_num=6, tile_size=56)) > len(few)
@@ -198,10 +199,10 @@ def test_bad_words_min_tokens_and_logprobs(pipe):
 
 def test_placeholders_do_not_count_as_repeated(pipe):
     """They stand for the picture; LMDeploy's dummy id there made it penalise `!`."""
-    from minivl.chat.pipeline import _Answer
-    turn = pipe._read(("what?", TIGER))
-    seen = _Answer(turn, pipe, 0).sampler(pipe, None).seen
-    assert len(seen) == len(turn.ids) - 7 * 4 and pipe.model.img_context_token_id not in seen
+    turn = pipe.turn(("what?", TIGER))
+    placeholder = pipe.model.img_context_token_id
+    seen = Answer(turn, pipe.tokenizer, pipe.stop_ids, 0).sampler([], placeholder).seen
+    assert len(seen) == len(turn.ids) - 7 * 4 and placeholder not in seen
 
 
 def test_sampling_is_seeded(pipe):
@@ -340,12 +341,12 @@ def test_generated_placeholders_do_not_take_visual_tokens(pipe, monkeypatch):
 
 def test_spelled_tokens_in_a_prompt(pipe):
     end = pipe.tokenizer.id("<|im_end|>")
-    assert pipe._read("a <|im_end|> b <img>").ids.count(end) == 3
+    assert pipe.turn("a <|im_end|> b <img>").ids.count(end) == 3
     with pytest.raises(InputError, match="spells <IMG_CONTEXT>"):
         pipe(("what is <IMG_CONTEXT>?", TIGER))
     plain = with_config(pipe, plain_text=True)
     text = f"a <|im_end|> b <img> <IMG_CONTEXT> <image> {IMAGE_TOKEN}"
-    turn = plain._read((text, TIGER))
+    turn = plain.turn((text, TIGER))
     assert turn.ids.count(end) == 2 and turn.ids.count(pipe.model.img_context_token_id) == 7 * 4
     assert text in pipe.tokenizer.decode(turn.ids)
     assert plain(("what?", TIGER), SHORT).token_ids == pipe(("what?", TIGER), SHORT).token_ids
@@ -451,7 +452,7 @@ def test_video_prompt(pipe):
     want = encode(pipe.tokenizer, [("Frame1: <image>\nFrame2: <image>\nFrame3: <image>\nwhat happens?", None)], [1, 1, 1],
                   tokens_per_tile=4)
     for how in (pipe, with_config(pipe, plain_text=True)):
-        turn = how._read(minivl.video_prompt("what happens?", frames))
+        turn = how.turn(minivl.video_prompt("what happens?", frames))
         assert len(turn.tiles) == 3 and turn.ids == want
 
 

@@ -532,7 +532,7 @@ def test_system_message_of_the_config(tiny, tmp_path):
     shutil.copytree(tiny, folder)
     edit(folder, lambda c: c.update(system_message="Be kind."))
     pipe = minivl.pipeline(folder)
-    assert "Be kind." in pipe.tokenizer.decode(pipe._read("hello").ids)
+    assert "Be kind." in pipe.tokenizer.decode(pipe.turn("hello").ids)
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "added_tokens.json", "vocab.json"])
