@@ -1,10 +1,12 @@
-"""From a prompt to its continuation: prefill, then one token after the other, one prompt or a batch.
+"""Continue a prompt: read it whole (prefill), then write one token after the other; one prompt or a batch.
 
 B prompts, T tokens of the longest prompt, D language width, V vocabulary.
 A batch is padded on the left, so that the last token of every row is a real one; nobody looks at padding and positions
 start at the first real token: each prompt gets what it gets alone.
 """
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
@@ -13,11 +15,11 @@ from minivl.limits import InputError
 from minivl.sampling import GenerationConfig, Sampler
 
 
-def prompt_lookup(ids: list, most: int) -> list:
-    """Guess the next tokens by prompt-lookup decoding: copy what followed the last time the latest three tokens (or two) stood in ids.
+def prompt_lookup(ids: list[int], most: int) -> list[int]:
+    """Guess what comes next, for prompt-lookup decoding: a copy of what followed these last three tokens (or two) before.
 
-    Returns up to `most` tokens, perhaps none. An answer that copies from its prompt, as in reading a document aloud, is mostly
-    guessed right. Source: https://github.com/apoorvumang/prompt-lookup-decoding.
+    Returns up to `most` tokens, perhaps none. An answer that copies from its prompt, as in reading a document aloud, is
+    mostly guessed right.
     """
     for n in (3, 2):
         end = ids[-n:]
@@ -31,20 +33,26 @@ def prompt_lookup(ids: list, most: int) -> list:
 
 
 @torch.inference_mode()
-def steps(model, inputs_embeds, samplers, *, cache=None, padding=None, lookup: int = 0):
-    """Prefill float[B, T, D], then forever: yields (tokens: B ids, logits float32[B, V] they were chosen from).
+def steps(model, inputs_embeds: torch.Tensor, samplers: list, *, cache: KVCache | None = None,
+          padding: torch.Tensor | None = None, lookup: int = 0) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Read float[B, T, D], then write forever: yields (tokens: B ids, logits float32[B, V] they were chosen from).
 
-    The caller stops. At each yield the cache holds everything but the tokens just yielded. `lookup`: with one prompt, that
-    many guessed tokens are read along with each chosen one, and those are kept that would have been chosen anyway.
+    `samplers`: one for each prompt, called with float32[V]. The caller stops. At each yield the cache holds everything but
+    the tokens just yielded. `lookup`: with one prompt, that many guessed tokens are read along with each chosen one, and
+    those are kept that would have been chosen anyway (see `prompt_lookup`).
     """
-    language, cache, count = model.language_model, cache or KVCache(), 0
-    x, guessed = inputs_embeds, []
+    language = model.language_model
+    cache = cache or KVCache()
+    count = 0
+    x = inputs_embeds
+    guessed = []
     while True:
         hidden = language.body(x, cache, padding)                           # (B, T, D), then (B, 1 + guessed, D)
         scores = language.head(hidden[:, -1 - len(guessed):]).float()       # (B, 1 + guessed, V); earlier ones are not needed
         end = cache.length - len(guessed)
         for i in range(1 + len(guessed)):
-            cache.length, logits = end + i, scores[:, i]                    # (B, V)
+            cache.length = end + i
+            logits = scores[:, i]                                           # (B, V)
             if not bool(torch.isfinite(logits).all()):
                 raise InputError(f"the model computed NaN or infinite scores for new token {count + 1} in {model.dtype}; load "
                                  "it with dtype='bfloat16' or 'float32', or check the weights with "
@@ -59,10 +67,10 @@ def steps(model, inputs_embeds, samplers, *, cache=None, padding=None, lookup: i
         x = language.embeddings(ids)                                        # (B, 1 + guessed, D)
 
 
-def left_pad(rows: list) -> tuple:
-    """Tensors [1, t, ...] of different lengths t -> [B, T, ...] filled with 0 on the left, and int[B] padding.
+def left_pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Pad tensors [1, t, ...] of different lengths t with 0 on the left: [B, T, ...], and int[B], the padding of each.
 
-    padding is None where all are of one length: the plain causal path, without a mask.
+    The padding is None where all are of one length: the plain causal path, without a mask.
     """
     T = max(row.shape[1] for row in rows)
     padding = torch.tensor([T - row.shape[1] for row in rows], device=rows[0].device)
@@ -70,52 +78,23 @@ def left_pad(rows: list) -> tuple:
     return torch.cat(padded), padding if bool(padding.any()) else None
 
 
-def check_ids(config: GenerationConfig, model):
-    """The token ids of a config must be in the vocabulary."""
-    vocabulary = model.config.llm_config.vocab_size
-    beyond = [i for i in [*(config.stop_token_ids or ()), *(config.bad_token_ids or ())] if i >= vocabulary]
-    if beyond:
-        raise InputError(f"stop_token_ids and bad_token_ids hold {beyond[0]}, the vocabulary has ids 0..{vocabulary - 1}")
-
-
 @torch.inference_mode()
-def generate(model, input_ids, pixel_values=None, *, max_new_tokens: int, ignore_eos: bool = False,
-             config: GenerationConfig | None = None):
-    """Token ids of the continuation: int[T] -> int[n]; int[B, T] -> int[B, n]; a list of id lists -> a list of them.
+def generate(model, input_ids, pixel_values: torch.Tensor | None = None, *, max_new_tokens: int, ignore_eos: bool = False,
+             config: GenerationConfig | None = None) -> torch.Tensor | list[list[int]]:
+    """Continue token ids: int[T] -> int[n]; int[B, T] -> int[B, n]; a list of id lists -> a list of them.
 
     Ends after the model's stop token (included) or max_new_tokens; a finished row of a tensor repeats its stop token.
     pixel_values: normalised float[N, 3, R, R], tiles of all prompts in order. `config`: how to choose, default greedy;
     its max_new_tokens does not count here, and what needs text (stop_words, bad_words, logprobs) is for a pipeline.
     """
-    tensor = isinstance(input_ids, torch.Tensor)
-    if not tensor and not (isinstance(input_ids, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in input_ids)):
-        raise InputError(f"input_ids are a {type(input_ids).__name__}; give int[T], int[B, T] or a list of id lists")
-    if tensor and (input_ids.ndim not in (1, 2) or input_ids.dtype not in (torch.int64, torch.int32)):
-        raise InputError(f"input_ids have shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; give int64 or int32 [T] "
-                         "or [B, T]")
-    if not tensor and not all(type(i) is int and abs(i) < 2 ** 31 for row in input_ids for i in row):
-        raise InputError("input_ids hold something that is no token id; give lists of whole numbers")
-    rows = (input_ids if tensor and input_ids.ndim == 2 else input_ids[None]).tolist() if tensor else list(input_ids)
-    if not rows or not all(len(row) for row in rows):
-        raise InputError("input_ids are empty; there must be at least one prompt, and one token in each")
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, 1 or more")
     config = GenerationConfig() if config is None else config
-    if not isinstance(config, GenerationConfig):
-        raise InputError(f"config is a {type(config).__name__}; it must be a GenerationConfig")
-    unused = [name for name in ("stop_words", "bad_words", "logprobs") if getattr(config, name)]
-    if unused:
-        raise InputError(f"generate() has no text and cannot use {', '.join(unused)}; use a pipeline")
-    check_ids(config, model)
+    rows = checked_rows(input_ids)
+    check_request(model, rows, max_new_tokens, config)
     ids, padding = left_pad([torch.tensor([row]) for row in rows])          # (B, T)
-    room = model.config.llm_config.max_position_embeddings
-    if ids.shape[1] + max_new_tokens > room:
-        raise InputError(f"{ids.shape[1]} prompt tokens + {max_new_tokens} new ones exceed the model's {room} positions; "
-                         "shorten the prompt or ask for fewer")
-    stop = {*(() if ignore_eos or config.ignore_eos else model.eos_token_ids), *(config.stop_token_ids or ())}
     visual = None if pixel_values is None else model.visual_tokens(pixel_values)
     x = model.embed(ids, visual)                                            # (B, T, D)
     padding = None if padding is None else padding.to(x.device)
+    stop = {*(() if ignore_eos or config.ignore_eos else model.eos_token_ids), *(config.stop_token_ids or ())}
     samplers = [Sampler(config, row, stop, config.bad_token_ids or []) for row in rows]
     answers = [[] for _ in rows]
     for count, (tokens, _) in enumerate(steps(model, x, samplers, padding=padding, lookup=config.lookup), start=1):
@@ -124,8 +103,51 @@ def generate(model, input_ids, pixel_values=None, *, max_new_tokens: int, ignore
                 answer.append(token)
         if count == max_new_tokens or all(answer[-1] in stop for answer in answers):
             break
-    if not tensor:
+    if not isinstance(input_ids, torch.Tensor):
         return answers
     n = max(map(len, answers))
     result = torch.tensor([answer + answer[-1:] * (n - len(answer)) for answer in answers])
     return result if input_ids.ndim == 2 else result[0]
+
+
+def checked_rows(input_ids) -> list[list[int]]:
+    """Bring int[T], int[B, T] or a list of id lists into one form, the ids of each prompt; InputError for anything else."""
+    if isinstance(input_ids, torch.Tensor):
+        if input_ids.ndim not in (1, 2) or input_ids.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"input_ids have shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; give int64 or int32 "
+                             "[T] or [B, T]")
+        rows = (input_ids if input_ids.ndim == 2 else input_ids[None]).tolist()
+    else:
+        if not isinstance(input_ids, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in input_ids):
+            raise InputError(f"input_ids are a {type(input_ids).__name__}; give int[T], int[B, T] or a list of id lists")
+        if not all(type(i) is int and abs(i) < 2 ** 31 for row in input_ids for i in row):
+            raise InputError("input_ids hold something that is no token id; give lists of whole numbers")
+        rows = list(input_ids)
+    if not rows or not all(len(row) for row in rows):
+        raise InputError("input_ids are empty; there must be at least one prompt, and one token in each")
+    return rows
+
+
+def check_request(model, rows: list[list[int]], max_new_tokens: int, config: GenerationConfig):
+    """Refuse what `generate` cannot do: a config that needs text, ids beyond the vocabulary, more tokens than positions."""
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, 1 or more")
+    if not isinstance(config, GenerationConfig):
+        raise InputError(f"config is a {type(config).__name__}; it must be a GenerationConfig")
+    unused = [name for name in ("stop_words", "bad_words", "logprobs") if getattr(config, name)]
+    if unused:
+        raise InputError(f"generate() has no text and cannot use {', '.join(unused)}; use a pipeline")
+    check_ids(config, model)
+    room = model.config.llm_config.max_position_embeddings
+    longest = max(map(len, rows))
+    if longest + max_new_tokens > room:
+        raise InputError(f"{longest} prompt tokens + {max_new_tokens} new ones exceed the model's {room} positions; "
+                         "shorten the prompt or ask for fewer")
+
+
+def check_ids(config: GenerationConfig, model):
+    """Refuse token ids of a config that are not in the vocabulary."""
+    vocabulary = model.config.llm_config.vocab_size
+    beyond = [i for i in [*(config.stop_token_ids or ()), *(config.bad_token_ids or ())] if i >= vocabulary]
+    if beyond:
+        raise InputError(f"stop_token_ids and bad_token_ids hold {beyond[0]}, the vocabulary has ids 0..{vocabulary - 1}")

@@ -16,7 +16,7 @@ from minivl.limits import InputError
 
 @dataclass
 class GenerationConfig:
-    """LMDeploy's fields and defaults. Greedy unless do_sample=True; then sampling values have an effect."""
+    """How to choose tokens and when to stop: LMDeploy's fields and defaults. Sampling values need do_sample=True."""
     n: int = 1                                  # answers per prompt; only 1
     max_new_tokens: int = 512
     do_sample: bool = False
@@ -80,8 +80,9 @@ class GenerationConfig:
                               "do_sample=True to sample", stacklevel=3)
 
 
-def probabilities(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """float[V] -> float32[V] that sum to 1: temperature, then top-k, then top-p, then min-p, what is left rescaled."""
+def probabilities(logits: torch.Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+                  min_p: float = 0.0) -> torch.Tensor:
+    """Turn scores float[V] into probabilities float32[V]: temperature, top-k, top-p, then min-p, what is left rescaled to 1."""
     # The largest is 0 and float64 divides: no temperature above 0 can make it overflow.
     logits = ((logits.double() - logits.max()) / temperature).float()
     if 0 < top_k < len(logits):     # by index, not by value: exactly k tokens, also where half precision makes ties
@@ -97,27 +98,30 @@ def probabilities(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return p / p.sum()
 
 
-def penalise(logits, ids, penalty: float):
-    """Repetition penalty on float[V]: the scores of the tokens `ids` are divided by it if positive, else multiplied."""
+def penalise(logits: torch.Tensor, ids: list[int], penalty: float) -> torch.Tensor:
+    """Penalise repetition in float[V]: the scores of the tokens `ids` are divided by `penalty` if positive, else multiplied."""
     ids = torch.tensor(sorted(set(ids)), dtype=torch.long, device=logits.device)
     seen = logits[ids]
     return logits.index_copy(0, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
 
 
 class Sampler:
-    """How one prompt picks its next token: penalties, bans, then greedy or a seeded draw."""
+    """Choose the next token of one prompt: penalties, bans, then the best or a seeded draw. Remembers what it chose."""
 
     def __init__(self, config: GenerationConfig, prompt_ids, stop_ids=(), banned_ids=()):
-        self.config, self.stop_ids, self.banned_ids = config, sorted(stop_ids), sorted(banned_ids)
-        self.seen, self.count = list(prompt_ids), 0
+        self.config = config
+        self.stop_ids = sorted(stop_ids)
+        self.banned_ids = sorted(banned_ids)
+        self.seen = list(prompt_ids)            # the answer's tokens follow
+        self.count = 0                          # of the answer
         self.generator = torch.Generator()      # on the CPU for every device: the same seed draws the same tokens
         if config.random_seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(config.random_seed)
 
-    def __call__(self, logits) -> int:
-        """Logits float32[V] of one prompt -> token id."""
+    def __call__(self, logits: torch.Tensor) -> int:
+        """Choose a token id from the scores float32[V]."""
         c = self.config
         banned = self.banned_ids + (self.stop_ids if self.count < (c.min_new_tokens or 0) else [])
         if c.do_sample and c.repetition_penalty != 1:
