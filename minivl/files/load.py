@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from minivl import fast
@@ -20,9 +20,12 @@ from minivl.files.formats import DTYPES, StoredTensor, open_weights
 from minivl.limits import InputError
 from minivl.model import MiniVL
 
+KEPT = (".scales",)                                     # rounding a scale would change 128 weights at once
+KEPT_HALF = ("embed_tokens.weight", "lm_head.weight")   # by the fast layers, see minivl.fast
+
 
 def load(path_or_id, *, revision: str | None = None, device=None, dtype=None, precision: str | None = None) -> MiniVL:
-    """A released checkpoint as a model in eval mode.
+    """Load a released checkpoint as a model in eval mode.
 
     path_or_id: local folder, or hub id such as "OpenGVLab/InternVL2_5-4B-MPO-AWQ" (downloaded, with `revision`).
     device: default "cpu". dtype: torch dtype or its name; default float32 on the CPU, elsewhere float16 for AWQ and
@@ -38,7 +41,7 @@ def load(path_or_id, *, revision: str | None = None, device=None, dtype=None, pr
     dtype = _dtype(dtype, device, config)
     if precision not in (None, "exact", "fast"):
         raise InputError(f"precision {precision!r} is not one of exact, fast, None")
-    with _on_meta():
+    with torch.device("meta"), WithoutNormal():
         model = MiniVL(config)
     tensors = open_weights(folder)
     _check(model, tensors, folder)
@@ -46,37 +49,42 @@ def load(path_or_id, *, revision: str | None = None, device=None, dtype=None, pr
     if half and fast.has_compiler() and fast.relays(model):
         fast.warm(config.quantization_config.group_size // 8, config.llm_config.hidden_size,
                   tensors["language_model.lm_head.weight"].dtype, precision == "fast" and fast.products()[1])
-    state = {}
-    for name in tqdm(model.state_dict(), desc="loading", unit="tensor", delay=2, leave=False, disable=None):
-        tensor = tensors[name].read()
-        if tensor.is_floating_point():
-            _refuse_non_finite(name, tensor, "the file is damaged; download it again")
-            keep = name.endswith(".scales")     # rounding a scale would change 128 weights at once
-            keep |= half and name.endswith(("embed_tokens.weight", "lm_head.weight"))
-            moved = tensor.to(device, tensor.dtype if keep else dtype)
-            if torch.finfo(moved.dtype).max < torch.finfo(tensor.dtype).max:
-                _refuse_non_finite(name, moved, f"its values exceed {moved.dtype}; load with dtype='bfloat16' or 'float32'")
-        else:
-            moved = tensor.to(device)
-        state[name] = moved
-    model.load_state_dict(state, strict=True, assign=True)
-    del state, tensor, moved        # the model alone holds them now: what `prepare` replaces leaves the memory
+    kept = KEPT + (KEPT_HALF if half else ())
+    # Nothing else may hold the tensors: what `prepare` replaces must leave the memory.
+    model.load_state_dict(_read_tensors(model, tensors, device, dtype, kept), strict=True, assign=True)
     model.img_context_token_id, model.eos_token_ids = _token_ids(folder, config)
     return (fast.prepare(model, precision) if precision else model).eval()
 
 
-_RESET = torch.nn.Embedding.reset_parameters
+class WithoutNormal(TorchFunctionMode):
+    """Leave out nn.Embedding's random numbers: for them torch imports half its compiler on `meta`, 1 s, and nobody reads them.
+
+    Holds for this thread alone and only inside a `with`. Replacing nn.Embedding.reset_parameters meanwhile would be seen by
+    every thread of the process: an embedding made in another one would stay without numbers.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.nn.init.normal_:
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
-@contextmanager
-def _on_meta():
-    """Modules without memory. nn.Embedding's random numbers are left out: on `meta` torch imports half its compiler for them, 1 s."""
-    torch.nn.Embedding.reset_parameters = lambda self: None
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        torch.nn.Embedding.reset_parameters = _RESET
+def _read_tensors(model: MiniVL, tensors: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype,
+                  kept: tuple) -> dict[str, torch.Tensor]:
+    """Read the tensors of a model, one by one, to device and dtype; names that end with one of `kept` stay in their dtype."""
+    state = {}
+    for name in tqdm(model.state_dict(), desc="loading", unit="tensor", delay=2, leave=False, disable=None):
+        tensor = tensors[name].read()
+        if not tensor.is_floating_point():
+            state[name] = tensor.to(device)
+            continue
+        _refuse_non_finite(name, tensor, "the file is damaged; download it again")
+        moved = tensor.to(device, tensor.dtype if name.endswith(kept) else dtype)
+        if torch.finfo(moved.dtype).max < torch.finfo(tensor.dtype).max:
+            _refuse_non_finite(name, moved, f"its values exceed {moved.dtype}; load with dtype='bfloat16' or 'float32'")
+        state[name] = moved
+    return state
 
 
 def _device(device) -> torch.device:

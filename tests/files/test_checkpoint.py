@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -591,3 +592,24 @@ def test_address_space_is_not_needed(copy):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused(copy, "cut short")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_loading_changes_nothing_for_other_threads(copy, monkeypatch):
+    """The model is made without random numbers; what another thread makes meanwhile has them."""
+    made = []
+
+    def build(config):
+        with ThreadPoolExecutor(1) as other:
+            made.append(other.submit(torch.nn.Embedding, 300, 40).result())
+        return minivl.MiniVL(config)
+    monkeypatch.setattr(minivl.files.load, "MiniVL", build)
+    minivl.load(copy)
+    weight = made[0].weight.detach()
+    assert weight.device.type == "cpu" and abs(float(weight.std()) - 1) < 0.05 and abs(float(weight.mean())) < 0.05
+
+
+def test_loading_does_not_import_the_compiler(copy):
+    """A second of every start: torch needs it for random numbers on `meta`."""
+    code = "import sys, minivl; minivl.load(sys.argv[1]); print('torch._inductor' in sys.modules)"
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(copy)], capture_output=True, text=True, check=True).stdout
+    assert out == "False\n"
