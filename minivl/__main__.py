@@ -8,8 +8,20 @@ import sys
 import time
 from dataclasses import asdict
 
-from minivl import (EngineConfig, GenerationConfig, InputError, Limits, Picture, Pipeline, Session, __version__, load_image,
-                    load_video, pipeline, video_prompt)
+from minivl import (
+    EngineConfig,
+    GenerationConfig,
+    InputError,
+    Limits,
+    Picture,
+    Pipeline,
+    Session,
+    __version__,
+    load_image,
+    load_video,
+    pipeline,
+    video_prompt,
+)
 from minivl.demo import demo
 
 HELP = """\

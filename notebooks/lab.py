@@ -50,8 +50,8 @@ class Source:
         begin = next((i for i, line in enumerate(lines) if first and first in line), 0)
         end = next((i for i, line in enumerate(lines) if last and i >= begin and last in line), len(lines) - 1)
         self.text = inspect.cleandoc("\n" + "".join(lines[begin:end + 1]))
-        file = Path(inspect.getsourcefile(thing)).relative_to(Path(minivl.__file__).parent)
-        self.place = f"minivl/{file.as_posix()}, line {start + begin}"
+        path = Path(inspect.getsourcefile(thing)).relative_to(Path(minivl.__file__).parents[1])
+        self.place = f"{path.as_posix()}, line {start + begin}"
 
     def _repr_markdown_(self):
         return f"```python\n# {self.place}\n{self.text}\n```"

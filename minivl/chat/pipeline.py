@@ -241,9 +241,8 @@ def write(model: MiniVL, answers: list[Answer], session: Session | None = None) 
         tokens, logits = next(running)                                                      # B ids, (B, V)
     while True:
         for answer, token, scores in zip(answers, tokens, logits):
-            if answer.finish_reason is None:
-                if text := answer.push(token, scores):
-                    yield text
+            if answer.finish_reason is None and (text := answer.push(token, scores)):
+                yield text
         if all(answer.finish_reason for answer in answers):
             return
         tokens, logits = next(running)
