@@ -10,8 +10,8 @@ One letter per dimension, everywhere:
     L  visual tokens per tile (256)                 F  FFN width (11008)
     V  vocabulary (151674)                          I, O, g  AWQ in features, out features, group size (128)
 
-(numbers: InternVL2_5-4B). README.md gives the reading order of the source. The class `trace` hides its module: for the rest of
-it write `from minivl.trace import ...`.
+(numbers: InternVL2_5-4B). README.md gives the reading order of the source. The class `trace` hides its module: for the
+rest of it write `from minivl.trace import ...`.
 """
 import warnings
 

@@ -27,9 +27,9 @@ from minivl.demo import demo
 HELP = """\
 Ask about pictures.
 
-  python -m minivl chat PICTURE -p "describe this image"                one answer of nano, the small model in the package
-  python -m minivl chat -m FOLDER PICTURE                               a conversation with another model
-  echo "what is this?" | python -m minivl chat -m FOLDER PICTURE        the prompt from a pipe
+  python -m minivl chat PICTURE -p "describe this image"            one answer of nano, the small model in the package
+  python -m minivl chat -m FOLDER PICTURE                           a conversation with another model
+  echo "what is this?" | python -m minivl chat -m FOLDER PICTURE    the prompt from a pipe
 
 In a conversation: /add PICTURE brings a picture to your next message, /new starts over, /quit ends (as does Ctrl-D).
 Ctrl-C stops an answer and forgets that turn."""
@@ -70,8 +70,8 @@ def parser() -> argparse.ArgumentParser:
 
     look = chat.add_argument_group("pictures and video")
     look.add_argument("--max-tiles", type=int, metavar="N",
-                      help="most tiles of a picture, thumbnail not counted (default: the model's, 12); fewer are faster, "
-                           "more read smaller print")
+                      help="most tiles of a picture, thumbnail not counted (default: the model's, 12); fewer are "
+                           "faster, more read smaller print")
     look.add_argument("--video", metavar="FILE|FOLDER", help="video file, animated GIF/WebP/PNG, or folder of frames")
     look.add_argument("--segments", type=int, metavar="N", help="frames taken from the video (default 8)")
     look.add_argument("--bound", type=float, nargs=2, metavar=("START", "END"), help="part of the video, seconds")
@@ -120,8 +120,9 @@ def chat(args) -> int:
     pictures = [open_picture(source, args) for source in args.pictures]
     video = None if args.video is None else load_video(args.video, num_segments=args.segments or 8,
                                                        bound=args.bound and tuple(args.bound), fps=args.fps)
-    pipe = pipeline(args.model, EngineConfig(session_len=args.session_len, device=args.device, dtype=args.dtype,
-                                             precision=args.precision, revision=args.revision, plain_text=args.plain_text))
+    engine = EngineConfig(session_len=args.session_len, device=args.device, dtype=args.dtype, precision=args.precision,
+                          revision=args.revision, plain_text=args.plain_text)
+    pipe = pipeline(args.model, engine)
     if args.prompt is None and sys.stdin.isatty():
         return Conversation(pipe, args, gen_config, pictures, video).run()
     text = args.prompt if args.prompt is not None else sys.stdin.read().strip()
@@ -136,8 +137,8 @@ def check(args):
     """Refuse options that do not go together, or that would have no effect."""
     unused = [] if args.sample else [name for name in SAMPLING if getattr(args, name) is not None]
     if unused:
-        raise InputError(f"{', '.join(map(option, unused))} has an effect only with --sample; without it the most probable "
-                         "token is always taken")
+        raise InputError(f"{', '.join(map(option, unused))} has an effect only with --sample; without it the most "
+                         "probable token is always taken")
     if args.json and args.prompt is None and sys.stdin.isatty():
         raise InputError("--json prints one answer; give the question with -p")
     most = Limits().tiles_per_picture
@@ -146,8 +147,8 @@ def check(args):
     if args.video is None and (args.segments, args.bound, args.fps) != (None, None, None):
         raise InputError("--segments, --bound and --fps choose frames of a video; name it with --video")
     if args.video is not None and (args.pictures or args.max_tiles):
-        raise InputError("a video comes without pictures and --max-tiles, its frames have one tile each; in a conversation "
-                         "/add a picture to a later message")
+        raise InputError("a video comes without pictures and --max-tiles, its frames have one tile each; in a "
+                         "conversation /add a picture to a later message")
 
 
 def generation_config(args) -> GenerationConfig:
@@ -173,7 +174,7 @@ def open_picture(source: str, args) -> Picture:
 
 
 def message(text: str, pictures: list[Picture], args, video: list | None = None, first: bool = True) -> list[dict]:
-    """Put together what goes to the pipeline: the text typed, its pictures; in the first message also video and system text."""
+    """Put together what goes to the pipeline: the text typed and its pictures, first also the video and system text."""
     if first and video and pictures:
         raise InputError("the first message brings the video; /add pictures to a later one")
     if first and video:

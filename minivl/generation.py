@@ -12,11 +12,12 @@ import torch
 
 from minivl.cache import KVCache
 from minivl.limits import InputError
+from minivl.model import MiniVL
 from minivl.sampling import GenerationConfig, Sampler
 
 
 def prompt_lookup(ids: list[int], most: int) -> list[int]:
-    """Guess what comes next, for prompt-lookup decoding: a copy of what followed these last three tokens (or two) before.
+    """Guess the next tokens, for prompt-lookup decoding: copy what followed when the last three (or two) stood before.
 
     Returns up to `most` tokens, perhaps none. An answer that copies from its prompt, as in reading a document aloud, is
     mostly guessed right.
@@ -33,13 +34,13 @@ def prompt_lookup(ids: list[int], most: int) -> list[int]:
 
 
 @torch.inference_mode()
-def steps(model, inputs_embeds: torch.Tensor, samplers: list, *, cache: KVCache | None = None,
+def steps(model: MiniVL, inputs_embeds: torch.Tensor, samplers: list, *, cache: KVCache | None = None,
           padding: torch.Tensor | None = None, lookup: int = 0) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Read float[B, T, D], then write forever: yields (tokens: B ids, logits float32[B, V] they were chosen from).
 
-    `samplers`: one for each prompt, called with float32[V]. The caller stops. At each yield the cache holds everything but
-    the tokens just yielded. `lookup`: with one prompt, that many guessed tokens are read along with each chosen one, and
-    those are kept that would have been chosen anyway (see `prompt_lookup`).
+    `samplers`: one for each prompt, called with float32[V]. The caller stops. At each yield the cache holds everything
+    but the tokens just yielded. `lookup`: with one prompt, so many guessed tokens are read along with each chosen one,
+    and those are kept that would have been chosen anyway (see `prompt_lookup`).
     """
     language = model.language_model
     cache = cache or KVCache()
@@ -48,15 +49,16 @@ def steps(model, inputs_embeds: torch.Tensor, samplers: list, *, cache: KVCache 
     guessed = []
     while True:
         hidden = language.body(x, cache, padding)                           # (B, T, D), then (B, 1 + guessed, D)
-        scores = language.head(hidden[:, -1 - len(guessed):]).float()       # (B, 1 + guessed, V); earlier ones are not needed
+        # Of the prompt only the last token's scores are needed.
+        scores = language.head(hidden[:, -1 - len(guessed):]).float()       # (B, 1 + guessed, V)
         end = cache.length - len(guessed)
         for i in range(1 + len(guessed)):
             cache.length = end + i
             logits = scores[:, i]                                           # (B, V)
             if not bool(torch.isfinite(logits).all()):
-                raise InputError(f"the model computed NaN or infinite scores for new token {count + 1} in {model.dtype}; load "
-                                 "it with dtype='bfloat16' or 'float32', or check the weights with "
-                                 "`python -m weights_tools.inspect`")
+                raise InputError("the model computed NaN or infinite scores for new token "
+                                 f"{count + 1} in {model.dtype}; load it with dtype='bfloat16' or 'float32', or check "
+                                 "the weights with `python -m weights_tools.inspect`")
             tokens = [sample(row) for sample, row in zip(samplers, logits)]
             yield tokens, logits
             count += 1
@@ -79,7 +81,8 @@ def left_pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | Non
 
 
 @torch.inference_mode()
-def generate(model, input_ids, pixel_values: torch.Tensor | None = None, *, max_new_tokens: int, ignore_eos: bool = False,
+def generate(model: MiniVL, input_ids: torch.Tensor | list[list[int]], pixel_values: torch.Tensor | None = None, *,
+             max_new_tokens: int, ignore_eos: bool = False,
              config: GenerationConfig | None = None) -> torch.Tensor | list[list[int]]:
     """Continue token ids: int[T] -> int[n]; int[B, T] -> int[B, n]; a list of id lists -> a list of them.
 
@@ -111,15 +114,16 @@ def generate(model, input_ids, pixel_values: torch.Tensor | None = None, *, max_
 
 
 def checked_rows(input_ids) -> list[list[int]]:
-    """Bring int[T], int[B, T] or a list of id lists into one form, the ids of each prompt; InputError for anything else."""
+    """Bring int[T], int[B, T] or a list of id lists into one form: the ids of each prompt. Anything else is refused."""
     if isinstance(input_ids, torch.Tensor):
         if input_ids.ndim not in (1, 2) or input_ids.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"input_ids have shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; give int64 or int32 "
-                             "[T] or [B, T]")
+            raise InputError(f"input_ids have shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; give int64 "
+                             "or int32 [T] or [B, T]")
         rows = (input_ids if input_ids.ndim == 2 else input_ids[None]).tolist()
     else:
         if not isinstance(input_ids, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in input_ids):
-            raise InputError(f"input_ids are a {type(input_ids).__name__}; give int[T], int[B, T] or a list of id lists")
+            raise InputError(f"input_ids are a {type(input_ids).__name__}; give int[T], int[B, T] or a list of id "
+                             "lists")
         if not all(type(i) is int and abs(i) < 2 ** 31 for row in input_ids for i in row):
             raise InputError("input_ids hold something that is no token id; give lists of whole numbers")
         rows = list(input_ids)
@@ -128,8 +132,8 @@ def checked_rows(input_ids) -> list[list[int]]:
     return rows
 
 
-def check_request(model, rows: list[list[int]], max_new_tokens: int, config: GenerationConfig):
-    """Refuse what `generate` cannot do: a config that needs text, ids beyond the vocabulary, more tokens than positions."""
+def check_request(model: MiniVL, rows: list[list[int]], max_new_tokens: int, config: GenerationConfig):
+    """Refuse what `generate` cannot do: what needs text, ids beyond the vocabulary, more tokens than positions."""
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, 1 or more")
     if not isinstance(config, GenerationConfig):
@@ -145,9 +149,10 @@ def check_request(model, rows: list[list[int]], max_new_tokens: int, config: Gen
                          "shorten the prompt or ask for fewer")
 
 
-def check_ids(config: GenerationConfig, model):
+def check_ids(config: GenerationConfig, model: MiniVL):
     """Refuse token ids of a config that are not in the vocabulary."""
     vocabulary = model.config.llm_config.vocab_size
     beyond = [i for i in [*(config.stop_token_ids or ()), *(config.bad_token_ids or ())] if i >= vocabulary]
     if beyond:
-        raise InputError(f"stop_token_ids and bad_token_ids hold {beyond[0]}, the vocabulary has ids 0..{vocabulary - 1}")
+        raise InputError(f"stop_token_ids and bad_token_ids hold {beyond[0]}, the vocabulary has ids "
+                         f"0..{vocabulary - 1}")

@@ -8,12 +8,12 @@ from minivl.config import Config
 
 
 def most_tiles(config: Config) -> int:
-    """The most tiles a picture may have where nobody asks for another number; the thumbnail is not counted."""
+    """Look up the most tiles of a picture where nobody asks for another number; the thumbnail is not counted."""
     return config.max_dynamic_patch if config.dynamic_image_size else 1
 
 
 def tile_for(config: Config, image: Image.Image, max_num: int | None = None) -> list[Image.Image]:
-    """Cut an RGB picture into [tile, ...] for this checkpoint, the thumbnail last. `max_num`: other than its own most tiles."""
+    """Cut an RGB picture into [tile, ...], the thumbnail last. `max_num`: instead of the checkpoint's own limit."""
     max_num = most_tiles(config) if max_num is None else max_num
     min_num = min(config.min_dynamic_patch, max_num)
     return tiling.tile(image, min_num=min_num, max_num=max_num, tile_size=config.force_image_size,

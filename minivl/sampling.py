@@ -13,6 +13,8 @@ import torch
 
 from minivl.limits import InputError
 
+SAMPLING = ("top_p", "top_k", "min_p", "temperature", "repetition_penalty", "random_seed")   # fields for do_sample=True
+
 
 @dataclass
 class GenerationConfig:
@@ -33,7 +35,7 @@ class GenerationConfig:
     bad_token_ids: list[int] | None = None
     min_new_tokens: int | None = None           # no stop token before
     skip_special_tokens: bool = True            # in the text
-    lookup: int = 0                             # prompt-lookup decoding: tokens guessed ahead; the answer is the same, 0: none
+    lookup: int = 0                             # tokens guessed ahead (prompt-lookup decoding); the answer is the same
     logprobs: int | None = None                 # log-probabilities (of the unmodified scores) of that many best tokens
     response_format: dict | None = None         # not supported
 
@@ -48,7 +50,8 @@ class GenerationConfig:
             require(optional or isinstance(value, int) and not isinstance(value, bool), name, "a whole number")
         for name in ("top_p", "min_p", "temperature", "repetition_penalty"):
             value = getattr(self, name)
-            require(isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30, name, "a number")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            require(number and abs(value) < 1e30, name, "a number")
         for name in ("do_sample", "ignore_eos", "skip_special_tokens"):
             require(isinstance(getattr(self, name), bool), name, "True or False")
         require(self.n == 1, "n", "1; ask several times with other seeds instead")
@@ -71,18 +74,15 @@ class GenerationConfig:
             ids = getattr(self, name) or []
             require(isinstance(ids, (list, tuple)) and all(isinstance(i, int) and i >= 0 for i in ids), name,
                     "a list of token ids")
-        if not self.do_sample:
-            ignored = [f.name for f in fields(self)
-                       if f.name in ("top_p", "top_k", "min_p", "temperature", "repetition_penalty", "random_seed")
-                       and getattr(self, f.name) != f.default]
-            if ignored:     # LMDeploy ignores them without a word
-                warnings.warn(f"do_sample is False, so decoding is greedy and {', '.join(ignored)} have no effect; set "
-                              "do_sample=True to sample", stacklevel=3)
+        ignored = [f.name for f in fields(self) if f.name in SAMPLING and getattr(self, f.name) != f.default]
+        if ignored and not self.do_sample:      # LMDeploy ignores them without a word
+            warnings.warn(f"do_sample is False, so decoding is greedy and {', '.join(ignored)} have no effect; set "
+                          "do_sample=True to sample", stacklevel=3)
 
 
 def probabilities(logits: torch.Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
                   min_p: float = 0.0) -> torch.Tensor:
-    """Turn scores float[V] into probabilities float32[V]: temperature, top-k, top-p, then min-p, what is left rescaled to 1."""
+    """Turn scores float[V] into probabilities float32[V]: temperature, top-k, top-p, then min-p; the rest sums to 1."""
     # The largest is 0 and float64 divides: no temperature above 0 can make it overflow.
     logits = ((logits.double() - logits.max()) / temperature).float()
     if 0 < top_k < len(logits):     # by index, not by value: exactly k tokens, also where half precision makes ties
@@ -91,7 +91,7 @@ def probabilities(logits: torch.Tensor, *, temperature: float = 1.0, top_k: int 
     p = logits.softmax(-1)                                                  # (V)
     if top_p < 1:
         ordered, index = p.sort(descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered       # what the more probable ones have already; 0 for the first: it stays
+        before = ordered.cumsum(-1) - ordered       # what the more probable ones have; 0 for the first: it stays
         p = p.index_fill(0, index[before > top_p], 0.0)
     if min_p > 0:
         p = p.where(p >= min_p * p.max(), 0.0)
@@ -99,7 +99,7 @@ def probabilities(logits: torch.Tensor, *, temperature: float = 1.0, top_k: int 
 
 
 def penalise(logits: torch.Tensor, ids: list[int], penalty: float) -> torch.Tensor:
-    """Penalise repetition in float[V]: the scores of the tokens `ids` are divided by `penalty` if positive, else multiplied."""
+    """Penalise repetition in float[V]: divide the scores of the tokens `ids` by `penalty`, or multiply if negative."""
     ids = torch.tensor(sorted(set(ids)), dtype=torch.long, device=logits.device)
     seen = logits[ids]
     return logits.index_copy(0, ids, torch.where(seen > 0, seen / penalty, seen * penalty))

@@ -27,7 +27,8 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(awq):
     assert minivl.generate(model, PROMPTS, pixels, max_new_tokens=8, ignore_eos=True) == alone
     assert len({tuple(a) for a in alone}) == 4
     with torch.no_grad():       # and the same scores at every step, not only the same winners
-        rows = [model.embed(torch.tensor([p]), None if x is None else model.visual_tokens(x)) for p, x in zip(PROMPTS, own)]
+        visual = [None if x is None else model.visual_tokens(x) for x in own]
+        rows = [model.embed(torch.tensor([p]), v) for p, v in zip(PROMPTS, visual)]
         x, padding = left_pad(rows)
         assert padding.tolist() == [4, 0, 8, 3]
         fixed = [[int(t) for t in a] for a in alone]
@@ -57,8 +58,10 @@ def test_chunked_prefill_with_padding_equals_prefill():
 
 
 def test_prompt_lookup():
-    assert prompt_lookup([1, 2, 3, 9, 8, 1, 2, 3], 5) == [9, 8, 1, 2, 3] and prompt_lookup([1, 2, 3, 9, 8, 1, 2, 3], 1) == [9]
-    assert prompt_lookup([5, 1, 2, 7, 6, 1, 2, 8, 4, 1, 2], 2) == [8, 4]         # the latest; two tokens where three never stood
+    assert prompt_lookup([1, 2, 3, 9, 8, 1, 2, 3], 5) == [9, 8, 1, 2, 3]
+    assert prompt_lookup([1, 2, 3, 9, 8, 1, 2, 3], 1) == [9]
+    # the latest; two tokens where three never stood
+    assert prompt_lookup([5, 1, 2, 7, 6, 1, 2, 8, 4, 1, 2], 2) == [8, 4]
     assert prompt_lookup([1, 2, 3, 4], 5) == prompt_lookup([1], 5) == prompt_lookup([], 5) == []
     assert prompt_lookup([4, 4, 4], 3) == [4, 4, 4] and prompt_lookup([7, 8, 9, 7, 8, 9], 4) == [7, 8, 9, 7]
 
@@ -166,5 +169,6 @@ def test_no_field_of_a_config_is_silently_dropped():
 def test_nan_scores_are_an_error():
     model = build()
     model.language_model.model.norm.weight.data[3] = float("nan")
-    with pytest.raises(InputError, match="NaN or infinite scores for new token 1 in torch.float32; load it with dtype="):
+    message = "NaN or infinite scores for new token 1 in torch.float32; load it with dtype="
+    with pytest.raises(InputError, match=message):
         minivl.generate(model, torch.tensor([1, 2]), max_new_tokens=3)

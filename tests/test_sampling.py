@@ -22,7 +22,7 @@ def test_a_tiny_temperature_is_greedy():
 
 
 def slow_probabilities(logits, temperature, top_k, top_p, min_p):
-    """By the words: scale; keep the k best; keep the best until they hold p; keep at least min_p of the best; rescale."""
+    """By the words: scale; keep the k best; keep the best until they hold p; keep min_p of the best; rescale."""
     ranked = sorted(((value / temperature, i) for i, value in enumerate(logits.tolist())), reverse=True)
     ranked = ranked[:top_k] if top_k else ranked
     total = sum(math.exp(v) for v, _ in ranked)
@@ -98,12 +98,17 @@ def test_sampling_values_without_do_sample_warn():
 
 @pytest.mark.parametrize("values, message", [
     ({"n": 2}, "n is 2; it must be 1"), ({"top_p": 0.0}, r"in \(0, 1\]"), ({"top_p": 1.1}, r"in \(0, 1\]"),
-    ({"top_k": -1}, "0 .all tokens. or more"), ({"temperature": 2.5}, r"in \[0, 2\]"), ({"min_p": -0.1}, r"in \[0, 1\]"),
+    ({"top_k": -1}, "0 .all tokens. or more"), ({"temperature": 2.5}, r"in \[0, 2\]"),
+    ({"min_p": -0.1}, r"in \[0, 1\]"),
     ({"max_new_tokens": 0}, "1 or more"), ({"random_seed": 2 ** 70}, r"in 0..2\^63-1"), ({"random_seed": -1}, "in 0"),
-    ({"max_new_tokens": 1.5}, "a whole number"), ({"repetition_penalty": 0}, "positive"), ({"temperature": "hot"}, "a number"),
-    ({"top_p": float("nan")}, "a number"), ({"do_sample": "False"}, "True or False"), ({"stop_token_ids": ["x"]}, "token ids"),
-    ({"bad_token_ids": [-1]}, "token ids"), ({"bad_token_ids": 5}, "token ids"), ({"ignore_eos": 1}, "True or False"), ({"stop_words": "x"}, "non-empty strings"),
-    ({"stop_words": [""]}, "non-empty strings"), ({"stop_words": ["x" * 10 ** 6]}, "at most 200 characters"), ({"response_format": {}}, "not supported"),
+    ({"max_new_tokens": 1.5}, "a whole number"), ({"repetition_penalty": 0}, "positive"),
+    ({"temperature": "hot"}, "a number"),
+    ({"top_p": float("nan")}, "a number"), ({"do_sample": "False"}, "True or False"),
+    ({"stop_token_ids": ["x"]}, "token ids"),
+    ({"bad_token_ids": [-1]}, "token ids"), ({"bad_token_ids": 5}, "token ids"), ({"ignore_eos": 1}, "True or False"),
+    ({"stop_words": "x"}, "non-empty strings"),
+    ({"stop_words": [""]}, "non-empty strings"), ({"stop_words": ["x" * 10 ** 6]}, "at most 200 characters"),
+    ({"response_format": {}}, "not supported"),
     ({"logprobs": 0}, "1 or more")])
 def test_bad_generation_configs(values, message):
     with pytest.raises(InputError, match=message):

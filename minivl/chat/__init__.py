@@ -1,1 +1,1 @@
-"""What a person types: requests are read (requests), answers grow (answers), a pipeline runs both on the model (pipeline)."""
+"""Answer what a person types: read the request (requests), run the model (pipeline), write the answer (answers)."""

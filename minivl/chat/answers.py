@@ -44,7 +44,7 @@ class Answer:
         self.written = None                 # how many of token_ids the model wrote, where that is not all of them
 
     def sampler(self, earlier: list[int], placeholder: int | None) -> Sampler:
-        """Make what chooses its tokens. `earlier`: the session's tokens; `placeholder`: the id that stands for pictures.
+        """Make what chooses its tokens. `earlier`: the session's tokens; `placeholder`: the id in a picture's place.
 
         Placeholders do not count as repeated: LMDeploy's dummy id there made it penalise `!`.
         """

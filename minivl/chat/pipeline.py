@@ -52,10 +52,11 @@ class EngineConfig:
             value = getattr(self, name)
             if not (value is None and name == "session_len") and not (is_whole(value) and value >= 1):
                 raise InputError(f"EngineConfig.{name} is {value!r}; it must be a whole number, 1 or more")
-        for name, kind in (("limits", Limits), ("plain_text", bool), ("allow_paths", bool), ("allow_hosts", (tuple, list))):
+        for name, kind in (("limits", Limits), ("plain_text", bool), ("allow_paths", bool)):
             if not isinstance(getattr(self, name), kind):
-                raise InputError(f"EngineConfig.{name} is {getattr(self, name)!r}; it must be a "
-                                 f"{kind.__name__ if isinstance(kind, type) else 'tuple of host names'}")
+                raise InputError(f"EngineConfig.{name} is {getattr(self, name)!r}; it must be a {kind.__name__}")
+        if not isinstance(self.allow_hosts, (tuple, list)):
+            raise InputError(f"EngineConfig.allow_hosts is {self.allow_hosts!r}; it must be a tuple of host names")
 
 
 @dataclass
@@ -96,7 +97,8 @@ def pipeline(model_path="nano", backend_config: EngineConfig | None = None) -> P
     folder = find(model_path, revision=config.revision)
     Config.load(folder)     # before the tokenizer: the better message for a folder that is no checkpoint
     tokenizer = Tokenizer.load(folder)
-    return Pipeline(load(folder, device=config.device, dtype=config.dtype, precision=config.precision), tokenizer, config)
+    model = load(folder, device=config.device, dtype=config.dtype, precision=config.precision)
+    return Pipeline(model, tokenizer, config)
 
 
 class Pipeline:
@@ -127,8 +129,8 @@ class Pipeline:
             raise InputError("the list of prompts is empty; give at least one prompt")
         configs = gen_config if isinstance(gen_config, (list, tuple)) else [gen_config] * len(prompts)
         if len(configs) != len(prompts):
-            raise InputError(f"{len(configs)} generation configs are given for {len(prompts)} prompts; give one, or one "
-                             "for each")
+            raise InputError(f"{len(configs)} generation configs are given for {len(prompts)} prompts; give one, or "
+                             "one for each")
         # All prompts are read and checked before any is run: a bad one costs nothing that was done for the others.
         turns = [self.turn(prompt, config) for prompt, config in zip(prompts, configs)]
         answers = [self._answer(turn, next(self._session_ids), index) for index, turn in enumerate(turns)]
@@ -159,13 +161,14 @@ class Pipeline:
         return Session(next(self._session_ids))
 
     def turn(self, prompt, gen_config: GenerationConfig | None = None, session: Session | None = None) -> Turn:
-        """Read a request: pictures opened and tiled, the prompt tokenized, its length checked. Nothing is computed yet."""
+        """Read a request: open and tile its pictures, encode its text, check its length. The model computes nothing."""
         gen_config = GenerationConfig() if gen_config is None else gen_config
         self._check(gen_config, session)
         start = len(session.ids) if session is not None else 0
         engine = self.config
-        ids, tiles = read_request(prompt, self.model.config, self.tokenizer, limits=engine.limits, plain_text=engine.plain_text,
-                                  allow_paths=engine.allow_paths, allow_hosts=engine.allow_hosts,
+        ids, tiles = read_request(prompt, self.model.config, self.tokenizer, limits=engine.limits,
+                                  plain_text=engine.plain_text, allow_paths=engine.allow_paths,
+                                  allow_hosts=engine.allow_hosts,
                                   after=session.response.token_ids if start else None)
         end = start + len(ids)
         if end >= self.room:
@@ -177,8 +180,8 @@ class Pipeline:
     def _check(self, gen_config, session):
         for value, kind, name in ((gen_config, GenerationConfig, "gen_config"), (session, Session, "session")):
             if value is not None and not isinstance(value, kind):
-                raise InputError(f"{name} is a {type(value).__name__}; it must be a {kind.__name__}. Name the argument: "
-                                 f"{name}=...")
+                raise InputError(f"{name} is a {type(value).__name__}; it must be a {kind.__name__}. Name the "
+                                 f"argument: {name}=...")
         check_ids(gen_config, self.model)
         most = self.config.limits.new_tokens
         if gen_config.max_new_tokens > most:
@@ -221,7 +224,7 @@ def _check_tokenizer(model: MiniVL, tokenizer: Tokenizer):
                          f"has {placeholder}; they are of different models")
 
 
-# ---- on the model -----------------------------------------------------------------------------------------------------
+# ---- on the model ---------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
 def write(model: MiniVL, answers: list[Answer], session: Session | None = None) -> Iterator[str]:
@@ -249,7 +252,10 @@ def write(model: MiniVL, answers: list[Answer], session: Session | None = None) 
 
 
 def embed(model: MiniVL, turn: Turn) -> torch.Tensor:
-    """Embed one prompt with its pictures: float[1, T, D]. By itself, so that no other prompt of a batch shifts its visual tokens."""
+    """Embed one prompt with its pictures: float[1, T, D].
+
+    By itself, so that no other prompt of a batch can shift its visual tokens.
+    """
     parts = [turn.tiles[i:i + TILES_AT_ONCE] for i in range(0, len(turn.tiles), TILES_AT_ONCE)]
     visual = [model.visual_tokens(tiling.to_pixel_values(tiles)) for tiles in parts]        # each (n, L, D)
     return model.embed(torch.tensor([turn.ids]), torch.cat(visual) if visual else None)
@@ -257,13 +263,14 @@ def embed(model: MiniVL, turn: Turn) -> torch.Tensor:
 
 @contextmanager
 def progress(model: MiniVL, turns: list[Turn]):
-    """Show a bar over the layers that look at the tiles and read the prompt; on a terminal, if it takes over 2 seconds."""
+    """Show how many layers have looked at the tiles and read the prompt; on a terminal, after 2 seconds."""
     vision = [*model.vision_model.encoder.layers]
     language = [*model.language_model.layers]
     tiles = sum(len(turn.tiles) for turn in turns)
     tokens = sum(len(turn.ids) for turn in turns)
     total = len(vision) * sum(-(-len(turn.tiles) // TILES_AT_ONCE) for turn in turns) + len(language)
-    with tqdm(total=total, desc=f"{tiles} tiles, {tokens} tokens", unit="layer", delay=2, leave=False, disable=None) as bar:
+    what = f"{tiles} tiles, {tokens} tokens"
+    with tqdm(total=total, desc=what, unit="layer", delay=2, leave=False, disable=None) as bar:
         handles = [layer.register_forward_hook(lambda *_: bar.update() and None) for layer in vision + language]
         try:
             yield

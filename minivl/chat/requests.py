@@ -14,6 +14,8 @@ import sys
 import warnings
 from dataclasses import dataclass
 
+from PIL import Image
+
 from minivl import prompt as template
 from minivl.config import Config
 from minivl.limits import InputError, Limits
@@ -24,7 +26,7 @@ from minivl.tokenizer import Tokenizer
 
 IMAGE_TOKEN = "<IMAGE_TOKEN>"       # in a prompt's text: a picture goes here (LMDeploy's word for prompt.IMAGE)
 MARKS = f"{IMAGE_TOKEN} or {template.IMAGE}"
-# Where a text is cut: neighbouring IMAGE_TOKENs share one <img></img> pair, as LMDeploy has it; the template's own marks do not.
+# Where a text is cut: neighbouring IMAGE_TOKENs share one <img></img> pair, as in LMDeploy; the template's own do not.
 MARK = re.compile(f"((?:{re.escape(IMAGE_TOKEN)})+|{re.escape(template.IMAGE)})")
 DETAIL = {"low": 6, "medium": 12, "high": 24}   # OpenAI's `detail` -> most tiles; else the model's own default
 PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -40,15 +42,15 @@ class Picture:
 @dataclass
 class Turn:
     """What one prompt has become before anything is computed."""
-    ids: list[int]
-    tiles: list             # of all pictures, in order
+    ids: list[int]              # of what is new
+    tiles: list[Image.Image]    # of all pictures, in order
     config: GenerationConfig
-    max_new_tokens: int     # that are asked for and have room
-    start: int              # tokens of the session that it follows
+    max_new_tokens: int         # that are asked for and have room
+    start: int                  # tokens of the session that it follows
 
 
 def video_prompt(question: str, frames: list) -> list[dict]:
-    """Make messages for a pipeline from video frames, one tile each: Frame1: <image>, Frame2: <image>, ..., the question."""
+    """Make messages from the frames of a video, one tile each: Frame1: <image>, Frame2: <image>, ..., the question."""
     content = []
     for i, frame in enumerate(frames, start=1):
         content += [_text(f"Frame{i}: "), _data(Picture(frame, max_num=1))]
@@ -56,11 +58,12 @@ def video_prompt(question: str, frames: list) -> list[dict]:
 
 
 def read_request(prompt, config: Config, tokenizer: Tokenizer, *, limits: Limits = Limits(), plain_text: bool = False,
-                 allow_paths: bool = True, allow_hosts: tuple = (), after: list | None = None) -> tuple[list[int], list]:
+                 allow_paths: bool = True, allow_hosts: tuple = (),
+                 after: list[int] | None = None) -> tuple[list[int], list[Image.Image]]:
     """Read a prompt in any of its forms: (token ids, the tiles of all its pictures).
 
-    `plain_text`, `allow_paths`, `allow_hosts`: see EngineConfig. `after`: the token ids of the answer that this prompt follows
-    in a session; then only what is new is in the ids.
+    `plain_text`, `allow_paths`, `allow_hosts`: see EngineConfig. `after`: the token ids of the answer that this prompt
+    follows in a session; then only what is new is in the ids.
     """
     messages, blocks = [], []
     for message in read_messages(prompt):
@@ -80,7 +83,7 @@ def read_request(prompt, config: Config, tokenizer: Tokenizer, *, limits: Limits
     return ids, [tile for block in tiles for picture in block for tile in picture]
 
 
-# ---- from a prompt to messages ----------------------------------------------------------------------------------------
+# ---- from a prompt to messages --------------------------------------------------------------------------------------
 
 def read_messages(prompt) -> list[dict]:
     """Bring a prompt into one form: [{"role", "content": [items]}, ...]; items: text, image_url or image_data."""
@@ -135,7 +138,7 @@ def _check_messages(messages: list[dict], blocks: list[list[Picture]], limits: L
         raise InputError(f"the prompt has {characters} characters, the limit is {limits.prompt_chars}; shorten it")
 
 
-# ---- the pictures of a message ----------------------------------------------------------------------------------------
+# ---- the pictures of a message --------------------------------------------------------------------------------------
 
 def place_pictures(items: list[dict], plain_text: bool = False) -> tuple[list[dict], list[list[Picture]]]:
     """Find the place of each picture of a message: (items for the template, [the pictures of each <img></img> pair]).
@@ -151,8 +154,8 @@ def place_pictures(items: list[dict], plain_text: bool = False) -> tuple[list[di
             pictures.append(read_picture(item))
     if len(texts) > 1 and pictures:
         if not plain_text and any(MARK.search(text) for text in texts):
-            raise InputError(f"a message has several texts and a mark {MARKS} in one of them; use one text with marks, or "
-                             "several without")
+            raise InputError(f"a message has several texts and a mark {MARKS} in one of them; use one text with marks, "
+                             "or several without")
         return _in_their_order(items), [[picture] for picture in pictures]
     text = "".join(texts)
     if not plain_text and MARK.search(text):
@@ -184,11 +187,11 @@ def _at_the_marks(text: str, pictures: list[Picture]) -> tuple[list[dict], list[
         blocks.append(pictures[marks:marks + count])
         marks += count
     if not pictures:
-        raise InputError(f"the text has {marks} picture mark{'s' * (marks > 1)} ({MARKS}) but 0 pictures are given; give the "
-                         "pictures, or EngineConfig(plain_text=True) if it is only text")
+        raise InputError(f"the text has {marks} picture mark{'s' * (marks > 1)} ({MARKS}) but 0 pictures are given; "
+                         "give the pictures, or EngineConfig(plain_text=True) if it is only text")
     if marks != len(pictures):
-        raise InputError(f"the text has {marks} picture marks ({MARKS}) but {len(pictures)} pictures are given; write one mark "
-                         "for each picture, or none at all")
+        raise InputError(f"the text has {marks} picture marks ({MARKS}) but {len(pictures)} pictures are given; write "
+                         "one mark for each picture, or none at all")
     return content, blocks
 
 
@@ -209,7 +212,7 @@ def read_picture(item: dict) -> Picture:
 
 
 def open_tiles(picture: Picture, config: Config, limits: Limits = Limits(), allow_paths: bool = True,
-               allow_hosts: tuple = ()) -> list:
+               allow_hosts: tuple = ()) -> list[Image.Image]:
     """Open a picture and cut it into [tile, ...], the thumbnail last."""
     max_num = most_tiles(config) if picture.max_num is None else picture.max_num
     if not is_whole(max_num) or not 1 <= max_num <= limits.tiles_per_picture:

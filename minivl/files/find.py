@@ -1,4 +1,4 @@
-"""Find the files of a checkpoint: a local folder, the model inside the package, or a hub id, whose files are downloaded.
+"""Find the files of a checkpoint: in a local folder, inside the package, or by a hub id, which downloads them.
 
 *.pth (calibration statistics) and *.py files are neither downloaded nor opened.
 """
@@ -7,26 +7,28 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from minivl.limits import InputError, offline
 
-SMALL_FILES = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json"]
+SMALL_FILES = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+               "tokenizer.json"]
 WEIGHT_FILES = ["model.safetensors.index.json", "model.safetensors",
                 "pytorch_model.bin.index.json", "pytorch_model.bin"]      # in this order; the first that exists is read
 PACKAGE = Path(__file__).parents[1]
 SHIPPED = {"nano": PACKAGE / "nano" / "float16", "nano-awq": PACKAGE / "nano" / "awq"}
 
 
-def find(path_or_id, *, revision: str | None = None) -> Path:
-    """A local folder as it is; a hub id as the folder of its downloaded files (JSON, tokenizer, weights; no code).
+def find(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Path:
+    """Find the folder of a checkpoint; for a hub id download its files first (JSON, tokenizer, weights; no code).
 
     "nano" and "nano-awq" are the small trained model inside the package, unless there is a folder of this name.
     """
     if not isinstance(path_or_id, (str, os.PathLike)):
-        raise InputError(f"a checkpoint cannot be a {type(path_or_id).__name__}; give a folder, nano, nano-awq or a hub id "
-                         "like OpenGVLab/InternVL2_5-4B-MPO-AWQ")
+        raise InputError(f"a checkpoint cannot be a {type(path_or_id).__name__}; give a folder, nano, nano-awq or a "
+                         "hub id like OpenGVLab/InternVL2_5-4B-MPO-AWQ")
     text = os.path.expanduser(os.fspath(path_or_id))
     if text in SHIPPED and not os.path.isdir(text):
         if not SHIPPED[text].is_dir():
@@ -46,8 +48,8 @@ def find(path_or_id, *, revision: str | None = None) -> Path:
     return _download(text, revision)
 
 
-def choose_files(names) -> list[str]:
-    """Of all file names of a repository, those that `load` reads; shards by their pattern, the index is not read yet."""
+def choose_files(names: Iterable[str]) -> list[str]:
+    """Choose from all file names of a repository those that `load` reads; shards by pattern, without the index."""
     names = set(names)
     first = next((w for w in WEIGHT_FILES if w in names), None)
     if first is None:
@@ -73,13 +75,13 @@ def _download(hub_id: str, revision: str | None) -> Path:
             return cached
     cached = _cached(hub_id, revision)
     if cached is None:
-        raise InputError(f"{_at(hub_id, revision)} is not in the local cache (nor a local folder) and offline mode is set; "
-                         "unset HF_HUB_OFFLINE once to download it, or give a local folder")
+        raise InputError(f"{_at(hub_id, revision)} is not in the local cache (nor a local folder) and offline mode is "
+                         "set; unset HF_HUB_OFFLINE once to download it, or give a local folder")
     return cached
 
 
 def _cached(hub_id: str, revision: str | None) -> Path | None:
-    """The downloaded files, without asking the hub."""
+    """Find the files downloaded earlier, without asking the hub."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
     try:
@@ -92,8 +94,8 @@ def _cached(hub_id: str, revision: str | None) -> Path | None:
 
 
 @contextmanager
-def hub_errors(hub_id: str, revision: str | None):
-    """What the hub client raises inside, as an InputError that says what to do."""
+def hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
+    """Turn what the hub client raises inside into an InputError that says what to do."""
     from huggingface_hub import errors
     at = _at(hub_id, revision)
     try:
@@ -112,8 +114,8 @@ def hub_errors(hub_id: str, revision: str | None):
                          "again, finished files are kept") from None
     except Exception as error:      # the hub client passes on whatever its HTTP library raises
         reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-        raise InputError(f"could not read {at} from the hub ({reason}), and there is no local folder of that name; check "
-                         "the network and run again, finished files are kept") from None
+        raise InputError(f"could not read {at} from the hub ({reason}), and there is no local folder of that name; "
+                         "check the network and run again, finished files are kept") from None
 
 
 def _at(hub_id: str, revision: str | None) -> str:

@@ -14,6 +14,7 @@ import pickletools
 import re
 import zipfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from minivl.limits import InputError
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 MAX_HEADER = 16_000_000     # bytes; the released ones stay below 1 MB, and Python's JSON needs 25 times as much memory
+RECORD = re.compile(r"/data/(\d+)$")        # of a tensor, in a zip that torch wrote
 PICKLED = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
 
 
@@ -38,16 +40,16 @@ class StoredTensor:
     file: Path
     shape: tuple
     dtype: torch.dtype
-    read: object        # () -> Tensor
+    read: Callable[[], torch.Tensor]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its numbers in the file."""
+        """Count the bytes of its numbers in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def open_weights(folder) -> dict[str, StoredTensor]:
-    """name -> StoredTensor for all weights of a folder; every file is checked to be whole first."""
+def open_weights(folder: str | os.PathLike) -> dict[str, StoredTensor]:
+    """Open all weights of a folder: name -> StoredTensor. Every file is checked to be whole first."""
     folder = Path(folder)
     first = next((w for w in WEIGHT_FILES if (folder / w).is_file()), None)
     if first is None:
@@ -59,7 +61,8 @@ def open_weights(folder) -> dict[str, StoredTensor]:
     weight_map = read_json(folder / first).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f"{first} in {folder} has no weight_map of tensor names to file names; download it again")
-    tensors, files = {}, sorted(set(weight_map.values()))
+    tensors = {}
+    files = sorted(set(weight_map.values()))
     for file in files:
         if Path(file).name != file or file.startswith("."):
             raise InputError(f"{first} points outside its folder: {file!r}; do not use this checkpoint")
@@ -77,8 +80,9 @@ def open_weights(folder) -> dict[str, StoredTensor]:
     return tensors
 
 
-def safetensors_header(path, size: int | None = None, data: bytes | None = None) -> tuple[dict, dict, int]:
-    """Header of a safetensors file, fully checked: ({name: (dtype, shape, begin, end)}, metadata, first data byte).
+def safetensors_header(path: str | os.PathLike, size: int | None = None,
+                       data: bytes | None = None) -> tuple[dict, dict, int]:
+    """Read and check the header of a safetensors file: ({name: (dtype, shape, begin, end)}, metadata, first data byte).
 
     Layout: 8 bytes little-endian header length, a JSON header, then the tensors' bytes without gaps. `size` and `data`:
     for a remote file, its total size and its first bytes.
@@ -105,27 +109,35 @@ def safetensors_header(path, size: int | None = None, data: bytes | None = None)
         raise InputError(f"{bad}its header is corrupt; download it again") from None
     if not whole or not isinstance(metadata, dict):
         raise InputError(f"{bad}its header is corrupt; download it again")
-    end, last = 0, "the header"
-    for name, (dtype, shape, begin, stop) in sorted(entries.items(), key=lambda e: e[1][2:]):
+    _check_layout(path.name, entries, 8 + length, size)
+    return entries, metadata, 8 + length
+
+
+def _check_layout(file: str, entries: dict, start: int, size: int):
+    """Refuse a header whose tensors do not fill the file from byte `start` to its end, each right after the last."""
+    bad = f"{file} is not a whole safetensors file: "
+    end = 0
+    last = "the header"
+    for name, (dtype, shape, begin, stop) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
         if dtype not in DTYPES:
-            raise InputError(f"{path.name}: {name} has dtype {dtype}; known are {', '.join(DTYPES)}")
+            raise InputError(f"{file}: {name} has dtype {dtype}; known are {', '.join(DTYPES)}")
         bytes_needed = math.prod(shape) * DTYPES[dtype].itemsize
         if begin != end or stop - begin != bytes_needed:
             raise InputError(f"{bad}{name} ({dtype} {list(shape)}, {bytes_needed} bytes) is said to lie at "
                              f"{begin}..{stop}, but {last} ends at {end}; the header was altered or damaged, "
                              "download it again")
-        if 8 + length + stop > size:
+        if start + stop > size:
             raise InputError(f"{bad}it ends at byte {size}, inside {name}, which needs bytes up to "
-                             f"{8 + length + stop}; the file was cut short, download it again")
-        end, last = stop, name
-    if 8 + length + end != size:
-        raise InputError(f"{bad}{size - 8 - length - end} bytes follow its last tensor {last}; the file was padded or "
+                             f"{start + stop}; the file was cut short, download it again")
+        end = stop
+        last = name
+    if start + end != size:
+        raise InputError(f"{bad}{size - start - end} bytes follow its last tensor {last}; the file was padded or "
                          "is another one, download it again")
-    return entries, metadata, 8 + length
 
 
 def _without_repetition(pairs: list) -> dict:
-    """A JSON object that names something twice could mean another tensor to the next reader."""
+    """Refuse a JSON object that names something twice: it could mean another tensor to the next reader."""
     if len({name for name, _ in pairs}) != len(pairs):
         raise ValueError
     return dict(pairs)
@@ -139,12 +151,12 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     except (SafetensorError, OSError):
         raise InputError(f"{path.name} is refused by the safetensors library; download it again") from None
 
-    return {name: StoredTensor(path, shape, DTYPES[dtype], partial(_map, path, start + begin, shape, DTYPES[dtype]))
+    return {name: _stored(path, start + begin, shape, DTYPES[dtype])
             for name, (dtype, shape, begin, _) in entries.items()}
 
 
 def _verify_sha256(path: Path, entries: dict, metadata: dict, start: int):
-    """Files written by weights_tools carry a digest of each tensor; released files do not (the hub has the file's)."""
+    """Check each tensor's digest. Files of weights_tools carry them; released ones do not (the hub has the file's)."""
     if "sha256" not in metadata:
         return
     try:
@@ -164,7 +176,7 @@ def _verify_sha256(path: Path, entries: dict, metadata: dict, start: int):
 
 
 def _open_pickle(path: Path) -> dict[str, StoredTensor]:
-    """pytorch_model.bin: a zip of one pickle and a record per tensor. Only tensors are unpickled, nothing is called."""
+    """Open pytorch_model.bin: a zip of one pickle and a record per tensor. Only tensors are unpickled, no code runs."""
     damaged = f"{path.name} is not a whole PyTorch file (a zip of tensors); download it again"
     records = _check_zip(path, damaged)
     try:
@@ -180,17 +192,21 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
     # torch takes a storage's size from the pickle and maps that many bytes, beyond the end of its record if need be.
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.values()}
     if sum(storages.values()) != records:
-        raise InputError(f"{path.name}: its tensors claim {sum(storages.values())} bytes, its records hold {records}; the "
-                         "file was altered or damaged, download it again")
+        raise InputError(f"{path.name}: its tensors claim {sum(storages.values())} bytes, its records hold {records}; "
+                         "the file was altered or damaged, download it again")
     _verify_crc(path, list(state))
-    # torch maps the file as one piece, which stays in memory as long as any tensor of it. So each is mapped again when it is read.
+    # torch maps the file as one piece, which stays in memory as long as any tensor of it. So each is mapped again when
+    # it is read.
     base = min((start for start, size in storages.items() if size), default=0) - _first_record(path)
-    return {name: StoredTensor(path, tuple(t.shape), t.dtype, partial(_map, path, t.data_ptr() - base, t.shape, t.dtype))
-            for name, t in state.items()}
+    return {name: _stored(path, t.data_ptr() - base, tuple(t.shape), t.dtype) for name, t in state.items()}
 
 
-def _map(path: Path, at: int, shape, dtype) -> torch.Tensor:
-    """A tensor that lies at byte `at` of a file. Only the pages that are looked at come into memory."""
+def _stored(path: Path, at: int, shape: tuple, dtype: torch.dtype) -> StoredTensor:
+    return StoredTensor(path, shape, dtype, partial(_map, path, at, shape, dtype))
+
+
+def _map(path: Path, at: int, shape: tuple, dtype: torch.dtype) -> torch.Tensor:
+    """Map a tensor that lies at byte `at` of a file. Only the pages that are looked at come into memory."""
     end = at + math.prod(shape) * dtype.itemsize
     if end <= at:       # empty: it lies nowhere
         return torch.empty(shape, dtype=dtype)
@@ -198,9 +214,10 @@ def _map(path: Path, at: int, shape, dtype) -> torch.Tensor:
 
 
 def _first_record(path: Path) -> int:
-    """Where the first tensor record's bytes begin: after its local header, whose length is in it."""
+    """Find where the first tensor record's bytes begin: after its local header, whose length is in it."""
     with zipfile.ZipFile(path) as archive:
-        header = min((r.header_offset for r in archive.infolist() if r.file_size and re.search(r"/data/\d+$", r.filename)), default=0)
+        records = [r for r in archive.infolist() if r.file_size and RECORD.search(r.filename)]
+    header = min((r.header_offset for r in records), default=0)
     with open(path, "rb") as f:
         f.seek(header + 26)
         name, extra = (int.from_bytes(f.read(2), "little") for _ in range(2))
@@ -208,7 +225,7 @@ def _first_record(path: Path) -> int:
 
 
 def _check_zip(path: Path, damaged: str) -> int:
-    """Bytes of all tensor records; refuses what torch.save never writes, before torch reads the file.
+    """Count the bytes of all tensor records; refuse what torch.save never writes, before torch reads the file.
 
     That is: compressed or repeated records (a small file could fill the memory), and a pickle that names anything but
     dicts, storages and tensors, or builds towers of tuples out of one another (hashing such a key never ends).
@@ -218,12 +235,13 @@ def _check_zip(path: Path, damaged: str) -> int:
             records = archive.infolist()
             if len({r.filename for r in records}) != len(records) or any(
                     r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records):
-                raise InputError(f"{path.name} has compressed or repeated records, torch writes none such; do not use this "
-                                 "checkpoint")
+                raise InputError(f"{path.name} has compressed or repeated records, torch writes none such; do not use "
+                                 "this checkpoint")
             pickles = [r for r in records if r.filename.endswith("/data.pkl")]
             if len(pickles) != 1 or pickles[0].file_size > MAX_HEADER:
                 raise InputError(damaged)
-            tuples, previous = set(), ""
+            tuples = set()
+            previous = ""
             for op, argument, _ in pickletools.genops(archive.read(pickles[0])):
                 called = argument if op.name in ("GLOBAL", "INST") else op.name
                 if op.name in ("GLOBAL", "INST", "STACK_GLOBAL", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4") \
@@ -235,7 +253,7 @@ def _check_zip(path: Path, damaged: str) -> int:
                 if op.name == "DUP" or "GET" in op.name and argument in tuples:
                     raise InputError(damaged)
                 previous = op.name
-            return sum(r.file_size for r in records if re.search(r"/data/\d+$", r.filename))
+            return sum(r.file_size for r in records if RECORD.search(r.filename))
     except InputError:
         raise
     except Exception:       # zipfile and pickletools raise many things for damaged files
@@ -243,7 +261,7 @@ def _check_zip(path: Path, damaged: str) -> int:
 
 
 def _verify_crc(path: Path, names: list[str]):
-    """The zip keeps a CRC-32 of each record, which torch's memory-mapped reader does not look at."""
+    """Check the CRC-32 that the zip keeps of each record: torch's memory-mapped reader does not look at it."""
     with zipfile.ZipFile(path) as archive:
         def checksum(record):
             crc = 0
@@ -259,7 +277,7 @@ def _verify_crc(path: Path, names: list[str]):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for record, crc in zip(archive.infolist(), pool.map(checksum, archive.infolist())):
                 if crc != record.CRC:
-                    number = re.fullmatch(r".*/data/(\d+)", record.filename)    # records are numbered in the dict's order
+                    number = RECORD.search(record.filename)     # records are numbered in the dict's order
                     name = names[int(number[1])] if number and int(number[1]) < len(names) else record.filename
-                    raise InputError(f"{path.name}: {name} does not match its checksum; the file was altered or damaged, "
-                                     "download it again")
+                    raise InputError(f"{path.name}: {name} does not match its checksum; the file was altered or "
+                                     "damaged, download it again")

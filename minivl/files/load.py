@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 
@@ -24,7 +25,8 @@ KEPT = (".scales",)                                     # rounding a scale would
 KEPT_HALF = ("embed_tokens.weight", "lm_head.weight")   # by the fast layers, see minivl.fast
 
 
-def load(path_or_id, *, revision: str | None = None, device=None, dtype=None, precision: str | None = None) -> MiniVL:
+def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: str | torch.device | None = None,
+         dtype: str | torch.dtype | None = None, precision: str | None = None) -> MiniVL:
     """Load a released checkpoint as a model in eval mode.
 
     path_or_id: local folder, or hub id such as "OpenGVLab/InternVL2_5-4B-MPO-AWQ" (downloaded, with `revision`).
@@ -57,10 +59,10 @@ def load(path_or_id, *, revision: str | None = None, device=None, dtype=None, pr
 
 
 class WithoutNormal(TorchFunctionMode):
-    """Leave out nn.Embedding's random numbers: for them torch imports half its compiler on `meta`, 1 s, and nobody reads them.
+    """Leave out nn.Embedding's random numbers: on `meta` torch imports half its compiler for them, 1 s, for nothing.
 
-    Holds for this thread alone and only inside a `with`. Replacing nn.Embedding.reset_parameters meanwhile would be seen by
-    every thread of the process: an embedding made in another one would stay without numbers.
+    Holds for this thread alone and inside a `with` only. A patched nn.Embedding.reset_parameters would be seen by every
+    thread of the process: an embedding made in another one meanwhile would stay without numbers.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -72,7 +74,7 @@ class WithoutNormal(TorchFunctionMode):
 
 def _read_tensors(model: MiniVL, tensors: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype,
                   kept: tuple) -> dict[str, torch.Tensor]:
-    """Read the tensors of a model, one by one, to device and dtype; names that end with one of `kept` stay in their dtype."""
+    """Read a model's tensors, one by one, to device and dtype; those whose name ends with one of `kept` keep theirs."""
     state = {}
     for name in tqdm(model.state_dict(), desc="loading", unit="tensor", delay=2, leave=False, disable=None):
         tensor = tensors[name].read()
@@ -112,7 +114,7 @@ def _dtype(dtype, device: torch.device, config: Config) -> torch.dtype:
 # ---- against the model ----------------------------------------------------------------------------------------------
 
 def _check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
-    """One error that names every missing, unexpected and misshapen tensor."""
+    """Refuse tensors that do not fit the model, with one error that names every missing and misshapen one."""
     wanted = model.state_dict()
     problems = [f"missing: {n} {list(wanted[n].shape)}" for n in wanted if n not in tensors]
     problems += [f"unexpected: {n} {list(t.shape)}" for n, t in tensors.items() if n not in wanted]
@@ -142,14 +144,16 @@ def _refuse_non_finite(name: str, tensor: torch.Tensor, why: str):
         raise InputError(f"{name} holds NaN or infinity ({low}..{high}); {why}")
 
 
-def _token_ids(folder: Path, config: Config):
-    """(id of <IMG_CONTEXT> or None, ids that end an answer), from the small files of the checkpoint."""
-    added, vocabulary = {}, config.llm_config.vocab_size
+def _token_ids(folder: Path, config: Config) -> tuple[int | None, tuple[int, ...]]:
+    """Read (id of <IMG_CONTEXT> or None, ids that end an answer) from the small files of the checkpoint."""
+    added = {}
+    vocabulary = config.llm_config.vocab_size
     if (folder / "added_tokens.json").is_file():
         added = read_json(folder / "added_tokens.json")
     elif (folder / "tokenizer.json").is_file():
         listed = read_json(folder / "tokenizer.json").get("added_tokens")
-        added = {str(t.get("content")): t.get("id") for t in listed if isinstance(t, dict)} if isinstance(listed, list) else {}
+        listed = [token for token in listed if isinstance(token, dict)] if isinstance(listed, list) else []
+        added = {str(token.get("content")): token.get("id") for token in listed}
     added = {token: i for token, i in added.items() if isinstance(i, int)}
     largest = max(added.values(), default=0)
     if largest >= vocabulary:

@@ -13,7 +13,8 @@ TIGER = GOLDEN / "tiger.jpeg"
 
 def noise(width, height, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return Image.frombytes("RGB", (width, height), bytes(torch.randint(0, 256, (3 * width * height,), generator=g).tolist()))
+    values = torch.randint(0, 256, (3 * width * height,), generator=g)
+    return Image.frombytes("RGB", (width, height), bytes(values.tolist()))
 
 
 def with_config(pipe, **values):

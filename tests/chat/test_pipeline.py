@@ -47,7 +47,8 @@ def test_batch_equals_singles(pipe):
 
 def test_context_length(pipe):
     small = with_config(pipe, session_len=100)
-    with pytest.raises(InputError, match=r"the prompt has \d+ tokens and leaves no room for an answer in a context of 100"):
+    message = r"the prompt has \d+ tokens and leaves no room for an answer in a context of 100"
+    with pytest.raises(InputError, match=message):
         small("word " * 100)
     held = small("hello", GenerationConfig(max_new_tokens=500, ignore_eos=True))
     assert held.finish_reason == "length" and held.generate_token_len == 100 - held.input_token_len > 0
@@ -82,8 +83,9 @@ def test_limits(pipe):
             pipe("a", GenerationConfig(**{field: [99999]}))
 
 
-@pytest.mark.parametrize("values", [{"session_len": "8"}, {"session_len": 0}, {"max_batch_size": 0}, {"max_batch_size": True},
-                                    {"limits": None}, {"plain_text": "no"}, {"allow_hosts": "localhost"}])
+@pytest.mark.parametrize("values", [{"session_len": "8"}, {"session_len": 0}, {"max_batch_size": 0},
+                                    {"max_batch_size": True}, {"limits": None}, {"plain_text": "no"},
+                                    {"allow_hosts": "localhost"}])
 def test_bad_engine_configs(values):
     with pytest.raises(InputError, match=f"EngineConfig.{list(values)[0]} is .*; it must be a"):
         EngineConfig(**values)

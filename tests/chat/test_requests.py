@@ -79,19 +79,23 @@ def test_spelled_tokens_in_a_prompt(pipe):
 @pytest.mark.parametrize("marks, pictures", [(1, 2), (2, 1), (1, 0), (3, 2)])
 def test_marks_and_pictures_must_match(pipe, marks, pictures):
     for mark in (IMAGE_TOKEN, prompt.IMAGE):
-        with pytest.raises(InputError, match=f"the text has {marks} picture marks? .* but {pictures} pictures are given"):
+        message = f"the text has {marks} picture marks? .* but {pictures} pictures are given"
+        with pytest.raises(InputError, match=message):
             pipe((f"{mark} " * marks + "what?", [TIGER] * pictures))
 
 
 @pytest.mark.parametrize("bad, message", [
-    ("", "the prompt is empty"), ("  \n", "the prompt is empty"), (5, "a prompt is a int"), ({"role": "user", "content": "x"}, "a prompt is a dict"), (None, "a prompt is a NoneType"),
-    (("a", "b", "c"), r"a prompt tuple is \(text, picture\)"), ((TIGER, "describe"), r"a prompt tuple is \(text, picture\)"),
+    ("", "the prompt is empty"), ("  \n", "the prompt is empty"), (5, "a prompt is a int"),
+    ({"role": "user", "content": "x"}, "a prompt is a dict"), (None, "a prompt is a NoneType"),
+    (("a", "b", "c"), r"a prompt tuple is \(text, picture\)"),
+    ((TIGER, "describe"), r"a prompt tuple is \(text, picture\)"),
     ([], "the list of prompts is empty"), ([{"role": "user"}], "content must be a text or a list of items"),
     ([{"role": "assistant", "content": "x"}], "the last message must be the user's"),
     ([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], "it must be the first"),
     ([{"role": "tool", "content": "x"}], "role system, user, assistant"),
     ([{"role": "user", "content": [{"type": "audio"}]}], "a message holds an item"),
-    ([{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "a"}}]},
+    ([{"role": "user", "content": "x"},
+      {"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "a"}}]},
       {"role": "user", "content": "x"}], "a assistant message holds pictures"),
     (("x", "nowhere.png"), "nowhere.png"), (("x", 5), "int"), (("x", [None]), "NoneType")])
 def test_bad_prompts(pipe, bad, message):
@@ -110,8 +114,8 @@ def test_a_bad_prompt_stops_the_batch_before_any_is_run(pipe):
 
 def test_video_prompt(pipe):
     frames = [noise(90, 60, i) for i in range(3)]
-    want = encode(pipe.tokenizer, [("Frame1: <image>\nFrame2: <image>\nFrame3: <image>\nwhat happens?", None)], [1, 1, 1],
-                  tokens_per_tile=4)
+    text = "Frame1: <image>\nFrame2: <image>\nFrame3: <image>\nwhat happens?"
+    want = encode(pipe.tokenizer, [(text, None)], [1, 1, 1], tokens_per_tile=4)
     for how in (pipe, with_config(pipe, plain_text=True)):
         turn = how.turn(minivl.video_prompt("what happens?", frames))
         assert len(turn.tiles) == 3 and turn.ids == want

@@ -19,7 +19,7 @@ def test_folders_and_names(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="does not exist; give a folder"):
         minivl.load(tmp_path / "nowhere")
     monkeypatch.chdir(tmp_path.parent)
-    with pytest.raises(InputError, match="does not exist; give a folder"):      # a typo in a path is not asked of the hub
+    with pytest.raises(InputError, match="does not exist; give a folder"):      # a typo is not asked of the hub
         minivl.load(f"{tmp_path.name}/typo")
     with pytest.raises(InputError, match="is a local folder, it has no revision 'v1'"):
         minivl.load(tmp_path, revision="v1")
@@ -44,8 +44,10 @@ def test_which_files_are_fetched():
 
 
 @pytest.mark.parametrize("kind, message", [
-    ("RepositoryNotFoundError", "there is no some/model on the hub"), ("RevisionNotFoundError", "has no revision 'v2' on the hub"),
-    ("GatedRepoError", "is gated on the hub"), (ConnectionError, r"could not read some/model .* from the hub \(ConnectionError\)")])
+    ("RepositoryNotFoundError", "there is no some/model on the hub"),
+    ("RevisionNotFoundError", "has no revision 'v2' on the hub"),
+    ("GatedRepoError", "is gated on the hub"),
+    (ConnectionError, r"could not read some/model .* from the hub \(ConnectionError\)")])
 def test_hub_errors_are_ours(monkeypatch, kind, message):
     import huggingface_hub
     from huggingface_hub import errors

@@ -112,7 +112,7 @@ print(peak - before, weights, largest)
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's /proc")
 @pytest.mark.parametrize("dtype, copies", [("float32", 1), ("float16", 0)])
 def test_peak_memory_is_the_weights_once_and_one_tensor(tmp_path, dtype, copies):
-    """As stored (float16) the weights stay in the mapped file; another dtype is one copy of them. 10 % and 8 MiB slack."""
+    """As stored (float16) the weights stay in the mapped file; another dtype is one copy. 10 % and 8 MiB slack."""
     config = json.loads((GOLDEN / "qwen2-awq" / "config.json").read_text())
     del config["llm_config"]["quantization_config"]
     config["llm_config"].update(hidden_size=1024, intermediate_size=4096, vocab_size=9000, num_hidden_layers=4)
@@ -120,8 +120,8 @@ def test_peak_memory_is_the_weights_once_and_one_tensor(tmp_path, dtype, copies)
         shapes = {n: t.shape for n, t in minivl.MiniVL(Config.from_json(config)).state_dict().items()}
     write(tmp_path, {n: torch.full(s, 0.01, dtype=torch.float16) for n, s in shapes.items()})
     (tmp_path / "config.json").write_text(json.dumps(config))
-    out = subprocess.run([sys.executable, "-W", "ignore", "-c", MEMORY, str(GOLDEN / "qwen2-awq"), str(tmp_path), dtype],
-                         capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-W", "ignore", "-c", MEMORY, str(GOLDEN / "qwen2-awq"), str(tmp_path), dtype]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     peak, weights, largest = map(int, out.split())
     assert weights > 130e6
     assert peak <= copies * weights * 1.1 + largest + 8 * 2 ** 20, (peak, weights, largest)
@@ -169,7 +169,8 @@ def test_values_beyond_float16(copy):
     tensors["mlp1.1.weight"][0, 0] = 1e6
     write(copy, tensors)
     minivl.load(copy)
-    with pytest.raises(InputError, match="mlp1.1.weight .* its values exceed torch.float16; load with dtype='bfloat16'"):
+    message = "mlp1.1.weight .* its values exceed torch.float16; load with dtype='bfloat16'"
+    with pytest.raises(InputError, match=message):
         minivl.load(copy, dtype="float16")
 
 
@@ -196,5 +197,5 @@ def test_loading_changes_nothing_for_other_threads(copy, monkeypatch):
 def test_loading_does_not_import_the_compiler(copy):
     """A second of every start: torch needs it for random numbers on `meta`."""
     code = "import sys, minivl; minivl.load(sys.argv[1]); print('torch._inductor' in sys.modules)"
-    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(copy)], capture_output=True, text=True, check=True).stdout
-    assert out == "False\n"
+    command = [sys.executable, "-W", "ignore", "-c", code, str(copy)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"

@@ -41,7 +41,8 @@ def test_cut_padded_and_altered_safetensors(copy):
     (b"", "announce a header of 0 bytes, the file has 0"), (b"\x01", "the file has 1"),
     (b"\xff" * 8 + b"{}", "announce a header of 18446744073709551615 bytes"),
     ((50).to_bytes(8, "little") + b"{}", "announce a header of 50 bytes, the file has 10"),
-    ((2).to_bytes(8, "little") + b"[]", "its header is corrupt"), ((2).to_bytes(8, "little") + b"{\xff", "its header is corrupt"),
+    ((2).to_bytes(8, "little") + b"[]", "its header is corrupt"),
+    ((2).to_bytes(8, "little") + b"{\xff", "its header is corrupt"),
     ((9).to_bytes(8, "little") + b'{"a": [1]}'[:9], "its header is corrupt")])
 def test_corrupt_safetensors_headers(copy, data, message):
     (copy / "model.safetensors").write_bytes(data)
@@ -101,7 +102,8 @@ def test_bad_index(copy):
     written({**good, names[3]: "../elsewhere.safetensors"}, "points outside its folder: '../elsewhere.safetensors'")
     written({**good, names[3]: "/etc/passwd"}, "points outside its folder")
     written({**good, names[3]: "model-00002-of-00002.safetensors"}, "lacks the shard model-00002-of-00002.safetensors")
-    written({**good, "more.weight": "model-00001-of-00001.safetensors"}, r"names tensors that the shards lack: more.weight \(in")
+    written({**good, "more.weight": "model-00001-of-00001.safetensors"},
+            r"names tensors that the shards lack: more.weight \(in")
     written({n: f for n, f in good.items() if n != names[3]}, f"holds {names[3]}, which .* places in no file")
     written([1], "has no weight_map")
     index.write_text("{")
