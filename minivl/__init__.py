@@ -10,8 +10,8 @@ One letter per dimension, everywhere:
     L  visual tokens per tile (256)                 F  FFN width (11008)
     V  vocabulary (151674)                          I, O, g  AWQ in features, out features, group size (128)
 
-(numbers: InternVL2_5-4B). README.md gives the reading order of the source. The functions and classes below that share
-their module's name (generate, pipeline, trace) hide it: for the rest of such a module write `from minivl.trace import ...`.
+(numbers: InternVL2_5-4B). README.md gives the reading order of the source. The class `trace` hides its module: for the
+rest of it write `from minivl.trace import ...`.
 """
 import warnings
 
@@ -21,12 +21,14 @@ __version__ = "0.1.0"
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 from minivl import awq, prompt, tiling  # noqa: E402
-from minivl.checkpoint import load  # noqa: E402
-from minivl.generate import GenerationConfig, generate  # noqa: E402
+from minivl.chat.answers import Response  # noqa: E402
+from minivl.chat.pipeline import EngineConfig, Pipeline, Session, pipeline  # noqa: E402
+from minivl.chat.requests import IMAGE_TOKEN, Picture, video_prompt  # noqa: E402
+from minivl.files.load import load  # noqa: E402
+from minivl.generation import generate  # noqa: E402
 from minivl.limits import InputError, Limits  # noqa: E402
 from minivl.media import load_image, load_video  # noqa: E402
 from minivl.model import MiniVL  # noqa: E402
-from minivl.pipeline import (IMAGE_TOKEN, EngineConfig, Picture, Pipeline, Response, Session, pipeline,  # noqa: E402
-                             video_prompt)
+from minivl.sampling import GenerationConfig  # noqa: E402
 from minivl.tokenizer import Tokenizer  # noqa: E402
 from minivl.trace import first_mismatch, relative_error, trace  # noqa: E402

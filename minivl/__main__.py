@@ -8,24 +8,39 @@ import sys
 import time
 from dataclasses import asdict
 
-from minivl import (EngineConfig, GenerationConfig, InputError, Limits, Picture, __version__, load_image, load_video,
-                    pipeline, video_prompt)
+from minivl import (
+    EngineConfig,
+    GenerationConfig,
+    InputError,
+    Limits,
+    Picture,
+    Pipeline,
+    Session,
+    __version__,
+    load_image,
+    load_video,
+    pipeline,
+    video_prompt,
+)
 from minivl.demo import demo
 
 HELP = """\
 Ask about pictures.
 
-  python -m minivl chat PICTURE -p "describe this image"                one answer of nano, the small model in the package
-  python -m minivl chat -m FOLDER PICTURE                               a conversation with another model
-  echo "what is this?" | python -m minivl chat -m FOLDER PICTURE        the prompt from a pipe
+  python -m minivl chat PICTURE -p "describe this image"            one answer of nano, the small model in the package
+  python -m minivl chat -m FOLDER PICTURE                           a conversation with another model
+  echo "what is this?" | python -m minivl chat -m FOLDER PICTURE    the prompt from a pipe
 
 In a conversation: /add PICTURE brings a picture to your next message, /new starts over, /quit ends (as does Ctrl-D).
 Ctrl-C stops an answer and forgets that turn."""
 COMMANDS = "/add PICTURE brings a picture to your next message, /new starts over, /quit ends; Ctrl-C stops an answer"
+# Arguments that have an effect only with --sample -> fields of GenerationConfig.
+SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+            "repetition_penalty": "repetition_penalty", "seed": "random_seed"}
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Make the parser of all options."""
     main = argparse.ArgumentParser(prog="python -m minivl", description="InternVL2.5 in plain PyTorch.")
     main.add_argument("--version", action="version", version=f"minivl {__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -55,8 +70,8 @@ def parser() -> argparse.ArgumentParser:
 
     look = chat.add_argument_group("pictures and video")
     look.add_argument("--max-tiles", type=int, metavar="N",
-                      help="most tiles of a picture, thumbnail not counted (default: the model's, 12); fewer are faster, "
-                           "more read smaller print")
+                      help="most tiles of a picture, thumbnail not counted (default: the model's, 12); fewer are "
+                           "faster, more read smaller print")
     look.add_argument("--video", metavar="FILE|FOLDER", help="video file, animated GIF/WebP/PNG, or folder of frames")
     look.add_argument("--segments", type=int, metavar="N", help="frames taken from the video (default 8)")
     look.add_argument("--bound", type=float, nargs=2, metavar=("START", "END"), help="part of the video, seconds")
@@ -78,8 +93,8 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
-def main(argv=None) -> int:
-    """Exit code: 0, 2 for an input error, 130 after Ctrl-C."""
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; exit code 0, 2 for an input error, 130 after Ctrl-C."""
     args = parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):         # a terminal that cannot show a character shows a question mark
         if hasattr(stream, "reconfigure"):
@@ -98,114 +113,159 @@ def main(argv=None) -> int:
 
 
 def chat(args) -> int:
-    """One answer, or a conversation."""
-    values = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-                  repetition_penalty=args.repetition_penalty, random_seed=args.seed)
-    values = {name: value for name, value in values.items() if value is not None}
-    if values and not args.sample:
-        names = ", ".join("--" + name.replace("random_", "").replace("_", "-") for name in values)
-        raise InputError(f"{names} has an effect only with --sample; without it the most probable token is always taken")
+    """Give one answer, or hold a conversation."""
+    check(args)
+    gen_config = generation_config(args)
+    # Pictures are opened before the model: a typo costs no loading time.
+    pictures = [open_picture(source, args) for source in args.pictures]
+    video = None if args.video is None else load_video(args.video, num_segments=args.segments or 8,
+                                                       bound=args.bound and tuple(args.bound), fps=args.fps)
+    engine = EngineConfig(session_len=args.session_len, device=args.device, dtype=args.dtype, precision=args.precision,
+                          revision=args.revision, plain_text=args.plain_text)
+    pipe = pipeline(args.model, engine)
+    if args.prompt is None and sys.stdin.isatty():
+        return Conversation(pipe, args, gen_config, pictures, video).run()
+    text = args.prompt if args.prompt is not None else sys.stdin.read().strip()
+    session = pipe.session()
+    answer(pipe, session, message(text, pictures, args, video), gen_config, quiet=args.json)
+    if args.json:
+        print(json.dumps(asdict(session.response), ensure_ascii=False))
+    return 0
+
+
+def check(args):
+    """Refuse options that do not go together, or that would have no effect."""
+    unused = [] if args.sample else [name for name in SAMPLING if getattr(args, name) is not None]
+    if unused:
+        raise InputError(f"{', '.join(map(option, unused))} has an effect only with --sample; without it the most "
+                         "probable token is always taken")
     if args.json and args.prompt is None and sys.stdin.isatty():
         raise InputError("--json prints one answer; give the question with -p")
-    try:
-        gen_config = GenerationConfig(max_new_tokens=args.max_new_tokens, do_sample=args.sample, **values)
-    except InputError as error:     # the same sentence with the option's name
-        name = str(error).split(" ")[0]
-        option = "--" + name.removeprefix("GenerationConfig.").replace("random_", "").replace("_", "-")
-        raise InputError(str(error).replace(name, option)) from None
-    # Pictures are opened before the model: a typo costs no loading time.
     most = Limits().tiles_per_picture
     if args.max_tiles is not None and not 1 <= args.max_tiles <= most:
         raise InputError(f"--max-tiles is {args.max_tiles}; it must be in 1..{most}")
     if args.video is None and (args.segments, args.bound, args.fps) != (None, None, None):
         raise InputError("--segments, --bound and --fps choose frames of a video; name it with --video")
     if args.video is not None and (args.pictures or args.max_tiles):
-        raise InputError("a video comes without pictures and --max-tiles, its frames have one tile each; in a conversation "
-                         "/add a picture to a later message")
-
-    def picture(source):
-        return Picture(load_image(source, allow_hosts=args.allow_host), args.max_tiles)
-
-    pictures = [picture(source) for source in args.pictures]
-    video = None if args.video is None else load_video(args.video, num_segments=args.segments or 8,
-                                                       bound=args.bound and tuple(args.bound), fps=args.fps)
-    pipe = pipeline(args.model, EngineConfig(session_len=args.session_len, device=args.device, dtype=args.dtype,
-                                             precision=args.precision, revision=args.revision, plain_text=args.plain_text))
-
-    def message(text: str, pictures: list, first: bool):
-        """What a person typed, with the pictures and frames that go along."""
-        if first and video and pictures:
-            raise InputError("the first message brings the video; /add pictures to a later one")
-        if first and video:
-            messages = video_prompt(text, video)
-        else:
-            if len(pictures) > 1 and not args.plain_text and "<IMAGE_TOKEN>" not in text and "<image>" not in text:
-                text = "".join(f"Image-{i}: <IMAGE_TOKEN>\n" for i in range(1, len(pictures) + 1)) + text
-            items = [{"type": "image_data", "image_data": {"data": picture}} for picture in pictures]
-            messages = [{"role": "user", "content": [{"type": "text", "text": text}, *items]}]
-        system = [{"role": "system", "content": args.system}] if first and args.system is not None else []
-        return system + messages
-
-    session = pipe.session()
-    if args.prompt is not None or not sys.stdin.isatty():
-        text = args.prompt if args.prompt is not None else sys.stdin.read().strip()
-        answer(pipe, session, message(text, pictures, True), gen_config, quiet=args.json)
-        if args.json:
-            print(json.dumps(asdict(session.response), ensure_ascii=False))
-        return 0
-
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  input() gets line editing and history by its mere import
-
-    def say(text):
-        print(text, file=sys.stderr)
-
-    say(f"Ask away. {COMMANDS}.")
-    waiting = list(pictures)
-    while True:
-        try:
-            text = input("\n> ").strip()
-        except EOFError:
-            say("")
-            return 0
-        except KeyboardInterrupt:       # perhaps a second one, meant for the answer just stopped
-            say("\n(Ctrl-D or /quit ends)")
-            continue
-        command, _, rest = text.partition(" ")
-        try:
-            if text == "/quit":
-                return 0
-            if text == "/new":
-                session, waiting = pipe.session(), list(pictures)
-            elif command == "/add" and rest:
-                waiting.append(picture(rest.strip()))
-                say(f"(goes with your next message: {len(waiting)} picture{'s' * (len(waiting) > 1)})")
-            elif command.startswith("/") and "/" not in command[1:]:
-                say(f"{COMMANDS}.")
-            elif text:
-                answer(pipe, session, message(text, waiting, not session.history), gen_config)
-                waiting = []
-        except (InputError, OSError) as error:      # the conversation goes on as it was, waiting pictures too
-            say(f"error: {error}")
-        except KeyboardInterrupt:
-            say("\n(stopped; this turn is forgotten)")
+        raise InputError("a video comes without pictures and --max-tiles, its frames have one tile each; in a "
+                         "conversation /add a picture to a later message")
 
 
-def answer(pipe, session, message, gen_config, quiet=False):
-    """Streams one answer to the terminal, and its speed to stderr if that is one."""
-    start, first = time.perf_counter(), None
+def generation_config(args) -> GenerationConfig:
+    """Make the GenerationConfig of the options; its errors name the option instead of the field."""
+    values = {SAMPLING[name]: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    try:
+        return GenerationConfig(max_new_tokens=args.max_new_tokens, do_sample=args.sample, **values)
+    except InputError as error:
+        subject = str(error).split(" ")[0]          # GenerationConfig.random_seed
+        field = subject.removeprefix("GenerationConfig.")
+        name = next((name for name in SAMPLING if SAMPLING[name] == field), field)
+        raise InputError(str(error).replace(subject, option(name))) from None
+
+
+def option(name: str) -> str:
+    """Spell the option of an argument's name: top_k is --top-k."""
+    return "--" + name.replace("_", "-")
+
+
+def open_picture(source: str, args) -> Picture:
+    """Open a picture that was named on the command line or with /add."""
+    return Picture(load_image(source, allow_hosts=args.allow_host), args.max_tiles)
+
+
+def message(text: str, pictures: list[Picture], args, video: list | None = None, first: bool = True) -> list[dict]:
+    """Put together what goes to the pipeline: the text typed and its pictures, first also the video and system text."""
+    if first and video and pictures:
+        raise InputError("the first message brings the video; /add pictures to a later one")
+    if first and video:
+        messages = video_prompt(text, video)
+    else:
+        if len(pictures) > 1 and not args.plain_text and "<IMAGE_TOKEN>" not in text and "<image>" not in text:
+            text = "".join(f"Image-{i}: <IMAGE_TOKEN>\n" for i in range(1, len(pictures) + 1)) + text
+        items = [{"type": "image_data", "image_data": {"data": picture}} for picture in pictures]
+        messages = [{"role": "user", "content": [{"type": "text", "text": text}, *items]}]
+    system = [{"role": "system", "content": args.system}] if first and args.system is not None else []
+    return system + messages
+
+
+def answer(pipe: Pipeline, session: Session, message: list[dict], gen_config: GenerationConfig, quiet: bool = False):
+    """Stream one answer to the terminal, and its speed to stderr if that is one."""
+    start = time.perf_counter()
+    first = None
     for text in pipe.stream(message, gen_config, session):
         first = first or time.perf_counter()
         if not quiet:
             print(text, end="", flush=True)
-    end, count = time.perf_counter(), session.response.generate_token_len
-    if not quiet:
-        print()
-        if sys.stderr.isatty():
-            first = first or end
-            rate = f", {(count - 1) / (end - first):.1f} tokens/s" if count > 1 and end > first else ""
-            print(f"[{session.response.input_token_len} tokens read, first text after {first - start:.1f} s, "
-                  f"{count} tokens written{rate}]", file=sys.stderr)
+    end = time.perf_counter()
+    if quiet:
+        return
+    print()
+    if sys.stderr.isatty():
+        first = first or end
+        count = session.response.generate_token_len
+        rate = f", {(count - 1) / (end - first):.1f} tokens/s" if count > 1 and end > first else ""
+        say(f"[{session.response.input_token_len} tokens read, first text after {first - start:.1f} s, "
+            f"{count} tokens written{rate}]")
+
+
+def say(text: str):
+    """Tell the person at the terminal something that is no answer."""
+    print(text, file=sys.stderr)
+
+
+class Conversation:
+    """A conversation on a terminal: lines typed, commands, answers. An error or Ctrl-C leaves it as it was."""
+
+    def __init__(self, pipe: Pipeline, args, gen_config: GenerationConfig, pictures: list[Picture], video: list | None):
+        self.pipe = pipe
+        self.args = args
+        self.gen_config = gen_config
+        self.pictures = pictures
+        self.video = video
+        self.start_over()
+
+    def start_over(self):
+        """Forget what was said; the pictures of the command line go with the next message again."""
+        self.session = self.pipe.session()
+        self.waiting = list(self.pictures)
+
+    def run(self) -> int:
+        """Take lines until the person ends it; exit code 0."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  input() gets line editing and history by its mere import
+        say(f"Ask away. {COMMANDS}.")
+        while True:
+            try:
+                line = input("\n> ").strip()
+            except EOFError:
+                say("")
+                return 0
+            except KeyboardInterrupt:       # perhaps a second one, meant for the answer just stopped
+                say("\n(Ctrl-D or /quit ends)")
+                continue
+            if line == "/quit":
+                return 0
+            try:
+                self.take(line)
+            except (InputError, OSError) as error:      # the conversation goes on as it was, waiting pictures too
+                say(f"error: {error}")
+            except KeyboardInterrupt:
+                say("\n(stopped; this turn is forgotten)")
+
+    def take(self, line: str):
+        """Do what one line asks: a command, or a question to be answered."""
+        command, _, rest = line.partition(" ")
+        if line == "/new":
+            self.start_over()
+        elif command == "/add" and rest:
+            self.waiting.append(open_picture(rest.strip(), self.args))
+            say(f"(goes with your next message: {len(self.waiting)} picture{'s' * (len(self.waiting) > 1)})")
+        elif command.startswith("/") and "/" not in command[1:]:
+            say(f"{COMMANDS}.")
+        elif line:
+            first = not self.session.history
+            answer(self.pipe, self.session, message(line, self.waiting, self.args, self.video, first), self.gen_config)
+            self.waiting = []
 
 
 if __name__ == "__main__":

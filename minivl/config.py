@@ -34,7 +34,7 @@ class VisionConfig:
     @classmethod
     def from_json(cls, data: dict) -> VisionConfig:
         """`data`: the parsed `vision_config`. InputError for missing keys and values that minivl does not know."""
-        config = _read(cls, data, "vision_config")
+        config = _build(cls, data, "vision_config")
         _choose("vision_config.hidden_act", config.hidden_act, ["gelu"])
         _choose("vision_config.norm_type", config.norm_type, ["layer_norm", "rms_norm"])
         _divides("vision_config", hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads)
@@ -66,7 +66,7 @@ class LLMConfig:
             raise InputError("llm_config.architectures is InternLM2ForCausalLM (the 2B, 8B and 26B models), which "
                              "minivl cannot run yet; the Qwen2 sizes 1B, 4B, 38B and 78B work")
         _choose("llm_config.architectures[0]", kind, ["Qwen2ForCausalLM"])
-        config = _read(cls, data, "llm_config")
+        config = _build(cls, data, "llm_config")
         _choose("llm_config.hidden_act", config.hidden_act, ["silu"])
         _choose("llm_config.rope_scaling", data.get("rope_scaling"), [None])
         _choose("llm_config.use_sliding_window", data.get("use_sliding_window", False), [False])
@@ -91,7 +91,7 @@ class QuantizationConfig:
     def from_json(cls, data: dict) -> QuantizationConfig:
         """`data`: the parsed `quantization_config`. InputError for anything but the released int4 format."""
         _choose("quantization_config.quant_method", data.get("quant_method"), ["awq"])
-        config = _read(cls, data, "quantization_config")
+        config = _build(cls, data, "quantization_config")
         _choose("quantization_config.bits", config.bits, [4])
         _choose("quantization_config.version", config.version.lower(), ["gemm"])
         _choose("quantization_config.zero_point", config.zero_point, [True])
@@ -138,7 +138,7 @@ class Config:
                 raise InputError(f"config.json has no {part}; it must be the config of an InternVL chat model "
                                  f"(found model_type {data.get('model_type')!r})")
         quantization = _find_quantization(data)
-        config = _read(cls, data, "config.json",
+        config = _build(cls, data, "config.json",
                        vision_config=VisionConfig.from_json(data["vision_config"]),
                        llm_config=LLMConfig.from_json(data["llm_config"]),
                        quantization_config=quantization and QuantizationConfig.from_json(quantization))
@@ -206,8 +206,8 @@ def _find_quantization(data) -> dict | None:
     return next(filter(None, map(_find_quantization, children)), None)
 
 
-def _read(cls, data: dict, where: str, **ready):
-    """Builds `cls` from the keys of `data`; every wrong or missing key is reported at once."""
+def _build(cls, data: dict, where: str, **ready):
+    """Build a `cls` from the keys of `data`; every wrong or missing key is reported at once."""
     values, problems = dict(ready), []
     for field in fields(cls):
         if field.name in ready:

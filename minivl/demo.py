@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from minivl.checkpoint import SHIPPED
-from minivl.generate import GenerationConfig
+from minivl.chat.pipeline import pipeline
+from minivl.files.find import SHIPPED
 from minivl.media import load_image
-from minivl.pipeline import pipeline
+from minivl.sampling import GenerationConfig
 
 SAMPLES = SHIPPED["nano"].parent / "samples"
 # Sample picture, and a conversation about it.

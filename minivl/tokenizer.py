@@ -31,6 +31,7 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self.backend = backend
+        self._containing = {}       # text -> ids of the tokens that contain it
         self.added = {token.content: id for id, token in sorted(backend.get_added_tokens_decoder().items())}
         self.special_ids = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
         missing = [token for token in REQUIRED if token not in self.added]
@@ -98,6 +99,13 @@ class Tokenizer:
         if token in self.added or not all(c in self._byte_of for c in token):
             return token.encode("utf-8")
         return bytes(self._byte_of[c] for c in token)
+
+    def containing(self, text: str) -> list[int]:
+        """Find the ids of all tokens that contain a text, for bad_words. Found once for each text: it looks at every token."""
+        if text not in self._containing:
+            wanted = text.encode()
+            self._containing[text] = [i for i in range(self.vocab_size) if wanted in self.token_bytes(i)]
+        return self._containing[text]
 
     @cached_property
     def _byte_of(self) -> dict[str, int]:

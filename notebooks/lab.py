@@ -24,6 +24,7 @@ import torch  # noqa: E402
 
 import minivl  # noqa: E402
 from minivl import EngineConfig  # noqa: E402
+from minivl.files.find import SHIPPED  # noqa: E402
 
 SAMPLES = Path(minivl.__file__).parent / "nano" / "samples"
 PICTURES = Path(__file__).parents[1] / "tests" / "golden"
@@ -32,7 +33,7 @@ _failures = {}
 
 def open(model: str = "nano"):
     """The pipeline of a checkpoint. For anything but nano it says first what it needs."""
-    if model not in minivl.checkpoint.SHIPPED:
+    if model not in SHIPPED:
         print(f"{model}: the 4B needs 5 GB of memory (AWQ) or 15 (bfloat16 files), 3.3 or 7.4 GB of download if it is not here yet, "
               "and on two CPU cores about 10 s to load, 3 s for each tile, 1 s for each 50 tokens of prompt.")
     pipe = minivl.pipeline(model, EngineConfig(precision="exact"))
@@ -49,7 +50,8 @@ class Source:
         begin = next((i for i, line in enumerate(lines) if first and first in line), 0)
         end = next((i for i, line in enumerate(lines) if last and i >= begin and last in line), len(lines) - 1)
         self.text = inspect.cleandoc("\n" + "".join(lines[begin:end + 1]))
-        self.place = f"minivl/{Path(inspect.getsourcefile(thing)).name}, line {start + begin}"
+        path = Path(inspect.getsourcefile(thing)).relative_to(Path(minivl.__file__).parents[1])
+        self.place = f"{path.as_posix()}, line {start + begin}"
 
     def _repr_markdown_(self):
         return f"```python\n# {self.place}\n{self.text}\n```"

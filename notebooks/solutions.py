@@ -16,6 +16,7 @@ import torch
 import minivl
 from minivl import awq, prompt, qwen2, tiling
 from minivl.cache import KVCache
+from minivl.files.find import SHIPPED
 
 SAMPLES = Path(minivl.__file__).parent / "nano" / "samples"
 
@@ -188,7 +189,7 @@ def interleaved(x, cos, sin):
 
 
 def never_twice(model, ids, n):
-    from minivl.generate import steps
+    from minivl.generation import steps
     written = []
 
     def choose(scores):
@@ -238,7 +239,7 @@ def _fewer_bits_spec(model, ids, pixel_values):
 def _recorded():
     """What notebook 08 compares with: (checkpoint, the recorded reference, its picture)."""
     from weights_tools.verify import compare
-    folder = minivl.checkpoint.find("nano-awq")
+    folder = SHIPPED["nano-awq"]
     return folder, compare.Trace.open(Path(compare.__file__).parent / "nano" / "awq" / "float32.safetensors"), SAMPLES / "small-print.png"
 
 

@@ -1,5 +1,6 @@
 """Shared by all tests: where the golden data lies, and tiny checkpoints made on the spot."""
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")    # no test may reach the hub
@@ -22,6 +23,14 @@ def shared(path: str) -> Path:
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A writable copy of the golden AWQ checkpoint, which carries no digests (as released files do not)."""
+    folder = tmp_path / "copy"
+    shutil.copytree(GOLDEN / "qwen2-awq", folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

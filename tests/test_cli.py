@@ -148,8 +148,8 @@ def test_ctrl_c_during_an_answer_forgets_the_turn(tiny, terminal, monkeypatch, c
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_ctrl_c_of_one_answer_ends_cleanly(tiny):
-    endless = ("import sys, minivl\n"
-               "sys.modules['minivl.generate'].Chooser.__call__ = lambda self, logits: 40\n"      # never a stop token
+    endless = ("import sys, minivl.sampling\n"
+               "minivl.sampling.Sampler.__call__ = lambda self, logits: 40\n"      # never a stop token
                "from minivl.__main__ import main\n"
                "sys.exit(main(sys.argv[1:]))")
     run = subprocess.Popen([sys.executable, "-u", "-c", endless, "chat", "-m", str(tiny), TIGER, "-p", "what?",

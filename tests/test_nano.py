@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import minivl
-from minivl.checkpoint import SHIPPED, safetensors_header
+from minivl.files.find import SHIPPED
+from minivl.files.formats import safetensors_header
 from minivl.demo import SAMPLES, TOUR, demo, show
 from weights_tools.nano import evaluate, recipe, ship, train, world
 from weights_tools.nano.draw import draw

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minivl import InputError, Picture, load, pipeline, tiling, video_prompt
-from minivl.checkpoint import safetensors_header
+from minivl.files.formats import safetensors_header
 from minivl.prompt import IMAGE
 from minivl.tokenizer import Tokenizer
 from weights_tools.nano import data, differences, draw, evaluate, recipe, train, warmup, world
@@ -200,7 +200,7 @@ def test_the_pipeline_asks_as_training_does(untrained):
         else:
             prompt = (last, Picture(pictures[0], example.max_num)) if pictures else question
         open_question = replace(example, turns=(world.Turn(question, None, ""),))
-        assert pipe._read(prompt).ids == data.ids_of(open_question, data.tiles_of(example), pipe.tokenizer), question
+        assert pipe.turn(prompt).ids == data.ids_of(open_question, data.tiles_of(example), pipe.tokenizer), question
         kinds[kind] += 1
     assert set(kinds) == {"video", 0, 1, 2}
 

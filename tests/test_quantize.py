@@ -4,7 +4,7 @@ import torch
 from conftest import shared
 
 from minivl import InputError, awq, load, pipeline
-from minivl.checkpoint import open_weights
+from minivl.files.formats import open_weights
 from weights_tools import quantize as q
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors import safe_open
 
 import minivl
-from minivl.checkpoint import SHIPPED
+from minivl.files.find import SHIPPED
+from minivl.files.formats import open_weights
 from minivl.config import Config
 from minivl.limits import InputError
 from weights_tools.files import save_checkpoint, save_safetensors
@@ -507,7 +508,7 @@ def test_recording_in_other_forms(tiny, tmp_path, capsys):
         assert cli.main([str(tiny), *words, "--json", str(tmp_path / "r.json")]) == 0, words
         found = [row["stage"] for row in json.loads((tmp_path / "r.json").read_text())["rows"] if row["stage"] != "greedy_scores"]
         assert len(found) == rows, (words, found)
-    tensors = {name: stored.read() for name, stored in minivl.checkpoint.open_weights(tiny).items()}
+    tensors = {name: stored.read() for name, stored in open_weights(tiny).items()}
     shutil.copytree(tiny, tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors*"))
     save_checkpoint(tensors, tmp_path / "bin", format="bin", shard_bytes=200_000)
     assert len(list((tmp_path / "bin").glob("*.bin"))) > 1

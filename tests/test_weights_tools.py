@@ -21,7 +21,7 @@ from safetensors import safe_open
 import minivl
 import weights_tools
 from minivl.awq import dequantize
-from minivl.checkpoint import open_weights, safetensors_header
+from minivl.files.formats import open_weights, safetensors_header
 from minivl.limits import InputError
 from minivl.prompt import SYSTEM, encode
 from weights_tools import download, files, inspect, synthesize

@@ -255,7 +255,7 @@ class Worker:
 
 def bench(checkpoint, engines, *, python=sys.executable, rounds: int = 3, tokens: int = 16, jobs=tuple(JOBS)) -> dict:
     """{"machine", "work", "engines": {engine: {job: {"best", "median", "unit"}, "load", ...}}}."""
-    from minivl.checkpoint import find
+    from minivl.files.find import find
     from minivl.config import Config
     folder = find(checkpoint)
     report = {"checkpoint": str(checkpoint), "machine": machine(), "work": work_of(Config.load(folder)), "engines": {}}
@@ -370,7 +370,7 @@ def main(argv=None) -> int:
     if args.rounds < 1 or args.tokens < 1:
         raise InputError(f"{args.rounds} rounds of {args.tokens} tokens measure nothing; give 1 or more of each")
     if args.accuracy:
-        from minivl.checkpoint import find
+        from minivl.files.find import find
         if len(args.precision) < 2:
             raise InputError("--accuracy compares; give two or more of --precision, the first is the measure")
         found = accuracy(find(args.checkpoint), args.precision)

@@ -17,7 +17,7 @@ from pathlib import Path
 import huggingface_hub
 from tqdm import tqdm
 
-from minivl.checkpoint import choose_files, hub_errors
+from minivl.files.find import choose_files, hub_errors
 from minivl.limits import InputError, offline
 from weights_tools import run
 from weights_tools.files import WEIGHT_FILE, weight_files

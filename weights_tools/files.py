@@ -20,7 +20,7 @@ import torch
 from safetensors import TensorSpec, serialize_file
 from tqdm import tqdm
 
-from minivl.checkpoint import DTYPES
+from minivl.files.formats import DTYPES
 from minivl.limits import InputError
 
 STEM = {"safetensors": "model", "bin": "pytorch_model"}     # format, which is the suffix too -> name before the suffix

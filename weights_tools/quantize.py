@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from minivl import Pipeline, load
 from minivl.awq import pack
-from minivl.checkpoint import SMALL_FILES, find
+from minivl.files.find import SMALL_FILES, find
 from minivl.config import read_json
-from minivl.generate import GenerationConfig
+from minivl.sampling import GenerationConfig
 from minivl.limits import InputError
 from minivl.tokenizer import Tokenizer
 from weights_tools import run

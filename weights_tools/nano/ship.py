@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from minivl import load
-from minivl.checkpoint import SHIPPED, safetensors_header
+from minivl.files.find import SHIPPED
+from minivl.files.formats import safetensors_header
 from minivl.limits import InputError
 from minivl.tokenizer import Tokenizer
 from weights_tools import run

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minivl import Tokenizer, load_image
-from minivl.checkpoint import SHIPPED, find
+from minivl.files.find import SHIPPED, find
 from minivl.config import Config
 from minivl.limits import InputError, Limits
 from weights_tools import run

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 import minivl
-from minivl.checkpoint import find, open_weights
+from minivl.files.find import find
+from minivl.files.formats import open_weights
 from minivl.limits import InputError
 from minivl.prompt import encode, render
 from minivl.cache import KVCache
@@ -171,7 +172,7 @@ HINTS = {   # first stage that differs -> where to look
     "tiles": "minivl/tiling.py choose_grid: the rule for the grid, the tie rule, the thumbnail",
     "pixel_values": "minivl/tiling.py: order of the tiles, resampling filter, mean and spread; the picture's mode",
     "input_ids": "minivl/tokenizer.py, or the number of placeholders per tile",
-    "stop tokens": "minivl/checkpoint.py _token_ids",
+    "stop tokens": "minivl/files/load.py _token_ids",
     "vit.embeddings": "minivl/vit.py Embeddings: patch convolution, CLS first, position embedding",
     "vit.layers": "minivl/vit.py Layer: norm and its eps, order of q, k, v, scale, GELU, LayerScale",
     "pixel_unshuffle": "minivl/model.py (CLS dropped?) and minivl/pixel_unshuffle.py: (dy, dx, c), ps_version",

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 import minivl
 from minivl.limits import InputError
+from minivl.preprocess import tile_for
 from minivl.prompt import SYSTEM
 from minivl.tiling import choose_grid, tile, to_pixel_values
 from minivl.trace import relative_error
@@ -64,8 +65,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 def cut(image: Image.Image, config, max_num: int) -> list:
     """The tiles of an RGB picture for a checkpoint."""
-    return tile(image, min_num=config.min_dynamic_patch, max_num=max_num, tile_size=config.force_image_size,
-                use_thumbnail=config.use_thumbnail)
+    return tile_for(config, image, max_num)
 
 
 def turn(role: str, text: str) -> str:

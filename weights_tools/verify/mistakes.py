@@ -56,7 +56,7 @@ def _mistakes():
         mistake("prompt", "prompt.py", "system message missing", "_split(SYSTEM if system is None else system, plain)",
                 '_split(system or "", plain)'),
         mistake("prompt", "prompt.py", "no newline after the role", '(False, role + "\\n"), *body(parts)]', "(False, role), *body(parts)]"),
-        mistake("stop tokens", "checkpoint.py", "stop token wrong", "tuple(sorted(eos))", "(max(eos) + 1,)"),
+        mistake("stop tokens", "files/load.py", "stop token wrong", "tuple(sorted(eos))", "(max(eos) + 1,)"),
         mistake("vit.embeddings", "vit.py", "no position embedding", "return x + position", "return x"),
         mistake("vit.embeddings", "vit.py", "CLS last", "torch.cat([self.class_embedding.expand(len(x), -1, -1), x], dim=1)",
                 "torch.cat([x, self.class_embedding.expand(len(x), -1, -1)], dim=1)"),
@@ -113,7 +113,8 @@ MISTAKES = _mistakes()
 
 def quiet(checkpoint, folder) -> Path:
     """A copy of a checkpoint whose tower embeds 256 times smaller. A power of two: the copy is the same on every machine."""
-    from minivl.checkpoint import find, open_weights
+    from minivl.files.find import find
+    from minivl.files.formats import open_weights
     from weights_tools.files import save_checkpoint
     checkpoint = find(checkpoint)
     tensors = {name: stored.read() for name, stored in open_weights(checkpoint).items()}

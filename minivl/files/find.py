@@ -1,0 +1,122 @@
+"""Find the files of a checkpoint: in a local folder, inside the package, or by a hub id, which downloads them.
+
+*.pth (calibration statistics) and *.py files are neither downloaded nor opened.
+"""
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minivl.limits import InputError, offline
+
+SMALL_FILES = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+               "tokenizer.json"]
+WEIGHT_FILES = ["model.safetensors.index.json", "model.safetensors",
+                "pytorch_model.bin.index.json", "pytorch_model.bin"]      # in this order; the first that exists is read
+PACKAGE = Path(__file__).parents[1]
+SHIPPED = {"nano": PACKAGE / "nano" / "float16", "nano-awq": PACKAGE / "nano" / "awq"}
+
+
+def find(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Path:
+    """Find the folder of a checkpoint; for a hub id download its files first (JSON, tokenizer, weights; no code).
+
+    "nano" and "nano-awq" are the small trained model inside the package, unless there is a folder of this name.
+    """
+    if not isinstance(path_or_id, (str, os.PathLike)):
+        raise InputError(f"a checkpoint cannot be a {type(path_or_id).__name__}; give a folder, nano, nano-awq or a "
+                         "hub id like OpenGVLab/InternVL2_5-4B-MPO-AWQ")
+    text = os.path.expanduser(os.fspath(path_or_id))
+    if text in SHIPPED and not os.path.isdir(text):
+        if not SHIPPED[text].is_dir():
+            raise InputError(f"{text} is not trained in this copy of minivl; name a folder or hub id, or train it: "
+                             "python -m weights_tools.nano.train RUN --quick, then use the folder it prints")
+        text = str(SHIPPED[text])
+    if os.path.isdir(text):
+        if revision is not None:
+            raise InputError(f"{text} is a local folder, it has no revision {revision!r}; leave `revision` out")
+        return Path(text)
+    if os.path.exists(text):
+        raise InputError(f"{text} is a file; give the folder that holds config.json and the weights")
+    # A typo in a local path must not become a request: `build/tyni` beside a folder `build` is no hub id.
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) or os.path.isdir(text.split("/")[0]):
+        raise InputError(f"{text} does not exist; give a folder with config.json and weights, or a hub id like "
+                         "OpenGVLab/InternVL2_5-4B-MPO-AWQ")
+    return _download(text, revision)
+
+
+def choose_files(names: Iterable[str]) -> list[str]:
+    """Choose from all file names of a repository those that `load` reads; shards by pattern, without the index."""
+    names = set(names)
+    first = next((w for w in WEIGHT_FILES if w in names), None)
+    if first is None:
+        raise InputError(f"no weights among the {len(names)} files; expected one of {', '.join(WEIGHT_FILES)}")
+    shard = re.compile(r"model-\d+-of-\d+\.safetensors" if "safetensors" in first else r"pytorch_model-\d+-of-\d+\.bin")
+    shards = [n for n in names if shard.fullmatch(n)] if first.endswith("index.json") else []
+    return [n for n in SMALL_FILES if n in names] + [first] + sorted(shards)
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    import huggingface_hub
+    if not offline():
+        try:
+            with hub_errors(hub_id, revision):
+                files = huggingface_hub.HfApi().list_repo_files(hub_id, revision=revision)
+                return Path(huggingface_hub.snapshot_download(hub_id, revision=revision,
+                                                              allow_patterns=choose_files(files)))
+        except InputError as problem:
+            cached = _cached(hub_id, revision)
+            if cached is None:
+                raise
+            warnings.warn(f"{problem}. Using the cached copy; HF_HUB_OFFLINE=1 does so without asking", stacklevel=4)
+            return cached
+    cached = _cached(hub_id, revision)
+    if cached is None:
+        raise InputError(f"{_at(hub_id, revision)} is not in the local cache (nor a local folder) and offline mode is "
+                         "set; unset HF_HUB_OFFLINE once to download it, or give a local folder")
+    return cached
+
+
+def _cached(hub_id: str, revision: str | None) -> Path | None:
+    """Find the files downloaded earlier, without asking the hub."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        # The client calls a snapshot incomplete because README and code, which we never fetch, are not there. Use what
+        # is; a missing shard is still named when the weights are opened.
+        path = getattr(error, "snapshot_path", None)
+        return None if path is None else Path(path)
+
+
+@contextmanager
+def hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
+    """Turn what the hub client raises inside into an InputError that says what to do."""
+    from huggingface_hub import errors
+    at = _at(hub_id, revision)
+    try:
+        yield
+    except (InputError, TypeError, AttributeError, NameError):     # the last three: our mistakes, not the network's
+        raise
+    except errors.GatedRepoError:
+        raise InputError(f"{at} is gated on the hub; accept its terms there and log in with `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise InputError(f"{hub_id} has no revision {revision!r} on the hub; try `main` or a commit id") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(f"there is no {hub_id} on the hub (and no local folder of that name), or it is private and "
+                         "you are not logged in") from None
+    except errors.LocalEntryNotFoundError:
+        raise InputError(f"the hub cannot be reached and {at} is not in the local cache; check the network and run "
+                         "again, finished files are kept") from None
+    except Exception as error:      # the hub client passes on whatever its HTTP library raises
+        reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        raise InputError(f"could not read {at} from the hub ({reason}), and there is no local folder of that name; "
+                         "check the network and run again, finished files are kept") from None
+
+
+def _at(hub_id: str, revision: str | None) -> str:
+    return hub_id + (f" at revision {revision}" if revision else "")

@@ -1,0 +1,283 @@
+"""Read weight files: every file is checked to be whole, then each tensor is mapped into memory when it is asked for.
+
+Reads model.safetensors, sharded safetensors, and the pickled pytorch_model*.bin of the AWQ repositories (opened with
+weights_only=True, and only after its pickle was seen to name nothing but tensors).
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import pickletools
+import re
+import zipfile
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from minivl.config import read_json
+from minivl.files.find import WEIGHT_FILES
+from minivl.limits import InputError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+MAX_HEADER = 16_000_000     # bytes; the released ones stay below 1 MB, and Python's JSON needs 25 times as much memory
+RECORD = re.compile(r"/data/(\d+)$")        # of a tensor, in a zip that torch wrote
+PICKLED = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a weight file: known by its header, read (memory-mapped, not copied) on demand."""
+    file: Path
+    shape: tuple
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes of its numbers in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def open_weights(folder: str | os.PathLike) -> dict[str, StoredTensor]:
+    """Open all weights of a folder: name -> StoredTensor. Every file is checked to be whole first."""
+    folder = Path(folder)
+    first = next((w for w in WEIGHT_FILES if (folder / w).is_file()), None)
+    if first is None:
+        raise InputError(f"{folder} has no weights; expected one of {', '.join(WEIGHT_FILES)}. "
+                         "Is the download complete?")
+    open_file = _open_safetensors if "safetensors" in first else _open_pickle
+    if not first.endswith(".index.json"):
+        return open_file(folder / first)
+    weight_map = read_json(folder / first).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InputError(f"{first} in {folder} has no weight_map of tensor names to file names; download it again")
+    tensors = {}
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        if Path(file).name != file or file.startswith("."):
+            raise InputError(f"{first} points outside its folder: {file!r}; do not use this checkpoint")
+        if len(file) > 200 or not (folder / file).is_file():
+            raise InputError(f"{folder} lacks the shard {file} that {first} names; download it again")
+    for file in files:
+        for name, tensor in open_file(folder / file).items():
+            if weight_map.get(name) != file:
+                raise InputError(f"{file} holds {name}, which {first} places in {weight_map.get(name, 'no file')}; the "
+                                 "shards do not belong together")
+            tensors[name] = tensor
+    lost = [f"{name} (in {file})" for name, file in weight_map.items() if name not in tensors]
+    if lost:
+        raise InputError(f"{first} names tensors that the shards lack: {', '.join(lost)}; download them again")
+    return tensors
+
+
+def safetensors_header(path: str | os.PathLike, size: int | None = None,
+                       data: bytes | None = None) -> tuple[dict, dict, int]:
+    """Read and check the header of a safetensors file: ({name: (dtype, shape, begin, end)}, metadata, first data byte).
+
+    Layout: 8 bytes little-endian header length, a JSON header, then the tensors' bytes without gaps. `size` and `data`:
+    for a remote file, its total size and its first bytes.
+    """
+    path = Path(path)
+    size = path.stat().st_size if size is None else size
+    bad = f"{path.name} is not a whole safetensors file: "
+    if data is None:
+        with open(path, "rb") as f:
+            data = f.read(8)
+            length = int.from_bytes(data, "little")
+            data += f.read(length) if length <= min(MAX_HEADER, size) else b""
+    length = int.from_bytes(data[:8], "little")
+    if size < 8 or length > MAX_HEADER or 8 + length > size:
+        raise InputError(f"{bad}its first 8 bytes announce a header of {length} bytes, the file has {size}; "
+                         "download it again")
+    try:
+        header = json.loads(data[8:8 + length], object_pairs_hook=_without_repetition)
+        metadata = header.pop("__metadata__", {})
+        entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+        whole = all(isinstance(n, int) and n >= 0 for _, shape, *ends in entries.values() for n in (*shape, *ends))
+        whole &= all(isinstance(dtype, str) for dtype, *_ in entries.values())
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{bad}its header is corrupt; download it again") from None
+    if not whole or not isinstance(metadata, dict):
+        raise InputError(f"{bad}its header is corrupt; download it again")
+    _check_layout(path.name, entries, 8 + length, size)
+    return entries, metadata, 8 + length
+
+
+def _check_layout(file: str, entries: dict, start: int, size: int):
+    """Refuse a header whose tensors do not fill the file from byte `start` to its end, each right after the last."""
+    bad = f"{file} is not a whole safetensors file: "
+    end = 0
+    last = "the header"
+    for name, (dtype, shape, begin, stop) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
+        if dtype not in DTYPES:
+            raise InputError(f"{file}: {name} has dtype {dtype}; known are {', '.join(DTYPES)}")
+        bytes_needed = math.prod(shape) * DTYPES[dtype].itemsize
+        if begin != end or stop - begin != bytes_needed:
+            raise InputError(f"{bad}{name} ({dtype} {list(shape)}, {bytes_needed} bytes) is said to lie at "
+                             f"{begin}..{stop}, but {last} ends at {end}; the header was altered or damaged, "
+                             "download it again")
+        if start + stop > size:
+            raise InputError(f"{bad}it ends at byte {size}, inside {name}, which needs bytes up to "
+                             f"{start + stop}; the file was cut short, download it again")
+        end = stop
+        last = name
+    if start + end != size:
+        raise InputError(f"{bad}{size - start - end} bytes follow its last tensor {last}; the file was padded or "
+                         "is another one, download it again")
+
+
+def _without_repetition(pairs: list) -> dict:
+    """Refuse a JSON object that names something twice: it could mean another tensor to the next reader."""
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise ValueError
+    return dict(pairs)
+
+
+def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    entries, metadata, start = safetensors_header(path)
+    _verify_sha256(path, entries, metadata, start)
+    try:
+        safe_open(path, framework="pt")
+    except (SafetensorError, OSError):
+        raise InputError(f"{path.name} is refused by the safetensors library; download it again") from None
+
+    return {name: _stored(path, start + begin, shape, DTYPES[dtype])
+            for name, (dtype, shape, begin, _) in entries.items()}
+
+
+def _verify_sha256(path: Path, entries: dict, metadata: dict, start: int):
+    """Check each tensor's digest. Files of weights_tools carry them; released ones do not (the hub has the file's)."""
+    if "sha256" not in metadata:
+        return
+    try:
+        digests = dict(json.loads(metadata["sha256"]))
+    except (ValueError, TypeError, RecursionError):
+        raise InputError(f"{path.name}: its list of sha256 digests is corrupt; make or download it again") from None
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+        def digest(entry):
+            with view[start + entry[2]:start + entry[3]] as part:
+                return hashlib.sha256(part).hexdigest()
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for name, found in zip(entries, pool.map(digest, entries.values())):
+                if found != digests.get(name):
+                    raise InputError(f"{path.name}: {name} does not match its sha256 digest; the file was altered or "
+                                     "damaged, make or download it again")
+
+
+def _open_pickle(path: Path) -> dict[str, StoredTensor]:
+    """Open pytorch_model.bin: a zip of one pickle and a record per tensor. Only tensors are unpickled, no code runs."""
+    damaged = f"{path.name} is not a whole PyTorch file (a zip of tensors); download it again"
+    records = _check_zip(path, damaged)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:       # pickle, zip and runtime errors, with pages of advice to switch the check off
+        raise InputError(damaged) from None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor)
+                                              for k, v in state.items()):
+        raise InputError(f"{path.name} does not hold a dict of names and tensors; download it again")
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or not tensor.is_contiguous():
+            raise InputError(f"{path.name}: {name} is not a plain contiguous tensor; download it again")
+    # torch takes a storage's size from the pickle and maps that many bytes, beyond the end of its record if need be.
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.values()}
+    if sum(storages.values()) != records:
+        raise InputError(f"{path.name}: its tensors claim {sum(storages.values())} bytes, its records hold {records}; "
+                         "the file was altered or damaged, download it again")
+    _verify_crc(path, list(state))
+    # torch maps the file as one piece, which stays in memory as long as any tensor of it. So each is mapped again when
+    # it is read.
+    base = min((start for start, size in storages.items() if size), default=0) - _first_record(path)
+    return {name: _stored(path, t.data_ptr() - base, tuple(t.shape), t.dtype) for name, t in state.items()}
+
+
+def _stored(path: Path, at: int, shape: tuple, dtype: torch.dtype) -> StoredTensor:
+    return StoredTensor(path, shape, dtype, partial(_map, path, at, shape, dtype))
+
+
+def _map(path: Path, at: int, shape: tuple, dtype: torch.dtype) -> torch.Tensor:
+    """Map a tensor that lies at byte `at` of a file. Only the pages that are looked at come into memory."""
+    end = at + math.prod(shape) * dtype.itemsize
+    if end <= at:       # empty: it lies nowhere
+        return torch.empty(shape, dtype=dtype)
+    return torch.empty(0, dtype=dtype).set_(torch.UntypedStorage.from_file(str(path), False, end)[at:end], 0, shape)
+
+
+def _first_record(path: Path) -> int:
+    """Find where the first tensor record's bytes begin: after its local header, whose length is in it."""
+    with zipfile.ZipFile(path) as archive:
+        records = [r for r in archive.infolist() if r.file_size and RECORD.search(r.filename)]
+    header = min((r.header_offset for r in records), default=0)
+    with open(path, "rb") as f:
+        f.seek(header + 26)
+        name, extra = (int.from_bytes(f.read(2), "little") for _ in range(2))
+    return header + 30 + name + extra
+
+
+def _check_zip(path: Path, damaged: str) -> int:
+    """Count the bytes of all tensor records; refuse what torch.save never writes, before torch reads the file.
+
+    That is: compressed or repeated records (a small file could fill the memory), and a pickle that names anything but
+    dicts, storages and tensors, or builds towers of tuples out of one another (hashing such a key never ends).
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            if len({r.filename for r in records}) != len(records) or any(
+                    r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records):
+                raise InputError(f"{path.name} has compressed or repeated records, torch writes none such; do not use "
+                                 "this checkpoint")
+            pickles = [r for r in records if r.filename.endswith("/data.pkl")]
+            if len(pickles) != 1 or pickles[0].file_size > MAX_HEADER:
+                raise InputError(damaged)
+            tuples = set()
+            previous = ""
+            for op, argument, _ in pickletools.genops(archive.read(pickles[0])):
+                called = argument if op.name in ("GLOBAL", "INST") else op.name
+                if op.name in ("GLOBAL", "INST", "STACK_GLOBAL", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4") \
+                        and not (op.name == "GLOBAL" and PICKLED.fullmatch(argument)):
+                    raise InputError(f"{path.name} holds more than tensors (its pickle asks for {called!r}); refused, "
+                                     "nothing of it was run. Do not use this checkpoint")
+                if previous.endswith(("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")) and "PUT" in op.name:
+                    tuples.add(argument)
+                if op.name == "DUP" or "GET" in op.name and argument in tuples:
+                    raise InputError(damaged)
+                previous = op.name
+            return sum(r.file_size for r in records if RECORD.search(r.filename))
+    except InputError:
+        raise
+    except Exception:       # zipfile and pickletools raise many things for damaged files
+        raise InputError(damaged) from None
+
+
+def _verify_crc(path: Path, names: list[str]):
+    """Check the CRC-32 that the zip keeps of each record: torch's memory-mapped reader does not look at it."""
+    with zipfile.ZipFile(path) as archive:
+        def checksum(record):
+            crc = 0
+            try:
+                with archive.open(record) as f:
+                    f._expected_crc = None      # the zipfile module would raise without saying which tensor
+                    while chunk := f.read(1 << 24):
+                        crc = zlib.crc32(chunk, crc)
+                return crc
+            except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError):
+                return None
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for record, crc in zip(archive.infolist(), pool.map(checksum, archive.infolist())):
+                if crc != record.CRC:
+                    number = RECORD.search(record.filename)     # records are numbered in the dict's order
+                    name = names[int(number[1])] if number and int(number[1]) < len(names) else record.filename
+                    raise InputError(f"{path.name}: {name} does not match its checksum; the file was altered or "
+                                     "damaged, download it again")

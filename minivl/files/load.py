@@ -1,0 +1,172 @@
+"""Load a checkpoint into the model. Nothing in a checkpoint is ever executed.
+
+    folder or hub id -> config.json -> MiniVL on `meta` -> names, shapes and dtypes checked against the files' headers
+    -> memory-mapped tensors, one by one to dtype and device -> load_state_dict(strict=True, assign=True)
+"""
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
+
+from minivl import fast
+from minivl.config import Config, read_json
+from minivl.files.find import find
+from minivl.files.formats import DTYPES, StoredTensor, open_weights
+from minivl.limits import InputError
+from minivl.model import MiniVL
+
+KEPT = (".scales",)                                     # rounding a scale would change 128 weights at once
+KEPT_HALF = ("embed_tokens.weight", "lm_head.weight")   # by the fast layers, see minivl.fast
+
+
+def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: str | torch.device | None = None,
+         dtype: str | torch.dtype | None = None, precision: str | None = None) -> MiniVL:
+    """Load a released checkpoint as a model in eval mode.
+
+    path_or_id: local folder, or hub id such as "OpenGVLab/InternVL2_5-4B-MPO-AWQ" (downloaded, with `revision`).
+    device: default "cpu". dtype: torch dtype or its name; default float32 on the CPU, elsewhere float16 for AWQ and
+    bfloat16 otherwise. AWQ words and scales stay as released whatever the dtype.
+    precision: None: modules as released, to be read, verified and changed. "exact" or "fast": see minivl.fast.
+    """
+    if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 6):
+        raise InputError(f"torch {torch.__version__} is too old: before 2.6 a pickle could run code even with "
+                         "weights_only=True; install torch 2.6 or later")
+    folder = find(path_or_id, revision=revision)
+    config = Config.load(folder)
+    device = _device(device)
+    dtype = _dtype(dtype, device, config, precision)
+    if precision not in (None, "exact", "fast"):
+        raise InputError(f"precision {precision!r} is not one of exact, fast, None")
+    with torch.device("meta"), WithoutNormal():
+        model = MiniVL(config)
+    tensors = open_weights(folder)
+    _check(model, tensors, folder)
+    half = precision is not None and (device.type, dtype) == ("cpu", torch.float32) and fast.keeps_half(model)
+    if half and fast.has_compiler() and fast.relays(model):
+        fast.warm(config.quantization_config.group_size // 8, config.llm_config.hidden_size,
+                  tensors["language_model.lm_head.weight"].dtype, precision == "fast" and fast.products()[1])
+    kept = KEPT + (KEPT_HALF if half else ())
+    # Nothing else may hold the tensors: what `prepare` replaces must leave the memory.
+    model.load_state_dict(_read_tensors(model, tensors, device, dtype, kept), strict=True, assign=True)
+    model.img_context_token_id, model.eos_token_ids = _token_ids(folder, config)
+    return (fast.prepare(model, precision) if precision else model).eval()
+
+
+class WithoutNormal(TorchFunctionMode):
+    """Leave out nn.Embedding's random numbers: on `meta` torch imports half its compiler for them, 1 s, for nothing.
+
+    Holds for this thread alone and inside a `with` only. A patched nn.Embedding.reset_parameters would be seen by every
+    thread of the process: an embedding made in another one meanwhile would stay without numbers.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.nn.init.normal_:
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def _read_tensors(model: MiniVL, tensors: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype,
+                  kept: tuple) -> dict[str, torch.Tensor]:
+    """Read a model's tensors, one by one, to device and dtype; those whose name ends with one of `kept` keep theirs."""
+    state = {}
+    for name in tqdm(model.state_dict(), desc="loading", unit="tensor", delay=2, leave=False, disable=None):
+        tensor = tensors[name].read()
+        if not tensor.is_floating_point():
+            state[name] = tensor.to(device)
+            continue
+        _refuse_non_finite(name, tensor, "the file is damaged; download it again")
+        moved = tensor.to(device, tensor.dtype if name.endswith(kept) else dtype)
+        if torch.finfo(moved.dtype).max < torch.finfo(tensor.dtype).max:
+            _refuse_non_finite(name, moved, f"its values exceed {moved.dtype}; load with dtype='bfloat16' or 'float32'")
+        state[name] = moved
+    return state
+
+
+def _device(device) -> torch.device:
+    try:
+        device = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=device).cpu()         # fails on `meta` too
+        return device
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError):       # unknown name, or not on this machine
+        raise InputError(f"device {str(device)!r} cannot be used here; give cpu, or cuda, cuda:1, mps where torch has "
+                         "them") from None
+
+
+def _dtype(dtype, device: torch.device, config: Config, precision: str | None = None) -> torch.dtype:
+    if dtype is None:
+        if device.type == "cpu":
+            return torch.float32        # the contract: greedy tokens in float32 on the CPU
+        # torch's int4 product, which "fast" takes, computes in bfloat16
+        return torch.float16 if config.quantization_config and precision != "fast" else torch.bfloat16
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    dtype = known.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in known.values():
+        raise InputError(f"dtype {dtype!r} is not one of {', '.join(known)}")
+    return dtype
+
+
+# ---- against the model ----------------------------------------------------------------------------------------------
+
+def _check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
+    """Refuse tensors that do not fit the model, with one error that names every missing and misshapen one."""
+    wanted = model.state_dict()
+    problems = [f"missing: {n} {list(wanted[n].shape)}" for n in wanted if n not in tensors]
+    problems += [f"unexpected: {n} {list(t.shape)}" for n, t in tensors.items() if n not in wanted]
+    for name in wanted.keys() & tensors.keys():
+        want, found = wanted[name], tensors[name]
+        if tuple(want.shape) != found.shape:
+            problems.append(f"shape: {name} is {list(found.shape)} in the file, {list(want.shape)} in the model")
+        elif want.is_floating_point() != found.dtype.is_floating_point or found.dtype not in DTYPES.values() or (
+                not want.is_floating_point() and want.dtype != found.dtype):
+            problems.append(f"dtype: {name} is {found.dtype} in the file, the model takes "
+                            f"{'a float' if want.is_floating_point() else want.dtype}")
+    if problems:
+        hint = ""
+        if any(".qweight" in p for p in problems):
+            hint = (" config.json and weights disagree about AWQ: compare quantization_config with the tensors."
+                    if model.config.quantization_config else
+                    " The weights are AWQ but config.json has no quantization_config.")
+        raise InputError(f"the weights in {folder} do not fit its config.json, {len(problems)} problems:\n  "
+                         + "\n  ".join(sorted(problems)) + ("\n" + hint.strip() if hint else ""))
+
+
+def _refuse_non_finite(name: str, tensor: torch.Tensor, why: str):
+    if tensor.numel() == 0:
+        return
+    low, high = (float(v) for v in torch.aminmax(tensor.detach()))      # NaN passes through aminmax; no temporary copy
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InputError(f"{name} holds NaN or infinity ({low}..{high}); {why}")
+
+
+def _token_ids(folder: Path, config: Config) -> tuple[int | None, tuple[int, ...]]:
+    """Read (id of <IMG_CONTEXT> or None, ids that end an answer) from the small files of the checkpoint."""
+    added = {}
+    vocabulary = config.llm_config.vocab_size
+    if (folder / "added_tokens.json").is_file():
+        added = read_json(folder / "added_tokens.json")
+    elif (folder / "tokenizer.json").is_file():
+        listed = read_json(folder / "tokenizer.json").get("added_tokens")
+        listed = [token for token in listed if isinstance(token, dict)] if isinstance(listed, list) else []
+        added = {str(token.get("content")): token.get("id") for token in listed}
+    added = {token: i for token, i in added.items() if isinstance(i, int)}
+    largest = max(added.values(), default=0)
+    if largest >= vocabulary:
+        raise InputError(f"the tokenizer has ids up to {largest}, the model's vocab_size is {vocabulary}; tokenizer "
+                         "and weights are of different models")
+    # The released generation_config.json lists <|im_end|>, <|im_start|> and <|endoftext|>; the original's chat() stops
+    # at <|im_end|> alone. The union is safe: none of them can be part of an answer.
+    eos = {added["<|im_end|>"]} if "<|im_end|>" in added else set()
+    sources = [read_json(folder / "config.json")["llm_config"]]
+    if (folder / "generation_config.json").is_file():
+        sources.append(read_json(folder / "generation_config.json"))
+    for source in sources:
+        ids = source.get("eos_token_id")
+        eos.update(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and 0 <= i < vocabulary)
+    return added.get("<IMG_CONTEXT>"), tuple(sorted(eos))

@@ -1,0 +1,131 @@
+"""The API a person types: answers, batches, limits, and the snippets of the model card."""
+import re
+import warnings
+
+import pytest
+from asking import SHORT, TIGER, expected, noise, with_config
+from conftest import GOLDEN, shared
+
+import minivl
+from minivl import IMAGE_TOKEN, EngineConfig, GenerationConfig, InputError, Limits, Picture, Pipeline
+
+
+def test_text_and_picture(pipe):
+    image = minivl.load_image(TIGER)
+    response = pipe(("describe this image", image), SHORT)
+    ids, tokens = expected(pipe, [("<image>\ndescribe this image", None)], [image], [7])
+    assert response.input_token_len == len(ids) and response.token_ids == tokens
+    assert response.generate_token_len == len(tokens) and response.finish_reason in ("length", "stop")
+    assert response.text == pipe.tokenizer.decode(tokens)
+    for same in (TIGER, str(TIGER), TIGER.read_bytes(), Picture(TIGER), Picture(image, max_num=12)):
+        assert pipe(("describe this image", same), SHORT).token_ids == tokens
+
+
+def test_text_only(pipe):
+    ids, tokens = expected(pipe, [("Hello, who are you?", None)], [], [])
+    response = pipe("Hello, who are you?", SHORT)
+    assert (response.input_token_len, response.token_ids) == (len(ids), tokens)
+
+
+def test_the_picture_is_looked_at(pipe):
+    a, b = pipe([("what?", noise(60, 60, 1)), ("what?", noise(60, 60, 2))], SHORT)
+    assert a.token_ids != b.token_ids
+
+
+def test_batch_equals_singles(pipe):
+    prompts = [("what?", noise(60, 60)), "hello there", (f"{IMAGE_TOKEN} and {IMAGE_TOKEN}?", [noise(90, 60), TIGER]),
+               "this one spells <IMG_CONTEXT>, harmless without a picture", ("and this?", noise(20, 300))]
+    alone = [pipe(p, SHORT) for p in prompts]
+    for size in (8, 2):
+        together = with_config(pipe, max_batch_size=size)(prompts, SHORT)
+        assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+        assert [r.text for r in together] == [r.text for r in alone]
+        assert [r.index for r in together] == [0, 1, 2, 3, 4]
+    configs = [GenerationConfig(max_new_tokens=n, ignore_eos=True) for n in (3, 9, 1, 12, 5)]
+    assert [r.generate_token_len for r in pipe(prompts, configs)] == [3, 9, 1, 12, 5]
+
+
+def test_context_length(pipe):
+    small = with_config(pipe, session_len=100)
+    message = r"the prompt has \d+ tokens and leaves no room for an answer in a context of 100"
+    with pytest.raises(InputError, match=message):
+        small("word " * 100)
+    held = small("hello", GenerationConfig(max_new_tokens=500, ignore_eos=True))
+    assert held.finish_reason == "length" and held.generate_token_len == 100 - held.input_token_len > 0
+    with pytest.raises(InputError, match="session_len 99999 must be in 1.."):
+        with_config(pipe, session_len=99999)
+    session = small.chat("hello", gen_config=GenerationConfig(max_new_tokens=500, ignore_eos=True))
+    with pytest.raises(InputError, match="leaves no room"):
+        small.chat("more", session)
+
+
+def test_limits(pipe):
+    with pytest.raises(InputError, match="3 pictures exceed the limit of 2"):
+        with_config(pipe, limits=Limits(pictures=2))((f"{IMAGE_TOKEN} " * 3, [TIGER] * 3))
+    with pytest.raises(InputError, match="the prompt has 11 characters, the limit is 10"):
+        with_config(pipe, limits=Limits(prompt_chars=10))("x" * 11)
+    with pytest.raises(InputError, match="max_num is 12; it must be a whole number in 1..3"):
+        with_config(pipe, limits=Limits(tiles_per_picture=3))(("x", TIGER))
+    with pytest.raises(InputError):
+        with_config(pipe, allow_paths=False)(("x", str(TIGER)))
+    with pytest.raises(InputError, match="2 generation configs are given for 3 prompts"):
+        pipe(["a", "b", "c"], [SHORT, SHORT])
+    with pytest.raises(InputError, match="gen_config is a dict"):
+        pipe("a", {"max_new_tokens": 3})
+    with pytest.raises(InputError, match="session is a GenerationConfig; .* Name the argument"):
+        pipe.chat("a", SHORT)
+    with pytest.raises(InputError, match="max_new_tokens is 12, the limit is 5"):
+        with_config(pipe, limits=Limits(new_tokens=5))("a", SHORT)
+    wide = with_config(pipe, limits=Limits(new_tokens=10 ** 6), session_len=90)
+    assert wide("a", GenerationConfig(max_new_tokens=40_000, ignore_eos=True)).finish_reason == "length"
+    for field in ("stop_token_ids", "bad_token_ids"):
+        with pytest.raises(InputError, match="hold 99999, the vocabulary has ids"):
+            pipe("a", GenerationConfig(**{field: [99999]}))
+
+
+@pytest.mark.parametrize("values", [{"session_len": "8"}, {"session_len": 0}, {"max_batch_size": 0},
+                                    {"max_batch_size": True}, {"limits": None}, {"plain_text": "no"},
+                                    {"allow_hosts": "localhost"}])
+def test_bad_engine_configs(values):
+    with pytest.raises(InputError, match=f"EngineConfig.{list(values)[0]} is .*; it must be a"):
+        EngineConfig(**values)
+
+
+def test_wrong_things_as_checkpoint_or_config(tiny):
+    with pytest.raises(InputError, match="a checkpoint cannot be a NoneType"):
+        minivl.pipeline(None)
+    with pytest.raises(InputError, match="backend_config is a dict; give minivl.EngineConfig"):
+        minivl.pipeline(tiny, {"session_len": 5})
+    with pytest.raises(InputError, match="has no config.json"):
+        minivl.pipeline(GOLDEN)
+
+
+def test_tokenizer_of_another_model(pipe, tiny):
+    from minivl import Tokenizer
+    tokenizer = Tokenizer.load(tiny)
+    tokenizer.backend.add_tokens(["<new>"])
+    with pytest.raises(InputError, match=r"the tokenizer has \d+ tokens, the model's vocab_size is"):
+        Pipeline(pipe.model, tokenizer)
+
+
+def snippets():
+    text = shared("MODEL_CARD.md").read_text()
+    return [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "from lmdeploy" in code]
+
+
+def test_every_lmdeploy_snippet_of_the_card_runs(tiny, monkeypatch, capsys):
+    """Only the import lines and the engine-config class are changed; the network is replaced by the same pictures."""
+    found = snippets()
+    assert len(found) == 4
+    monkeypatch.setattr(minivl.media, "fetch",
+                        lambda url, **_: shared("images/" + url.split("/")[-1]).read_bytes())
+    monkeypatch.setattr(minivl.chat.pipeline, "find", lambda name, revision: tiny)
+    for code in found:
+        used = re.findall(r"^from lmdeploy\S* import (.*)$", code, re.M)
+        names = sorted({n.strip() for line in used for n in line.split(",")})
+        code = re.sub(r"^from lmdeploy.*$", "", code, flags=re.M).replace("TurbomindEngineConfig", "EngineConfig")
+        code = f"from minivl import {', '.join(names).replace('TurbomindEngineConfig', 'EngineConfig')}\n" + code
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)     # the card's own sampling values without do_sample
+            exec(compile(code, "card", "exec"), {})
+    assert capsys.readouterr().out.count("\n") >= 5

@@ -1,0 +1,74 @@
+"""Folders, names and hub ids: what is found, what is fetched, and what an error says."""
+import pytest
+import torch
+from conftest import GOLDEN
+
+import minivl
+from minivl import InputError
+from minivl.files.find import choose_files, find
+
+
+def test_folders_and_names(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="has no config.json; is the download complete?"):
+        minivl.load(tmp_path)
+    (tmp_path / "config.json").write_text((GOLDEN / "qwen2-awq" / "config.json").read_text())
+    with pytest.raises(InputError, match="has no weights; expected one of model.safetensors.index.json"):
+        minivl.load(tmp_path)
+    with pytest.raises(InputError, match="is a file; give the folder"):
+        minivl.load(tmp_path / "config.json")
+    with pytest.raises(InputError, match="does not exist; give a folder"):
+        minivl.load(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(InputError, match="does not exist; give a folder"):      # a typo is not asked of the hub
+        minivl.load(f"{tmp_path.name}/typo")
+    with pytest.raises(InputError, match="is a local folder, it has no revision 'v1'"):
+        minivl.load(tmp_path, revision="v1")
+    with pytest.raises(InputError, match="is not in the local cache .* offline mode is set"):
+        minivl.load("OpenGVLab/InternVL2_5-4B-MPO-AWQ")
+    with pytest.raises(InputError, match="dtype 'int8' is not one of float32, float16, bfloat16"):
+        minivl.load(GOLDEN / "qwen2-awq", dtype="int8")
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cu121")
+    with pytest.raises(InputError, match="torch 2.5.1.cu121 is too old"):
+        minivl.load(GOLDEN / "qwen2-awq")
+
+
+def test_which_files_are_fetched():
+    small = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "added_tokens.json"]
+    other = ["modeling_internvl_chat.py", "inputs_stats.pth", "README.md", "conversation.py", ".gitattributes"]
+    bins = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]
+    tensors = [n.replace("pytorch_model", "model").replace("bin", "safetensors") for n in bins]
+    assert set(choose_files(small + other + bins)) == {*small, *bins}
+    assert set(choose_files(small + other + bins + tensors)) == {*small, *tensors}
+    with pytest.raises(InputError, match="no weights among the 5 files"):
+        choose_files(small)
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("RepositoryNotFoundError", "there is no some/model on the hub"),
+    ("RevisionNotFoundError", "has no revision 'v2' on the hub"),
+    ("GatedRepoError", "is gated on the hub"),
+    (ConnectionError, r"could not read some/model .* from the hub \(ConnectionError\)")])
+def test_hub_errors_are_ours(monkeypatch, kind, message):
+    import huggingface_hub
+    from huggingface_hub import errors
+    kind = getattr(errors, kind) if isinstance(kind, str) else kind
+
+    def fail(self, *args, **options):
+        raise kind.__new__(kind)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
+    with pytest.raises(InputError, match=message):
+        find("some/model", revision="v2")
+
+
+def test_offline_asks_nobody(monkeypatch):
+    import socket
+
+    def called(*args, **options):
+        raise AssertionError("the network was asked")
+    monkeypatch.setattr(socket, "getaddrinfo", called)
+    monkeypatch.setattr(socket.socket, "connect", called)
+    with pytest.raises(InputError, match="offline mode is set"):
+        minivl.load("some/model")
+    with pytest.raises(InputError, match="(?i)offline"):
+        minivl.load_image("https://example.com/a.png")
