@@ -1,0 +1,8 @@
+"""Pictures and videos in, RGB PIL images out: everything that opens what a stranger may have sent.
+
+    local     files of this machine         pictures   load_image: one picture from any source
+    fetch     http(s):// and data: URLs     video      load_video: the chosen frames of a video
+"""
+from minivl.media.pictures import load_image as load_image
+from minivl.media.video import frame_indices as frame_indices
+from minivl.media.video import load_video as load_video
