@@ -8,7 +8,7 @@ from PIL import Image
 
 from minivl import tiling
 from minivl.config import Config
-from minivl.pictures import FAINT, INK, Svg, embedded, text
+from minivl.show import FAINT, INK, Svg, embedded, text
 from weights_tools.synthesize import config_json
 
 HERE = Path(__file__).parent

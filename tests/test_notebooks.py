@@ -36,7 +36,7 @@ def test_form(path):
     assert whole.count("*Look at:*") >= 3 and "## What breaks" in whole and "Reference:" in last + "".join(text)
     assert "$" in whole and "Simplified" in whole and "lab.source(" in "".join(code) and "lab.check(" in "".join(code)
     assert re.search("[Tt]oy\\b", whole + "".join(code)) or path.stem.startswith("00")
-    assert "pictures.strip(STAGES" in "".join(code)
+    assert "show.strip(STAGES" in "".join(code)
     for link in re.findall(r"\]\(([^)#]+)\)", whole):
         assert link.startswith("http") or (path.parent / link).exists(), link
     graded = [re.findall(r"lab\.grade\((\w+)\)", c) for c in code]

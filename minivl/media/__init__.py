@@ -3,6 +3,5 @@
     local     files of this machine         pictures   load_image: one picture from any source
     fetch     http(s):// and data: URLs     video      load_video: the chosen frames of a video
 """
-from minivl.media.pictures import load_image as load_image
-from minivl.media.video import frame_indices as frame_indices
-from minivl.media.video import load_video as load_video
+from minivl.media.pictures import load_image
+from minivl.media.video import frame_indices, load_video
