@@ -8,8 +8,8 @@
     show.bars, show.curve, show.strip             numbers by name, numbers along an axis, stages with their shapes
     show.beside(one, another)                     drawings next to each other
 
-Each returns an Svg: the last line of a notebook cell shows it, `.save(path)` writes it. Drawn on a white card of its own,
-so that it is readable on any page; nothing is told by colour alone.
+Each returns an Svg: the last line of a notebook cell shows it, `.save(path)` writes it. It is drawn on a white card of
+its own, so that it is readable on any page; nothing is told by colour alone.
 """
 from minivl.show.charts import bars, curve
 from minivl.show.maps import heat, overlay

@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import io
 from html import escape
+from os import PathLike
 from pathlib import Path
 
 from PIL import Image
@@ -15,51 +16,61 @@ HIGH = (176, 78, 0)     # negative ones
 
 
 class Svg:
-    """A drawing of `width` x `height` pixels: what stands between <svg> and </svg>."""
+    """Hold a drawing of `width` x `height` pixels; `body` is what stands between <svg> and </svg>."""
 
     def __init__(self, body: str, width: float, height: float):
-        self.body, self.width, self.height = body, width, height
+        self.body = body
+        self.width = width
+        self.height = height
 
-    def __str__(self):
+    def __str__(self) -> str:
+        size = f"{self.width:.0f} {self.height:.0f}"
         return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{self.width:.0f}" height="{self.height:.0f}" '
-                f'viewBox="0 0 {self.width:.0f} {self.height:.0f}" font-family="system-ui, sans-serif" font-size="12">'
+                f'viewBox="0 0 {size}" font-family="system-ui, sans-serif" font-size="12">'
                 f'<rect width="100%" height="100%" rx="6" fill="white"/>{self.body}</svg>')
 
-    def _repr_svg_(self):
+    def _repr_svg_(self) -> str:
         return str(self)
 
-    def save(self, path) -> Path:
-        """Write it to a file; the path."""
+    def save(self, path: str | PathLike) -> Path:
+        """Write the drawing to a file and return its path."""
         Path(path).write_text(str(self), encoding="utf-8")
         return Path(path)
 
 
-def beside(*drawings: Svg, gap: int = 16) -> Svg:
-    """Drawings next to each other."""
-    body, x = "", 0.0
+def beside(*drawings: Svg, gap: float = 16) -> Svg:
+    """Put drawings next to each other, `gap` pixels apart."""
+    body = ""
+    x = 0.0
     for drawing in drawings:
         body += f'<g transform="translate({x:.1f} 0)">{drawing.body}</g>'
         x += drawing.width + gap
-    return Svg(body, x - gap, max(d.height for d in drawings))
+    return Svg(body, x - gap, max(drawing.height for drawing in drawings))
 
 
-def text(x, y, words, *, anchor="start", size=12, colour=INK, weight="normal", turn=0) -> str:
+def text(x: float, y: float, words: object, *, anchor: str = "start", size: float = 12, colour: str = INK,
+         weight: str = "normal", turn: float = 0) -> str:
+    """Write words at (x, y): the left end of their base line, or its middle or end with `anchor` "middle" or "end".
+
+    `turn`: degrees, clockwise.
+    """
     rotate = f' transform="rotate({turn} {x:.1f} {y:.1f})"' if turn else ""
-    return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" font-weight="{weight}" fill="{colour}"{rotate}>'
-            f'{escape(str(words))}</text>')
+    return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" font-weight="{weight}" '
+            f'fill="{colour}"{rotate}>{escape(str(words))}</text>')
 
 
-def embedded(image: Image.Image, x, y, width, height, *, crisp: bool = False) -> str:
-    """A picture inside a drawing, as a PNG. `crisp`: enlarged pixels stay squares."""
+def embedded(image: Image.Image, x: float, y: float, width: float, height: float, *, crisp: bool = False) -> str:
+    """Place a picture inside a drawing, as a PNG. `crisp`: enlarged pixels stay squares."""
     data = io.BytesIO()
     image.save(data, "PNG", optimize=True)
     style = ' style="image-rendering:pixelated"' if crisp else ""
-    return (f'<image x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"{style} preserveAspectRatio="none" '
-            f'href="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"/>')
+    return (f'<image x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"{style} '
+            f'preserveAspectRatio="none" href="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"/>')
 
 
-def shade(value: float, top: float) -> tuple:
-    """RGB of a number: white is 0, dark is +-top; negative numbers have another hue, and a mark where squares are drawn."""
+def shade(value: float, top: float) -> tuple[int, ...]:
+    """Choose the RGB colour of a number: white is 0, dark is +-top. Negative numbers have another hue, and a mark of
+    their own where squares are drawn."""
     part = min(1.0, abs(value) / top) if top > 0 else 0.0
     hue = LOW if value >= 0 else HIGH
     return tuple(round(255 + (h - 255) * part) for h in hue)
