@@ -3,6 +3,8 @@
 A URL may come from a stranger, so the address is checked before connecting and the size before reading. Whatever cannot
 be used raises `InputError`.
 """
+from __future__ import annotations
+
 import base64
 import contextlib
 import http.client
@@ -13,6 +15,7 @@ import ssl
 import threading
 import time
 import urllib.parse
+from collections.abc import Collection
 
 from minivl.limits import InputError, Limits, offline
 from minivl.media.local import check_bytes, split_url
@@ -20,8 +23,8 @@ from minivl.media.local import check_bytes, split_url
 URL_SAFE = "%/:=&?~#+!$,;'@()*[]"      # stays as written in path and query, besides letters, digits and _.-
 
 
-def fetch(url, *, limits=Limits(), allow_hosts=()):
-    """The bytes behind an http(s) URL; the only code that uses the network. Raises InputError.
+def fetch(url: str, *, limits: Limits = Limits(), allow_hosts: Collection[str] = ()) -> bytes:
+    """Fetch the bytes behind an http(s) URL. Raises InputError.
 
     Refused: hosts with any address outside the public internet, unless the host name as written in the URL is in
     `allow_hosts`; more than limits.picture_bytes; more than limits.fetch_seconds in all, redirects included;
@@ -37,7 +40,8 @@ def fetch(url, *, limits=Limits(), allow_hosts=()):
     # all, and a server sending one byte per second never meets one. At the deadline its socket is shut from here.
     allowed = {host.lower() for host in allow_hosts}
     deadline = time.monotonic() + limits.fetch_seconds
-    outcome, live = [], []
+    outcome = []        # the bytes or the exception
+    live = []           # the open socket
 
     def work():
         try:
@@ -58,8 +62,8 @@ def fetch(url, *, limits=Limits(), allow_hosts=()):
     return outcome[0]
 
 
-def _follow(url, deadline, limits, allowed, live):
-    """`fetch` inside its thread: get, and follow redirects, checking every stop like the first."""
+def _follow(url: str, deadline: float, limits: Limits, allowed: set[str], live: list) -> bytes:
+    """Get a URL and follow redirects, checking every stop like the first: `fetch` inside its thread."""
     first = url
     for _ in range(limits.redirects + 1):
         body, location = _get(url, deadline, limits, allowed, live)
@@ -77,12 +81,13 @@ def _follow(url, deadline, limits, allowed, live):
                      "Limits(redirects=...)")
 
 
-def _get(url, deadline, limits, allowed, live):
-    """One request -> (body, None), or (None, location) for a redirect."""
+def _get(url: str, deadline: float, limits: Limits, allowed: set[str], live: list) -> tuple[bytes | None, str | None]:
+    """Send one request; return (body, None), or (None, location) for a redirect."""
     name = show_url(url)
     parts = _check_url(url)
     try:
-        host, port = parts.hostname, parts.port
+        host = parts.hostname
+        port = parts.port
     except ValueError:
         raise InputError(f"{name}: the port is not a number from 0 to 65535") from None
     secure = parts.scheme == "https"
@@ -120,8 +125,8 @@ def _get(url, deadline, limits, allowed, live):
         raise InputError(f"{name}: the server's answer is not valid HTTP; download the file yourself") from None
 
 
-def _check_url(url):
-    """Split a URL to be fetched; refuse what a careful client does not send."""
+def _check_url(url: str) -> urllib.parse.SplitResult:
+    """Split a URL to be fetched, and refuse what a careful client does not send."""
     name = show_url(url)
     # Before splitting: urlsplit silently drops tabs and line breaks, so it would check another URL than is asked for.
     if any(not char.isprintable() or char == " " for char in url):
@@ -136,8 +141,8 @@ def _check_url(url):
     return parts
 
 
-def show_url(url):
-    """A URL for messages: scheme://host/path. Never user, password or query string, which may hold secrets."""
+def show_url(url: str) -> str:
+    """Write a URL for messages, scheme://host/path: never user, password or query string, which may hold secrets."""
     try:
         parts = urllib.parse.urlsplit(url)
         text = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
@@ -147,12 +152,13 @@ def show_url(url):
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def _too_slow(url, limits):
+def _too_slow(url: str, limits: Limits) -> InputError:
+    """Make the error for a transfer past its deadline."""
     return InputError(f"{show_url(url)}: took longer than {limits.fetch_seconds:g} seconds; download the file "
                       "yourself or raise Limits(fetch_seconds=...)")
 
 
-def _connect(host, port, deadline, allowed, live, name):
+def _connect(host: str, port: int, deadline: float, allowed: set[str], live: list, name: str) -> socket.socket:
     """Resolve `host` once, refuse it if any address is not public, and connect to one of the checked addresses.
 
     Checking and connecting share one answer of the name server: asked twice, it could first name a public address
@@ -184,8 +190,8 @@ def _connect(host, port, deadline, allowed, live, name):
     raise ConnectionError
 
 
-def _is_public(text):
-    """Whether an address (as getaddrinfo writes it) is one of the public internet."""
+def _is_public(text: str) -> bool:
+    """Tell whether an address (as getaddrinfo writes it) is one of the public internet."""
     address = ipaddress.ip_address(text)
     if address.version == 6:
         packed = address.packed
@@ -198,8 +204,9 @@ def _is_public(text):
     return address.is_global and not address.is_multicast and address.packed[:3] not in (b"\xc0\0\0", b"\xc0\x58\x63")
 
 
-def _read_response(response, deadline, limits, name):
-    """(body, None) or (None, location) of an HTTP answer."""
+def _read_response(response: http.client.HTTPResponse, deadline: float, limits: Limits,
+                   name: str) -> tuple[bytes | None, str | None]:
+    """Read an HTTP answer; return (body, None), or (None, location) for a redirect."""
     if response.status in (301, 302, 303, 307, 308):
         location = response.headers.get("Location")
         if not location:
@@ -227,8 +234,8 @@ def _read_response(response, deadline, limits, name):
     return bytes(body), None
 
 
-def data_url_bytes(url, limits):
-    """data:image/...;base64,... -> bytes."""
+def data_url_bytes(url: str, limits: Limits) -> bytes:
+    """Decode the bytes of a data:image/...;base64,... URL."""
     head, comma, payload = url.partition(",")
     if not comma or not re.fullmatch("data:image/[^;]*(;[^;]*)*;base64", head[:200], re.IGNORECASE):
         raise InputError("a data: URL must start with data:image/...;base64, and then hold the picture in base64")

@@ -1,15 +1,17 @@
-"""Read files of this machine, named by a path or a file:// URL: checked for their kind and size before they are read."""
+"""Read files of this machine, named by a path or a file:// URL; their kind and size are checked first."""
+from __future__ import annotations
+
 import os
 import re
 import stat
 import urllib.parse
 import urllib.request
 
-from minivl.limits import InputError
+from minivl.limits import InputError, Limits
 
 
-def local_path(source, allow_paths):
-    """str | PathLike | file:// URL -> (path, how to name it in messages)."""
+def local_path(source: str | os.PathLike, allow_paths: bool) -> tuple[str, str]:
+    """Turn a path or file:// URL into (path, how to name it in messages)."""
     text = os.fsdecode(source)
     name = repr(text if len(text) <= 200 else text[:200] + "...")
     if not allow_paths:
@@ -23,16 +25,16 @@ def local_path(source, allow_paths):
     return urllib.request.url2pathname(parts.path), name
 
 
-def split_url(url, name):
-    """urlsplit, with InputError for what it cannot split (unfinished [IPv6], ...)."""
+def split_url(url: str, name: str) -> urllib.parse.SplitResult:
+    """Split a URL into its parts. Raises InputError for what urlsplit cannot split (unfinished [IPv6], ...)."""
     try:
         return urllib.parse.urlsplit(url)
     except ValueError:
         raise InputError(f"{name}: not a valid URL; check the host name") from None
 
 
-def file_size(path, name):
-    """Size in bytes of a regular file. Devices and pipes are refused: reading them may never end."""
+def file_size(path: str, name: str) -> int:
+    """Measure a regular file, in bytes. Devices and pipes are refused: reading them may never end."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -47,8 +49,8 @@ def file_size(path, name):
     return status.st_size
 
 
-def check_bytes(found, limit, field, name):
-    """Raise InputError for an empty file or one over `limit` bytes (`field` of Limits)."""
+def check_bytes(found: int, limit: int, field: str, name: str) -> None:
+    """Refuse an empty file, or one with more than `limit` bytes (`field` of Limits)."""
     if found == 0:
         raise InputError(f"{name} is empty (0 bytes); check how it was written")
     if found > limit:
@@ -56,8 +58,8 @@ def check_bytes(found, limit, field, name):
                          f"make it smaller or raise Limits({field}=...)")
 
 
-def read_file(path, name, limits):
-    """The bytes of a regular file, at most limits.picture_bytes."""
+def read_file(path: str, name: str, limits: Limits) -> bytes:
+    """Read a regular file of at most limits.picture_bytes."""
     check_bytes(file_size(path, name), limits.picture_bytes, "picture_bytes", name)
     try:
         with open(path, "rb") as file:

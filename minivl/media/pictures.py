@@ -3,11 +3,14 @@
 Everything here may come from a stranger, so every check runs before the step it protects (bytes before reading,
 pixels before decoding), and whatever cannot be used raises `InputError`.
 """
+from __future__ import annotations
+
 import contextlib
 import io
 import os
 import re
 import warnings
+from collections.abc import Collection, Iterator
 
 from PIL import Image
 
@@ -22,10 +25,11 @@ MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|GIF8[79]a|BM|(
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-def load_image(source, *, limits=Limits(), allow_paths=True, allow_urls=True, allow_hosts=()):
-    """One picture as a new PIL image of mode "RGB", exactly as `Image.open(x).convert("RGB")` gives it.
+def load_image(source: Image.Image | str | os.PathLike | bytes | bytearray | memoryview, *, limits: Limits = Limits(),
+               allow_paths: bool = True, allow_urls: bool = True, allow_hosts: Collection[str] = ()) -> Image.Image:
+    """Open one picture as a new PIL image of mode "RGB", exactly as `Image.open(x).convert("RGB")` gives it.
 
-    source: PIL image, path (str, pathlib.Path, file:// URL), http(s):// URL, data:image/...;base64, URL, or bytes.
+    source: a PIL image, path (str, pathlib.Path, file:// URL), http(s):// URL, data:image/...;base64, URL, or bytes.
     As in the reference, EXIF rotation is NOT applied, alpha is dropped (not blended), animations give frame one.
     allow_hosts: host names that may resolve to private addresses, see `fetch`. Raises InputError.
     """
@@ -48,13 +52,13 @@ def load_image(source, *, limits=Limits(), allow_paths=True, allow_urls=True, al
                      "data:image/...;base64, URL, or the bytes of a picture file")
 
 
-def _decode(data, name, limits):
-    """Bytes of a picture file -> RGB image."""
+def _decode(data: bytes, name: str, limits: Limits) -> Image.Image:
+    """Decode the bytes of a picture file into an RGB image."""
     return to_rgb(open_picture(data, name, limits), name)
 
 
-def open_picture(data, name, limits):
-    """Bytes of a picture file -> PIL image with checked header, pixels not decoded yet."""
+def open_picture(data: bytes, name: str, limits: Limits) -> Image.Image:
+    """Open the bytes of a picture file as a PIL image: the header is checked, the pixels are not decoded yet."""
     check_bytes(len(data), limits.picture_bytes, "picture_bytes", name)
     if not MAGIC.match(data):
         raise InputError(f"{name} is not a picture in an accepted format ({FORMAT_NAMES}); convert it to one of them")
@@ -64,8 +68,8 @@ def open_picture(data, name, limits):
     return image
 
 
-def to_rgb(image, name):
-    """Decode and convert. Warns where Pillow's rule makes 16-bit or float greyscale nearly white."""
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Decode a picture and convert it to RGB. Warn where Pillow's rule makes 16-bit or float greyscale nearly white."""
     with translated(name, "the picture is cut short or damaged; save or download it again"):
         image.load()
     with translated(name, f"colour mode {image.mode} cannot be converted to RGB; save the picture as RGB"):
@@ -84,8 +88,8 @@ def to_rgb(image, name):
     return rgb
 
 
-def check_size(width, height, name, limits):
-    """Raise InputError for a picture (or frame) of `width` x `height` pixels that is empty, too large or too thin."""
+def check_size(width: int, height: int, name: str, limits: Limits) -> None:
+    """Refuse a picture or frame of `width` x `height` pixels that is empty, too large or too thin."""
     if width < 1 or height < 1:
         raise InputError(f"{name} has no pixels ({width}x{height}); give a picture at least 1x1 large")
     if width * height > limits.picture_pixels:
@@ -98,7 +102,7 @@ def check_size(width, height, name, limits):
 
 
 @contextlib.contextmanager
-def translated(name, problem, bugs=()):
+def translated(name: str, problem: str, bugs: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn whatever a decoding library raises (but `bugs`) into an InputError that says `problem`, not its own text.
 
     Every Exception, because damaged files make Pillow raise almost anything (OSError, SyntaxError, struct.error,

@@ -1,39 +1,54 @@
 """Choose frames of a video and read them as RGB PIL images: video files, animations, folders and lists of pictures."""
+from __future__ import annotations
+
 import contextlib
 import math
 import numbers
 import os
 import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from PIL import Image
 
 from minivl.limits import InputError, Limits
 from minivl.media.local import check_bytes, file_size, local_path, read_file
-from minivl.media.pictures import (FORMAT_NAMES, MAGIC, SUFFIXES, check_size, load_image, open_picture, to_rgb,
-                                   translated)
+from minivl.media.pictures import (
+    FORMAT_NAMES,
+    MAGIC,
+    SUFFIXES,
+    check_size,
+    load_image,
+    open_picture,
+    to_rgb,
+    translated,
+)
 
-ANIMATED = ("GIF", "WEBP", "PNG")      # not TIFF or MPO (phone JPEG): their further pictures are pages or previews
+ANIMATED = ("GIF", "WEBP", "PNG")       # not TIFF or MPO (phone JPEG): their further pictures are pages or previews
 # Containers ffmpeg may open. Playlists (hls, concat, dash, ...) are left out: they make ffmpeg open other files.
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
-TOTAL_FRAMES = 1_000_000               # of a whole video, chosen or not: about nine hours at 30 frames per second
+TOTAL_FRAMES = 1_000_000                # of a whole video, chosen or not: about nine hours at 30 frames per second
 # Unlike EXIF in pictures, the rotation phones write IS applied to videos: the reference's reader (decord) does so.
 TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
-VIDEO_PICTURES = 16                    # the chosen frames together: at most this times Limits.picture_pixels
+VIDEO_PICTURES = 16                     # the chosen frames together: at most this times Limits.picture_pixels
 
 
-def frame_indices(max_frame, fps, num_segments, bound=None, *, limits=Limits()):
-    """Which frames stand for a video: the middle of each of `num_segments` equal parts, as the reference rounds it.
+def frame_indices(max_frame: int, fps: float | None, num_segments: int, bound: Sequence[float] | None = None, *,
+                  limits: Limits = Limits()) -> list[int]:
+    """Choose the frames that stand for a video: the middle of each of `num_segments` equal parts, rounded as in the
+    reference.
 
     max_frame: index of the last frame; fps: frames per second (may be None without bound);
-    bound: None for the whole video, or (start, end) in seconds. Returns a list of frame indices. Raises InputError.
+    bound: None for the whole video, or (start, end) in seconds. Returns a list of indices. Raises InputError.
     """
     fps, bound = _check_choice(fps, num_segments, bound, limits)
     if isinstance(max_frame, bool) or not isinstance(max_frame, int) or max_frame < 0:
         raise InputError(f"max_frame, the index of the last frame, must be an int >= 0, not {max_frame!r}")
-    first, last = 0, max_frame
+    first = 0
+    last = max_frame
     if bound is not None or fps is not None:
         start, end = bound or (-100_000, 100_000)       # seconds; the reference's "everything"
-        first, last = max(0, round(start * fps)), min(round(end * fps), max_frame)      # round: half to even
+        first = max(0, round(start * fps))              # round: half to even
+        last = min(round(end * fps), max_frame)
     if last < first:
         raise InputError(f"bound {start:g}..{end:g} seconds lies outside the video, which has {max_frame + 1} frames "
                          f"= {(max_frame + 1) / fps:g} seconds at {fps:g} frames per second")
@@ -41,8 +56,9 @@ def frame_indices(max_frame, fps, num_segments, bound=None, *, limits=Limits()):
     return [int(first + part / 2 + round(part * k)) for k in range(num_segments)]
 
 
-def _check_choice(fps, num_segments, bound, limits):
-    """The checks of `frame_indices` that need no video: (fps, bound) as floats, or None where not given."""
+def _check_choice(fps: float | None, num_segments: int, bound: Sequence[float] | None,
+                  limits: Limits) -> tuple[float | None, tuple[float, float] | None]:
+    """Check what can be checked before there is a video; return (fps, bound) as floats, None where not given."""
     if isinstance(num_segments, bool) or not isinstance(num_segments, int) or num_segments < 1:
         raise InputError(f"num_segments, the number of frames to take, must be an int >= 1, not {num_segments!r}")
     if num_segments > limits.video_frames:
@@ -56,7 +72,8 @@ def _check_choice(fps, num_segments, bound, limits):
         return fps, None
     if not isinstance(bound, (tuple, list)) or len(bound) != 2:
         raise InputError(f"bound must be None or (start, end) in seconds, not {str(bound)[:80]!r}")
-    start, end = _finite(bound[0], "the start of bound"), _finite(bound[1], "the end of bound")
+    start = _finite(bound[0], "the start of bound")
+    end = _finite(bound[1], "the end of bound")
     if end < start or max(abs(start), abs(end)) > 1e9:
         raise InputError(f"bound {start:g}..{end:g} seconds must not end before it starts, nor go past 1e9")
     if fps is None:
@@ -64,16 +81,17 @@ def _check_choice(fps, num_segments, bound, limits):
     return fps, (start, end)
 
 
-def _finite(value, what):
-    """A finite float, or InputError."""
+def _finite(value: object, what: str) -> float:
+    """Make a finite float of a number. Raises InputError for anything else."""
     with contextlib.suppress(OverflowError):            # an int too large for float
         if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
     raise InputError(f"{what} must be a finite number, not {str(value)[:80]!r}")
 
 
-def load_video(source, *, num_segments=8, bound=None, fps=None, limits=Limits(), allow_paths=True):
-    """`num_segments` frames of a video as RGB PIL images, chosen by `frame_indices`.
+def load_video(source: str | os.PathLike | Sequence, *, num_segments: int = 8, bound: Sequence[float] | None = None,
+               fps: float | None = None, limits: Limits = Limits(), allow_paths: bool = True) -> list[Image.Image]:
+    """Read `num_segments` frames of a video as RGB PIL images, chosen by `frame_indices`.
 
     source: a video file (MP4, MOV, MKV, WebM, AVI, ...; needs PyAV, the extra "video"), an animated GIF, WebP or PNG,
     a folder of pictures (frame2 comes before frame10), or a list of pictures (as `load_image` takes, without URLs).
@@ -110,17 +128,19 @@ def load_video(source, *, num_segments=8, bound=None, fps=None, limits=Limits(),
     return _container_frames(path, choose, name, limits)
 
 
-def _check_total(total, name):
-    """Raise InputError for a video without frames, or with too many to walk through."""
+def _check_total(total: int, name: str) -> None:
+    """Refuse a video without frames, or with too many to walk through."""
     if total < 1:
         raise InputError(f"{name} holds no frames (0): nothing was given, or the video is cut short")
     if total > TOTAL_FRAMES:
         raise InputError(f"{name} has {total} frames or more, the limit is {TOTAL_FRAMES}; cut the video")
 
 
-def _collect(frames, name, limits):
-    """Pairs (index, image), made one by one -> {index: image}, bounding the memory they take together."""
-    kept, pixels, limit = {}, 0, VIDEO_PICTURES * limits.picture_pixels
+def _collect(frames: Iterable[tuple[int, Image.Image]], name: str, limits: Limits) -> dict[int, Image.Image]:
+    """Collect pairs (index, image), made one by one, and bound the memory they take together."""
+    kept = {}
+    pixels = 0
+    limit = VIDEO_PICTURES * limits.picture_pixels
     for index, image in frames:
         kept[index] = image
         pixels += image.width * image.height
@@ -130,16 +150,17 @@ def _collect(frames, name, limits):
     return kept
 
 
-def _listed_frames(sources, indices, name, limits, allow_paths):
-    """The chosen frames of a list of pictures; only these are opened."""
+def _listed_frames(sources: Sequence, indices: list[int], name: str, limits: Limits,
+                   allow_paths: bool) -> list[Image.Image]:
+    """Open the chosen frames of a list of pictures, and no others."""
     options = {"limits": limits, "allow_paths": allow_paths, "allow_urls": False}
     frames = ((index, load_image(sources[index], **options)) for index in sorted(set(indices)))
     kept = _collect(frames, name, limits)
     return [kept[index] for index in indices]
 
 
-def _folder_frames(folder, name):
-    """Paths of the pictures in a folder, in natural order; hidden files (.name) are ignored."""
+def _folder_frames(folder: str, name: str) -> list[str]:
+    """List the paths of the pictures in a folder, in natural order; hidden files (.name) are ignored."""
     try:
         names = [entry for entry in os.listdir(folder) if not entry.startswith(".")]
     except OSError:
@@ -154,8 +175,9 @@ def _folder_frames(folder, name):
     return [os.path.join(folder, entry) for entry in names]
 
 
-def _animation_frames(data, choose, need_rate, name, limits):
-    """The chosen frames of a GIF, WebP or PNG animation, each as Pillow composes it; a still picture is one frame."""
+def _animation_frames(data: bytes, choose: Callable[[int, float | None], list[int]], need_rate: bool, name: str,
+                      limits: Limits) -> list[Image.Image]:
+    """Read the chosen frames of a GIF, WebP or PNG animation, each as Pillow composes it; a still is one frame."""
     image = open_picture(data, name, limits)
     damaged = "the animation is cut short or damaged; save or download it again"
     with translated(name, damaged):
@@ -192,8 +214,9 @@ def _animation_frames(data, choose, need_rate, name, limits):
     return [kept[index] for index in indices]
 
 
-def _container_frames(path, choose, name, limits):
-    """The chosen frames of an MP4, MKV, ... in the order shown, through PyAV."""
+def _container_frames(path: str, choose: Callable[[int, float | None], list[int]], name: str,
+                      limits: Limits) -> list[Image.Image]:
+    """Read the chosen frames of an MP4, MKV, ... in the order shown, through PyAV."""
     with _opened_video(path, name, limits) as (container, stream):
         rate = stream.average_rate if stream.average_rate and stream.average_rate <= 1e6 else None
         total = 0
@@ -214,8 +237,8 @@ def _container_frames(path, choose, name, limits):
     return [kept[index] for index in indices]
 
 
-def _decode_frames(path, needed, name, limits):
-    """Decode from the start to the last of `needed`: (number of frames seen, {index: RGB image})."""
+def _decode_frames(path: str, needed: set[int], name: str, limits: Limits) -> tuple[int, dict[int, Image.Image]]:
+    """Decode from the start to the last of `needed`; return (number of frames seen, {index: RGB image})."""
     seen = 0
 
     def frames(container, stream):
@@ -240,13 +263,14 @@ def _decode_frames(path, needed, name, limits):
 
 
 @contextlib.contextmanager
-def _opened_video(path, name, limits):
-    """PyAV's (container, best video stream) of a local file; library errors become InputError."""
+def _opened_video(path: str, name: str, limits: Limits) -> Iterator[tuple]:
+    """Open a local file as PyAV's (container, best video stream); library errors become InputError."""
     try:
-        import av       # optional: pictures work without it
+        # optional: pictures work without it
+        import av
     except ImportError:
-        raise InputError(f'{name} needs PyAV to be read as a video: pip install av (minivl\'s extra "video"); or give its frames '
-                         "as a folder of pictures") from None
+        raise InputError(f"{name} needs PyAV to be read as a video: pip install av (minivl's extra \"video\"); or give "
+                         "its frames as a folder of pictures") from None
     # A Python file in place of a path, no protocols, and a list of containers: a crafted file cannot make ffmpeg
     # open another one. max_pixels stops a stream larger than its container says; generous, as codecs round sizes up.
     options = {"max_pixels": str(2 * limits.picture_pixels + 2**20)}
@@ -264,7 +288,8 @@ def _opened_video(path, name, limits):
             raise InputError(f"{name} holds no video stream in a codec this PyAV can read; save it again as H.264")
         with translated(name, "the video is cut short or damaged; save or download it again", bugs):
             stream.codec_context.options = options
-            width, height = stream.codec_context.width, stream.codec_context.height
+            width = stream.codec_context.width
+            height = stream.codec_context.height
             if width and height:        # else unknown until the first frame is decoded, which is checked as well
                 check_size(width, height, name, limits)
             yield container, stream     # what the caller demuxes and decodes is translated as well

@@ -25,12 +25,14 @@ def refused(*words):
 
 
 def encoded(image, format="PNG", **options):
+    """The bytes of a picture file."""
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
 
 
 def noise(width=48, height=32, seed=0):
+    """A picture no two pixels of which are likely to be the same."""
     return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(width * height * 3))
 
 
@@ -45,7 +47,9 @@ def png_header(width, height, depth=8, colour=2):
 
 @functools.lru_cache
 def fuzz_seeds():
-    grey, frames = noise(24, 16).convert("L"), [noise(24, 16, seed) for seed in range(3)]
+    """Valid files of many kinds, to be damaged."""
+    grey = noise(24, 16).convert("L")
+    frames = [noise(24, 16, seed) for seed in range(3)]
     exif = Image.Exif()
     exif[0x112], exif[0x10E] = 6, "hello"
     info = PngImagePlugin.PngInfo()
@@ -62,6 +66,7 @@ def fuzz_seeds():
 
 
 def mutated(data, rng):
+    """A file with one to eight places damaged."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4, 8))):
         kind, place = rng.random(), rng.randrange(2, min(len(data), rng.choice((120, 10**6))))

@@ -43,7 +43,7 @@ def test_frame_indices_stay_inside():
     for _ in range(2000):
         last, count = rng.randrange(200), rng.randrange(1, 40)
         found = frame_indices(last, rng.choice((None, 0.5, 29.97)), count)
-        assert len(found) == count and found == sorted(found) and 0 <= found[0] and found[-1] <= last
+        assert len(found) == count and found == sorted(found) and 0 <= found[0] <= found[-1] <= last
 
 
 @pytest.mark.parametrize("arguments, words", [
