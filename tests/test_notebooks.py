@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import minivl
+
 FOLDER = Path(__file__).parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 sys.path.insert(0, str(FOLDER))
@@ -133,3 +135,9 @@ def test_check(capsys):
 def test_changed_numbers_are_noticed():
     import run
     assert run.same("3328", "3328") and run.same("0.5001", "0.5") and not run.same("1", "2") and not run.same("(2, 2)", "(3, 3)")
+
+
+def test_source_says_where_it_lies():
+    """Also in a folder of the package."""
+    shown = lab.source(minivl.load_image, "def load_image", "allow_hosts")
+    assert re.fullmatch(r"minivl/media/pictures\.py, line \d+", shown.place) and shown.text.startswith("def load_image(")
