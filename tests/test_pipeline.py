@@ -470,7 +470,7 @@ def test_every_lmdeploy_snippet_of_the_card_runs(tiny, monkeypatch, capsys):
     import sys
     found = snippets()
     assert len(found) == 4
-    monkeypatch.setattr(sys.modules["minivl.media"], "fetch",
+    monkeypatch.setattr(sys.modules["minivl.media.pictures"], "fetch",
                         lambda url, **_: shared("images/" + url.split("/")[-1]).read_bytes())
     monkeypatch.setattr(sys.modules["minivl.pipeline"], "find", lambda name, revision: tiny)
     for code in found:
