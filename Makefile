@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PY := .venv/bin/python
 
-.PHONY: help setup demo test reference verify notebooks lab clean
+.PHONY: help setup demo test lint reference verify notebooks lab clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -28,6 +28,9 @@ demo: setup     ## a small trained model answers questions about pictures
 
 test: setup     ## all tests
 	$(PY) -m pytest
+
+lint: setup     ## ruff: imports, width, likely mistakes; the rules are in pyproject.toml
+	$(PY) -m ruff check .
 
 reference: .reference/ready     ## the environment .reference/ with transformers, for `python -m weights_tools.verify`
 

@@ -1,4 +1,4 @@
-"""The released config.json as frozen dataclasses: field names are the released keys, only fields that are read.
+"""Read the released config.json into frozen dataclasses: field names are the released keys, only fields that are read.
 
 A field that selects behaviour and holds an unknown value raises; so does a missing one, because the defaults of
 the original config classes describe another model (InternViT-6B, ps_version v1) than the file at hand.
@@ -7,6 +7,7 @@ Source: InternVL configuration_internvl_chat.py, configuration_intern_vit.py @24
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,7 +18,7 @@ MAX_TEXT = 64 * 2 ** 20     # bytes of a JSON or text file; the largest released
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """InternViT: `vision_config`."""
+    """Describe the vision tower, InternViT: `vision_config`."""
     hidden_size: int                # C
     intermediate_size: int
     num_hidden_layers: int
@@ -33,7 +34,7 @@ class VisionConfig:
 
     @classmethod
     def from_json(cls, data: dict) -> VisionConfig:
-        """`data`: the parsed `vision_config`. InputError for missing keys and values that minivl does not know."""
+        """Read the parsed `vision_config`. Raises InputError for missing keys and values that minivl does not know."""
         config = _build(cls, data, "vision_config")
         _choose("vision_config.hidden_act", config.hidden_act, ["gelu"])
         _choose("vision_config.norm_type", config.norm_type, ["layer_norm", "rms_norm"])
@@ -44,7 +45,10 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class LLMConfig:
-    """Qwen2 decoder: `llm_config`. `tie_word_embeddings` is not read: the whole family stores an untied head."""
+    """Describe the Qwen2 decoder: `llm_config`.
+
+    `tie_word_embeddings` is not read: the whole family stores an untied head.
+    """
     architectures: tuple
     vocab_size: int                 # V
     hidden_size: int                # D
@@ -59,7 +63,7 @@ class LLMConfig:
 
     @classmethod
     def from_json(cls, data: dict) -> LLMConfig:
-        """`data`: the parsed `llm_config`. InputError for missing keys and values that minivl does not know."""
+        """Read the parsed `llm_config`. Raises InputError for missing keys and values that minivl does not know."""
         named = data.get("architectures")
         kind = named[0] if isinstance(named, list) and named else named
         if kind == "InternLM2ForCausalLM":
@@ -81,7 +85,7 @@ class LLMConfig:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """AWQ int4, always of the decoder's linears: `quantization_config`, wherever in the file it stands."""
+    """Describe AWQ int4, always of the decoder's linears: `quantization_config`, wherever in the file it stands."""
     bits: int
     group_size: int                 # g, input features that share a scale and a zero point
     version: str                    # "gemm": the packing drawn in awq.py
@@ -89,7 +93,7 @@ class QuantizationConfig:
 
     @classmethod
     def from_json(cls, data: dict) -> QuantizationConfig:
-        """`data`: the parsed `quantization_config`. InputError for anything but the released int4 format."""
+        """Read the parsed `quantization_config`. Raises InputError for anything but the released int4 format."""
         _choose("quantization_config.quant_method", data.get("quant_method"), ["awq"])
         config = _build(cls, data, "quantization_config")
         _choose("quantization_config.bits", config.bits, [4])
@@ -109,7 +113,7 @@ class QuantizationConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """The whole model: top level of config.json."""
+    """Describe the whole model: the top level of config.json."""
     vision_config: VisionConfig
     llm_config: LLMConfig
     quantization_config: QuantizationConfig | None
@@ -127,12 +131,12 @@ class Config:
 
     @property
     def num_image_token(self) -> int:
-        """Visual tokens of one tile: (448 / 14)^2 * 0.5^2 = 256."""
+        """Count the visual tokens of one tile: (448 / 14)^2 * 0.5^2 = 256."""
         return int((self.force_image_size // self.vision_config.patch_size) ** 2 * self.downsample_ratio ** 2)
 
     @classmethod
     def from_json(cls, data: dict) -> Config:
-        """`data`: the parsed config.json."""
+        """Read the parsed config.json. Raises InputError for what minivl does not know."""
         for part in ("vision_config", "llm_config"):
             if not isinstance(data.get(part), dict):
                 raise InputError(f"config.json has no {part}; it must be the config of an InternVL chat model "
@@ -155,7 +159,8 @@ class Config:
                              f"{config.vision_config.patch_size} is an odd number of patches; pixel unshuffle "
                              "needs an even one")
         if config.quantization_config:
-            group, llm = config.quantization_config.group_size, config.llm_config
+            group = config.quantization_config.group_size
+            llm = config.llm_config
             _divides("config.json", hidden_size=llm.hidden_size, group_size=group)
             _divides("config.json", intermediate_size=llm.intermediate_size, group_size=group)
         if not 1 <= config.min_dynamic_patch <= config.max_dynamic_patch:
@@ -164,18 +169,18 @@ class Config:
         return config
 
     @classmethod
-    def load(cls, folder) -> Config:
-        """config.json of a checkpoint folder."""
+    def load(cls, folder: str | os.PathLike) -> Config:
+        """Read config.json of a checkpoint folder."""
         return cls.from_json(read_json(Path(folder) / "config.json"))
 
 
 def read_text(path: Path) -> str:
-    """A text file of the checkpoint, or an InputError that names the file."""
+    """Read a text file of the checkpoint. Raises an InputError that names the file."""
     if not path.is_file():
         raise InputError(f"{path.parent} has no {path.name}; is the download complete?")
     if path.stat().st_size > MAX_TEXT:
-        raise InputError(f"{path.name} in {path.parent} has {path.stat().st_size} bytes, at most {MAX_TEXT} are read; it is "
-                         "not the released file, download it again")
+        raise InputError(f"{path.name} in {path.parent} has {path.stat().st_size} bytes, at most {MAX_TEXT} are read; "
+                         "it is not the released file, download it again")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -183,13 +188,13 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object of the checkpoint, or an InputError that names the file."""
+    """Read a JSON object of the checkpoint. Raises an InputError that names the file."""
     text = read_text(path)
     try:
         data = json.loads(text)
         if not isinstance(data, dict):
-            raise InputError(f"{path.name} in {path.parent} holds a {type(data).__name__}, not an object; is it the right "
-                             "file?")
+            raise InputError(f"{path.name} in {path.parent} holds a {type(data).__name__}, not an object; is it the "
+                             "right file?")
         return data
     except (InputError, KeyboardInterrupt):
         raise
@@ -198,17 +203,18 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path.name} in {path.parent} is not valid JSON{where}; download it again") from None
 
 
-def _find_quantization(data) -> dict | None:
-    """The first dict with a `quant_method`: LMDeploy writes it inside llm_config, third-party copies at top level."""
+def _find_quantization(data: object) -> dict | None:
+    """Find the first dict with a `quant_method`: LMDeploy writes it into llm_config, other tools at the top level."""
     children = data.values() if isinstance(data, dict) else data if isinstance(data, list) else []
     if isinstance(data, dict) and "quant_method" in data:
         return data
     return next(filter(None, map(_find_quantization, children)), None)
 
 
-def _build(cls, data: dict, where: str, **ready):
-    """Build a `cls` from the keys of `data`; every wrong or missing key is reported at once."""
-    values, problems = dict(ready), []
+def _build(cls: type, data: dict, where: str, **ready: object):
+    """Build `cls` from the keys of `data`, and report every wrong or missing key at once."""
+    values = dict(ready)
+    problems = []
     for field in fields(cls):
         if field.name in ready:
             continue
@@ -217,7 +223,8 @@ def _build(cls, data: dict, where: str, **ready):
                 continue
             problems.append(f"{field.name} is missing")
             continue
-        value, kind = data[field.name], str(field.type).split(" ")[0]
+        value = data[field.name]
+        kind = str(field.type).split(" ")[0]
         good = {"int": isinstance(value, int) and not isinstance(value, bool),
                 "float": isinstance(value, (int, float)) and not isinstance(value, bool),
                 "bool": isinstance(value, bool), "str": isinstance(value, str) or value == field.default,
@@ -237,13 +244,15 @@ def _build(cls, data: dict, where: str, **ready):
     return cls(**values)
 
 
-def _choose(name: str, value, known: list):
+def _choose(name: str, value: object, known: list) -> None:
+    """Refuse a value that is none of the known ones."""
     if value not in known:
         raise InputError(f"{name} is {value!r}; minivl knows {' and '.join(map(repr, known))}. A value it does not "
                          "know would change what the model computes")
 
 
-def _divides(where: str, **pair):
+def _divides(where: str, **pair: int) -> None:
+    """Refuse a pair big=..., small=... whose second number does not divide the first."""
     (big, x), (small, y) = pair.items()
     if x % y:
         raise InputError(f"{where}: {small} {y} does not divide {big} {x}; correct config.json")

@@ -1,15 +1,17 @@
-"""What is refused: one exception class for every input error, and every limit in one table."""
+"""State what is refused: one exception class for every input error, and every limit in one table."""
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass
 
 
 class InputError(ValueError):
-    """Something the caller gave cannot be used; the message says what was found and what to do next."""
+    """Say that something the caller gave cannot be used: what was found, and what to do next."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper bounds, checked before the costly work starts. `Limits(picture_pixels=10**9)` raises one of them."""
+    """Bound what is accepted, before the costly work starts. `Limits(picture_pixels=10**9)` raises one bound."""
     picture_bytes: int = 64 * 2**20        # of one file, URL or data: URL
     picture_pixels: int = 100_000_000      # width * height, read from the header before decoding
     aspect_ratio: float = 200.0            # long side / short side; the reference would squeeze it into tiles unasked
@@ -24,5 +26,5 @@ class Limits:
 
 
 def offline() -> bool:
-    """True when HF_HUB_OFFLINE is set, which forbids all network use: the hub client's variable, read at each call."""
+    """Tell whether HF_HUB_OFFLINE, the hub client's variable, forbids all network use now."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

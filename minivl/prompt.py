@@ -1,4 +1,4 @@
-"""The chat template and the picture placeholders: a conversation -> the text (and ids) the decoder reads.
+"""Write a conversation as the text, or the ids, that the decoder reads: chat template and picture placeholders.
 
     <|im_start|>system\\n{SYSTEM}<|im_end|>\\n
     <|im_start|>user\\n<img><IMG_CONTEXT>...</img>\\nWhat is this?<|im_end|>\\n
@@ -9,7 +9,10 @@ Source: InternVL internvl/conversation.py:238-247, 393-402 and modeling_internvl
 """
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from minivl.limits import InputError
+from minivl.tokenizer import Tokenizer
 
 # The trained default, part of every prompt: "You are InternVL, in Chinese Shusheng Wanxiang, a multimodal large
 # language model developed jointly by Shanghai AI Laboratory, Tsinghua University and several partners."
@@ -21,8 +24,9 @@ ROLES = ("system", "user", "assistant")
 _PICTURE = object()                 # stands between the texts of a message, where a picture goes
 
 
-def render(messages, tiles_per_image=(), system=None, *, tokens_per_tile: int = 256, plain: bool = False) -> str:
-    """The prompt as text. An answer is left open if the last message is the user's.
+def render(messages: Sequence, tiles_per_image: Sequence[int] = (), system: str | None = None, *,
+           tokens_per_tile: int = 256, plain: bool = False) -> str:
+    """Write the prompt as text. An answer is left open if the last message is the user's.
 
     `messages`: [{"role": "user", "content": "<image>\\nWhat is this?"}, ...] or the original's history of pairs
     [(question, answer), ..., (question, None)]. Content may be a list of {"type": "text", "text": ...} and
@@ -32,12 +36,12 @@ def render(messages, tiles_per_image=(), system=None, *, tokens_per_tile: int = 
     return "".join(text for _, text in _segments(messages, tiles_per_image, system, tokens_per_tile, plain))
 
 
-def encode(tokenizer, messages, tiles_per_image=(), system=None, *, tokens_per_tile: int = 256, plain: bool = False,
-           after: list | None = None) -> list[int]:
-    """The prompt as ids. `plain`: what users wrote becomes ordinary text tokens even where it spells <|im_end|>.
+def encode(tokenizer: Tokenizer, messages: Sequence, tiles_per_image: Sequence[int] = (), system: str | None = None, *,
+           tokens_per_tile: int = 256, plain: bool = False, after: list[int] | None = None) -> list[int]:
+    """Write the prompt as ids. `plain`: what users wrote becomes ordinary text tokens even where it spells <|im_end|>.
 
-    `after`: the token ids of the answer that this one user message follows in a conversation. Then only what comes after
-    that answer is encoded, so that a session need not read the rest again:
+    `after`: the token ids of the answer that this one user message follows in a conversation. Then only what comes
+    after that answer is encoded, so that a session need not read the rest again:
 
         encode(t, [(q1, None)]) + answer + encode(t, [(q2, None)], after=answer) == encode(t, [(q1, text), (q2, None)])
 
@@ -50,7 +54,8 @@ def encode(tokenizer, messages, tiles_per_image=(), system=None, *, tokens_per_t
         segments = ([(True, "<|im_end|>"), (False, "\n")] if after else []) + segments[turn:]
     if not plain:
         return tokenizer.encode("".join(text for _, text in segments))
-    ids, run = [], ""
+    ids = []
+    run = ""
     for is_token, text in [*segments, (True, "")]:
         if is_token:        # a run of text is encoded as a whole, with its header: "user\n" + "\nHi" has one token \n\n
             ids += tokenizer.encode(run, plain=True) + tokenizer.encode(text)
@@ -60,13 +65,15 @@ def encode(tokenizer, messages, tiles_per_image=(), system=None, *, tokens_per_t
     return ids
 
 
-def _segments(messages, tiles_per_image, system, tokens_per_tile, plain):
-    """[(is_token, text), ...]: added tokens of the template, and text between them."""
+def _segments(messages: Sequence, tiles_per_image: Sequence[int], system: str | None, tokens_per_tile: int,
+              plain: bool) -> list[tuple[bool, str]]:
+    """Cut the prompt into [(is_token, text), ...]: added tokens of the template, and the texts between them."""
     messages = [m for item in messages for m in _as_messages(item)]
     if messages and messages[0]["role"] == "system":
         if system is not None:
             raise InputError("a system text is given twice, as `system` and as the first message; give one of them")
-        system, messages = messages[0]["content"], messages[1:]
+        system = messages[0]["content"]
+        messages = messages[1:]
     contents = [(m["role"], _split(m["content"], plain)) for m in messages]
     system = _split(SYSTEM if system is None else system, plain)
     everything = [part for parts in [system, *(parts for _, parts in contents)] for part in parts]
@@ -76,12 +83,13 @@ def _segments(messages, tiles_per_image, system, tokens_per_tile, plain):
                          f"are given; write one {IMAGE} where each picture belongs")
     if tiles_per_image and not plain and any(part is not _PICTURE and CONTEXT in part for part in everything):
         raise InputError(f"a message spells {CONTEXT}, which would take the place of a visual token; remove it, or "
-                         "treat what users write as text with plain=True (in a pipeline: EngineConfig(plain_text=True))")
+                         "treat what users write as text with plain=True (in a pipeline: "
+                         "EngineConfig(plain_text=True))")
     if any(tiles < 1 for tiles in tiles_per_image):
         raise InputError(f"tiles per picture are {list(tiles_per_image)}; every picture has at least one")
     tiles = iter(tiles_per_image)
 
-    def body(parts):
+    def body(parts: list) -> Iterator[tuple[bool, str]]:
         for part in parts:
             if part is _PICTURE:
                 yield from [(True, "<img>"), (True, CONTEXT * (tokens_per_tile * next(tiles))), (True, "</img>")]
@@ -98,7 +106,8 @@ def _segments(messages, tiles_per_image, system, tokens_per_tile, plain):
     return segments
 
 
-def _as_messages(item) -> list[dict]:
+def _as_messages(item: dict | Sequence) -> list[dict]:
+    """Turn one item of a history into messages: a message is one, a pair (question, answer) is two."""
     if isinstance(item, dict):
         if item.get("role") not in ROLES:
             raise InputError(f"a message has role {item.get('role')!r}; roles are {', '.join(ROLES)}")
@@ -111,8 +120,8 @@ def _as_messages(item) -> list[dict]:
                      "(question, answer)")
 
 
-def _split(content, plain):
-    """Content -> [text or _PICTURE, ...] without empty texts."""
+def _split(content: str | Sequence[dict], plain: bool) -> list:
+    """Split the content of a message into [text or _PICTURE, ...] without empty texts."""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Byte-level BPE, the Qwen2 recipe, through the `tokenizers` library; and text pieces while tokens arrive.
+"""Turn text into ids and back: byte-level BPE, the Qwen2 recipe, through the `tokenizers` library.
 
 Text -> NFC -> split by a pattern (one digit at a time) -> bytes as printable characters -> merges -> ids.
 Added tokens (<|im_start|>, <img>, ...) are cut out of the text first and get one id each.
@@ -8,10 +8,13 @@ internvl/train/constants.py @2410d1d.
 from __future__ import annotations
 
 import codecs
+import os
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import tokenizers
+import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from minivl.config import read_json, read_text
@@ -27,7 +30,7 @@ REQUIRED = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 
 
 class Tokenizer:
-    """Text <-> ids. `Tokenizer.load(folder)` reads vocab.json, merges.txt and added_tokens.json, or tokenizer.json."""
+    """Turn text into ids and ids into text. `Tokenizer.load(folder)` reads the files of a checkpoint."""
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self.backend = backend
@@ -40,8 +43,11 @@ class Tokenizer:
                              "is added_tokens.json that of an InternVL model?")
 
     @classmethod
-    def load(cls, folder) -> Tokenizer:
-        """`folder`: of the checkpoint. vocab.json + merges.txt win over tokenizer.json: their recipe is verified."""
+    def load(cls, folder: str | os.PathLike) -> Tokenizer:
+        """Read the tokenizer of a checkpoint folder: vocab.json, merges.txt and added_tokens.json, or tokenizer.json.
+
+        Where both are there the first three win: their recipe is verified. Raises InputError.
+        """
         folder = Path(folder)
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return cls(_qwen2(folder))
@@ -59,18 +65,18 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
+        """Count the ids: one more than the largest."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     def id(self, token: str) -> int:
-        """Id of one added token or vocabulary entry, e.g. `<|im_end|>`."""
+        """Look up the id of one added token or vocabulary entry, e.g. `<|im_end|>`."""
         found = self.backend.token_to_id(token)
         if found is None:
             raise InputError(f"the tokenizer has no token {token!r}")
         return found
 
     def encode(self, text: str, *, plain: bool = False) -> list[int]:
-        """`plain`: text that spells an added token (`<|im_end|>`) is encoded as the characters it is made of."""
+        """Encode a text as ids. `plain`: what spells an added token (`<|im_end|>`) is encoded as its characters."""
         if not isinstance(text, str):
             raise InputError(f"a text to encode cannot be a {type(text).__name__}; give a str")
         try:
@@ -83,16 +89,17 @@ class Tokenizer:
         pieces = self.backend.pre_tokenizer.pre_tokenize_str(self.backend.normalizer.normalize_str(text))
         return [token.id for piece, _ in pieces for token in self.backend.model.tokenize(piece)]
 
-    def decode(self, ids, *, skip_special_tokens: bool = True) -> str:
-        """Broken UTF-8 becomes U+FFFD, as everywhere."""
+    def decode(self, ids: Iterable[int] | torch.Tensor, *, skip_special_tokens: bool = True) -> str:
+        """Decode ids (a tensor: int64[T]) into a text. Broken UTF-8 becomes U+FFFD, as everywhere."""
         ids = list(ids.tolist() if hasattr(ids, "tolist") else ids)
-        unknown = [i for i in ids if not isinstance(i, int) or not 0 <= i < 2 ** 31 or self.backend.id_to_token(i) is None]
+        unknown = [i for i in ids
+                   if not isinstance(i, int) or not 0 <= i < 2 ** 31 or self.backend.id_to_token(i) is None]
         if unknown:
             raise InputError(f"id {str(unknown[0])[:30]} is not in the vocabulary (0..{self.vocab_size - 1})")
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes one token stands for; a character may be spread over several tokens."""
+        """Look up the bytes one token stands for; a character may be spread over several tokens."""
         token = self.backend.id_to_token(id)
         if token is None:
             raise InputError(f"id {id} is not in the vocabulary (0..{self.vocab_size - 1})")
@@ -109,14 +116,14 @@ class Tokenizer:
 
     @cached_property
     def _byte_of(self) -> dict[str, int]:
-        """GPT-2's table: printable bytes stand for themselves, the other 68 for the characters from U+0100 on."""
+        """Build GPT-2's table: printable bytes stand for themselves, the other 68 for the characters from U+0100 on."""
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [b for b in range(256) if b not in printable]
         return {**{chr(b): b for b in printable}, **{chr(0x100 + i): b for i, b in enumerate(others)}}
 
 
 class TextStream:
-    """Tokens in, whole characters out: `push` returns the text that is certain, `finish` the rest."""
+    """Turn tokens into text while they arrive: `push` returns the characters that are complete, `finish` the rest."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
         self.tokenizer = tokenizer
@@ -124,21 +131,23 @@ class TextStream:
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int) -> str:
-        """Takes one token -> the characters it completes, often none or several."""
+        """Take one token and return the characters it completes, often none or several."""
         return "" if id in self.skip else self.decoder.decode(self.tokenizer.token_bytes(id))
 
     @property
     def incomplete(self) -> bool:
-        """Whether the last tokens end inside a character."""
+        """Tell whether the last tokens end inside a character."""
         return bool(self.decoder.getstate()[0])
 
     def finish(self) -> str:
-        """The end: U+FFFD for a character that never became whole, else nothing."""
+        """Return U+FFFD for a character that never became whole, else nothing."""
         return self.decoder.decode(b"", final=True)
 
 
 def _qwen2(folder: Path) -> tokenizers.Tokenizer:
-    vocabulary, added = read_json(folder / "vocab.json"), read_json(folder / "added_tokens.json")
+    """Build the tokenizer of vocab.json, merges.txt and added_tokens.json."""
+    vocabulary = read_json(folder / "vocab.json")
+    added = read_json(folder / "added_tokens.json")
     for name, table in (("vocab.json", vocabulary), ("added_tokens.json", added)):
         if not all(isinstance(i, int) and i >= 0 for i in table.values()):
             raise InputError(f"{name} in {folder} must map tokens to ids; download it again")

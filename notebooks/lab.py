@@ -1,4 +1,4 @@
-"""What every notebook here uses: a model, its source code, checked numbers, exercises.
+"""Give every notebook here what it uses: a model, its source code, checked numbers, exercises.
 
     MODEL = "nano"                      or "nano-awq", a folder, or a hub id such as OpenGVLab/InternVL2_5-4B-MPO-AWQ
     pipe = lab.open(MODEL)              says beforehand what it will take
@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # nothing here needs it
@@ -31,11 +32,12 @@ PICTURES = Path(__file__).parents[1] / "tests" / "golden"
 _failures = {}
 
 
-def open(model: str = "nano"):
-    """The pipeline of a checkpoint. For anything but nano it says first what it needs."""
+def open(model: str = "nano") -> minivl.Pipeline:
+    """Open the pipeline of a checkpoint. For anything but nano it says first what that needs."""
     if model not in SHIPPED:
-        print(f"{model}: the 4B needs 5 GB of memory (AWQ) or 15 (bfloat16 files), 3.3 or 7.4 GB of download if it is not here yet, "
-              "and on two CPU cores about 10 s to load, 3 s for each tile, 1 s for each 50 tokens of prompt.")
+        print(f"{model}: the 4B needs 5 GB of memory (AWQ) or 15 (bfloat16 files), 3.3 or 7.4 GB of download if it is "
+              "not here yet, and on two CPU cores about 10 s to load, 3 s for each tile, 1 s for each 50 tokens of "
+              "prompt.")
     pipe = minivl.pipeline(model, EngineConfig(precision="exact"))
     print(f"{model}: {sum(p.numel() for p in pipe.model.parameters()) / 1e6:,.1f} million numbers, "
           f"tiles of {pipe.model.config.force_image_size} pixels")
@@ -43,9 +45,9 @@ def open(model: str = "nano"):
 
 
 class Source:
-    """Lines of the package, shown as code."""
+    """Show lines of the package as code."""
 
-    def __init__(self, thing, first: str | None = None, last: str | None = None):
+    def __init__(self, thing: object, first: str | None = None, last: str | None = None):
         lines, start = inspect.getsourcelines(thing)
         begin = next((i for i, line in enumerate(lines) if first and first in line), 0)
         end = next((i for i, line in enumerate(lines) if last and i >= begin and last in line), len(lines) - 1)
@@ -53,21 +55,24 @@ class Source:
         path = Path(inspect.getsourcefile(thing)).relative_to(Path(minivl.__file__).parents[1])
         self.place = f"{path.as_posix()}, line {start + begin}"
 
-    def _repr_markdown_(self):
+    def _repr_markdown_(self) -> str:
         return f"```python\n# {self.place}\n{self.text}\n```"
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"# {self.place}\n{self.text}"
 
 
-def source(thing, first: str | None = None, last: str | None = None) -> Source:
-    """The source of a function, class or method; `first` and `last`: only from the line with one text to that with another."""
+def source(thing: object, first: str | None = None, last: str | None = None) -> Source:
+    """Show the source of a function, class or method; with `first` and `last` only from the line that holds one text to
+    the line that holds the other."""
     return Source(thing, first, last)
 
 
-def slider(draw, **ranges):
-    """To drag: draw(name=value) again for each value; name=(from, to, step, start). Where no kernel runs, as on GitHub, the picture
-    above it is all there is to see."""
+def slider(draw: Callable, **ranges: tuple) -> None:
+    """Add a slider for each name=(from, to, step, start); dragging it calls draw(name=value).
+
+    Where no kernel runs, as on GitHub, the picture above it is all there is to see.
+    """
     from ipywidgets import FloatSlider, IntSlider, interact
     controls = {}
     for name, (low, high, step, start) in ranges.items():
@@ -77,18 +82,18 @@ def slider(draw, **ranges):
     interact(draw, **controls)
 
 
-def randn(*shape, seed: int = 0) -> torch.Tensor:
-    """Random numbers, the same each time."""
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Draw random numbers float32[shape], the same each time."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def number(name: str, value):
-    """Prints a number that must stay as it is."""
+def number(name: str, value: object) -> None:
+    """Print a number that must stay as it is."""
     print(f"[=] {name}: {f'{value:.4g}' if isinstance(value, float) else value}")
 
 
-def card(change: str):
-    """What nano's card says: the rows of its tables whose first cell holds these words."""
+def card(change: str) -> None:
+    """Print what nano's card says: the rows of its tables whose first cell holds these words."""
     lines = (Path(minivl.__file__).parent / "nano" / "README.md").read_text("utf-8").splitlines()
     for line in lines:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -96,9 +101,10 @@ def card(change: str):
             print(f"{cells[0]}: {cells[1]} {cells[2]} % -> {cells[3]} %")
 
 
-def check(name: str, got, want, tolerance: float = 0.0):
-    """Two tensors or numbers that must agree; prints the largest difference relative to the largest value."""
-    got, want = torch.as_tensor(got).float(), torch.as_tensor(want).float()
+def check(name: str, got: torch.Tensor | float, want: torch.Tensor | float, tolerance: float = 0.0) -> None:
+    """Compare two tensors or numbers that must agree; print the largest difference relative to the largest value."""
+    got = torch.as_tensor(got).float()
+    want = torch.as_tensor(want).float()
     if got.shape != want.shape:
         raise AssertionError(f"{name}: shape {tuple(got.shape)}, wanted {tuple(want.shape)}")
     scale = max(float(want.abs().max()), 1e-30) if want.numel() else 1.0
@@ -108,37 +114,42 @@ def check(name: str, got, want, tolerance: float = 0.0):
     print(f"[x] {name}: {'equal' if error == 0 else f'largest difference {error:.1e} of the largest value'}")
 
 
-def first_difference(got, want, tolerance: float):
-    """None, or where and how two answers differ."""
+def first_difference(got: object, want: object, tolerance: float) -> str | None:
+    """Find where and how two answers differ; None if they agree."""
     if isinstance(want, torch.Tensor):
         if not isinstance(got, torch.Tensor):
             return f"gave a {type(got).__name__}, wanted a tensor"
         if got.shape != want.shape:
             return f"shape {tuple(got.shape)}, wanted {tuple(want.shape)}"
-        bad = ((got.double() - want.double()).abs() > tolerance * max(1e-30, float(want.double().abs().max()))).nonzero()
+        largest = max(1e-30, float(want.double().abs().max()))
+        bad = ((got.double() - want.double()).abs() > tolerance * largest).nonzero()
         if len(bad):
             at = tuple(bad[0].tolist())
             return f"first difference at {list(at)}: {got[at]:.6g}, wanted {want[at]:.6g}"
         return None
     if isinstance(want, float) and isinstance(got, (int, float)):
-        return None if math.isclose(got, want, rel_tol=max(tolerance, 1e-9), abs_tol=1e-12) else f"gave {got!r}, wanted {want!r}"
-    return None if got == want and type(got) is type(want) else f"gave {got!r}, wanted {want!r}"
+        same = math.isclose(got, want, rel_tol=max(tolerance, 1e-9), abs_tol=1e-12)
+    else:
+        same = got == want and type(got) is type(want)
+    return None if same else f"gave {got!r}, wanted {want!r}"
 
 
-def grade(attempt):
-    """Tries an exercise on its cases. What it must do, the cases and the hint stand in solutions.py under its name."""
+def grade(attempt: Callable) -> None:
+    """Try an exercise on its cases. What it must do, the cases and the hint stand in solutions.py under its name."""
     import solutions
     exercise = solutions.EXERCISES[attempt.__name__]
     solving = bool(os.environ.get("MINIVL_SOLUTIONS"))      # the tests send our own solutions through here
     function = exercise.solution if solving else attempt
     on_a_model = callable(exercise.cases)                   # cases that need nano are made when they are asked for
-    cases, before = (exercise.cases(), solutions.fingerprint()) if on_a_model else (exercise.cases, None)
+    cases = exercise.cases() if on_a_model else exercise.cases
+    before = solutions.fingerprint() if on_a_model else None
     for case in cases:
         want = exercise.spec(*case)
         try:
             got = function(*case)
         except NotImplementedError:
-            return print("[ ] not attempted yet")
+            print("[ ] not attempted yet")
+            return
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         else:
@@ -153,11 +164,12 @@ def grade(attempt):
             print(f"[!] {attempt.__name__}{_shown(case)}: {problem}")
             if _failures[attempt.__name__] >= 2:
                 print(f"    Hint: {exercise.hint}")
-            return None
+            return
     print(f"[x] right in {len(cases)} of {len(cases)} cases")
 
 
-def _shown(case) -> str:
+def _shown(case: tuple) -> str:
+    """Write the arguments of a case, none of them long."""
     parts = [f"tensor{list(v.shape)}" if isinstance(v, torch.Tensor) else v.name if isinstance(v, Path) else
              repr(v) if isinstance(v, (str, int, float, list, tuple, bool)) else type(v).__name__ for v in case]
     return f"({', '.join(p if len(p) < 60 else p[:57] + '...' for p in parts)})"
@@ -166,7 +178,7 @@ def _shown(case) -> str:
 # ---- 08: a hidden mistake -------------------------------------------------------------------------------------------
 
 class Suspect:
-    """nano with one line of the package changed, compared with the recorded reference, in a process of its own."""
+    """Change one line of the package and compare nano with the recorded reference, in a process of its own."""
     CODE = """
 import json, sys, tempfile
 from weights_tools.verify import mistakes
@@ -182,28 +194,31 @@ print(json.dumps({"name": mistake.name, "file": mistake.file, "old": mistake.old
     def __init__(self, number: int):
         package = Path(minivl.__file__).parent
         trace = package.parent / "weights_tools" / "verify" / "nano" / "awq" / "float32.safetensors"
-        run = subprocess.run([sys.executable, "-W", "ignore", "-c", self.CODE, str(number), str(package / "nano" / "awq"), str(trace),
-                              str(SAMPLES / "small-print.png")], capture_output=True, text=True, cwd=package.parent)
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", self.CODE, str(number), str(package / "nano" / "awq"), str(trace),
+             str(SAMPLES / "small-print.png")], capture_output=True, text=True, cwd=package.parent)
         if run.returncode:
             raise RuntimeError(run.stderr[-500:])
         self.found = json.loads(run.stdout)
 
     def stages(self) -> dict:
-        """stage -> relative error (None: no number, as for the prompt) in the order of the model, until the first that differs by far."""
+        """Give the relative error of each stage (None: no number, as for the prompt), in the order of the model, until
+        the first that differs by far."""
         return {row["stage"]: row["error"] for row in self.found["rows"]}
 
     def differs(self, stage: str) -> bool:
+        """Tell whether a stage is beyond the tolerance."""
         return not next(row["agrees"] for row in self.found["rows"] if row["stage"] == stage)
 
     def note(self, stage: str) -> str:
-        """What the difference of a stage looks like."""
+        """Say what the difference of a stage looks like."""
         return next(row["note"] for row in self.found["rows"] if row["stage"] == stage).split("look at ")[0]
 
-    def accuse(self, file: str):
-        """Name the file of the package you suspect."""
+    def accuse(self, file: str) -> None:
+        """Print whether `file` of the package, the one you suspect, holds the changed line."""
         print("[x] yes: " + self.found["file"] if file.removeprefix("minivl/") == self.found["file"] else
               f"[!] not {file}: which stage is the first that differs, and which file computes it?")
 
-    def reveal(self):
-        """The changed line."""
+    def reveal(self) -> None:
+        """Print the changed line."""
         print(f"{self.found['name']}\n  {self.found['file']}\n- {self.found['old']}\n+ {self.found['new']}")

@@ -1,9 +1,9 @@
-"""Runs every notebook as a reader would: python notebooks/run.py [--write] [NOTEBOOK ...]
+"""Run every notebook as a reader would: python notebooks/run.py [--write] [NOTEBOOK ...]
 
     a fresh kernel -> all cells in order -> no error, no warning, the committed [=] numbers again, under 60 s and 1 MB
 
-`--write` puts the outputs into the files (`make notebooks`); without it nothing is changed. tests/test_notebooks.py sends our own
-solutions through the checker.
+`--write` puts the outputs into the files (`make notebooks`); without it nothing is changed. tests/test_notebooks.py
+sends our own solutions through the checker.
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
@@ -19,31 +20,32 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 HERE = Path(__file__).parent
-SECONDS, BYTES = 60, 1_000_000
+SECONDS = 60
+BYTES = 1_000_000
 NUMBER = re.compile(r"^\[=\] (.*): (.*)$", re.M)
 
 
-def texts(notebook, stream: str = "stdout") -> list:
-    """What each code cell printed."""
+def texts(notebook: nbformat.NotebookNode, stream: str = "stdout") -> list[str]:
+    """Collect what each code cell printed."""
     return ["".join(o["text"] for o in cell.get("outputs", ()) if o.output_type == "stream" and o.name == stream)
             for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def numbers(notebook) -> dict:
-    """name -> value of every line that lab.number printed."""
+def numbers(notebook: nbformat.NotebookNode) -> dict[str, str]:
+    """Collect {name: value} of every line that lab.number printed."""
     return {name: value for text in texts(notebook) for name, value in NUMBER.findall(text)}
 
 
 def same(a: str, b: str) -> bool:
-    """Equal, or both numbers and within one percent: another processor adds in another order."""
+    """Tell whether two values are equal, or numbers within one percent: another processor adds in another order."""
     try:
         return a == b or math.isclose(float(a), float(b), rel_tol=0.01)
     except ValueError:
         return False
 
 
-def execute(path: Path):
-    """(the notebook with its outputs, seconds)."""
+def execute(path: Path) -> tuple[nbformat.NotebookNode, float]:
+    """Run a notebook in a fresh kernel; return (the notebook with its outputs, seconds)."""
     notebook = nbformat.read(path, as_version=4)
     start = time.perf_counter()
     NotebookClient(notebook, timeout=300, kernel_name="python3", extra_arguments=["--log-level=ERROR"],
@@ -51,9 +53,10 @@ def execute(path: Path):
     return notebook, time.perf_counter() - start
 
 
-def problems(path: Path, write: bool = False) -> list:
-    """Everything that is wrong with one notebook."""
-    committed, found = nbformat.read(path, as_version=4), []
+def problems(path: Path, write: bool = False) -> list[str]:
+    """Run one notebook and list everything that is wrong with it."""
+    committed = nbformat.read(path, as_version=4)
+    found = []
     try:
         fresh, seconds = execute(path)
     except CellExecutionError as error:
@@ -61,7 +64,8 @@ def problems(path: Path, write: bool = False) -> list:
     if seconds > SECONDS:
         found.append(f"took {seconds:.0f} s, the limit is {SECONDS}")
     found += [f"wrote to stderr: {text.strip()[:200]}" for text in texts(fresh, "stderr") if text.strip()]
-    before, now = numbers(committed), numbers(fresh)
+    before = numbers(committed)
+    now = numbers(fresh)
     if not write:
         found += [f"{name!r} was {before.get(name)}, now {now.get(name)}" for name in before.keys() | now.keys()
                   if not same(before.get(name, "not there"), now.get(name, "not there"))]
@@ -78,7 +82,8 @@ def problems(path: Path, write: bool = False) -> list:
     return found
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the notebooks named on the command line, or all of them; the exit code is 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(HERE.glob("*.ipynb")))
     parser.add_argument("--write", action="store_true", help="put the outputs into the files")

@@ -11,7 +11,7 @@ from PIL import Image
 import minivl
 from minivl.files.find import SHIPPED
 from minivl.files.formats import safetensors_header
-from minivl.demo import SAMPLES, TOUR, demo, show
+from minivl.demo import SAMPLES, TOUR, demo, in_terminal
 from weights_tools.nano import evaluate, recipe, ship, train, world
 from weights_tools.nano.draw import draw
 
@@ -142,7 +142,7 @@ def test_demo(capsys):
 
 def test_a_picture_in_the_terminal():
     image = Image.new("RGB", (40, 20), (255, 0, 0))
-    lines = show(image, 10).split("\n")
+    lines = in_terminal(image, 10).split("\n")
     assert len(lines) == 2 and all(line.count("\u2580") == 10 for line in lines) and "38;2;255;0;0" in lines[0]
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import minivl
+
 FOLDER = Path(__file__).parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 sys.path.insert(0, str(FOLDER))
@@ -36,7 +38,7 @@ def test_form(path):
     assert whole.count("*Look at:*") >= 3 and "## What breaks" in whole and "Reference:" in last + "".join(text)
     assert "$" in whole and "Simplified" in whole and "lab.source(" in "".join(code) and "lab.check(" in "".join(code)
     assert re.search("[Tt]oy\\b", whole + "".join(code)) or path.stem.startswith("00")
-    assert "pictures.strip(STAGES" in "".join(code)
+    assert "show.strip(STAGES" in "".join(code)
     for link in re.findall(r"\]\(([^)#]+)\)", whole):
         assert link.startswith("http") or (path.parent / link).exists(), link
     graded = [re.findall(r"lab\.grade\((\w+)\)", c) for c in code]
@@ -133,3 +135,9 @@ def test_check(capsys):
 def test_changed_numbers_are_noticed():
     import run
     assert run.same("3328", "3328") and run.same("0.5001", "0.5") and not run.same("1", "2") and not run.same("(2, 2)", "(3, 3)")
+
+
+def test_source_says_where_it_lies():
+    """Also in a folder of the package."""
+    shown = lab.source(minivl.load_image, "def load_image", "allow_hosts")
+    assert re.fullmatch(r"minivl/media/pictures\.py, line \d+", shown.place) and shown.text.startswith("def load_image(")

@@ -117,7 +117,7 @@ def test_every_lmdeploy_snippet_of_the_card_runs(tiny, monkeypatch, capsys):
     """Only the import lines and the engine-config class are changed; the network is replaced by the same pictures."""
     found = snippets()
     assert len(found) == 4
-    monkeypatch.setattr(minivl.media, "fetch",
+    monkeypatch.setattr(minivl.media.pictures, "fetch",
                         lambda url, **_: shared("images/" + url.split("/")[-1]).read_bytes())
     monkeypatch.setattr(minivl.chat.pipeline, "find", lambda name, revision: tiny)
     for code in found:

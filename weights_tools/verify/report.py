@@ -12,6 +12,7 @@ import math
 import torch
 from PIL import Image
 
+from minivl import show
 from weights_tools.verify.compare import Report
 
 
@@ -67,44 +68,24 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .15rem .6rem; border-bottom: 1px solid #8884; }
 td:not(:last-child) { white-space: nowrap; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } tr.bad td { font-weight: 600; background: #d4303020; }
 .verdict { padding: .6rem 1rem; border-left: .4rem solid; } .ok { border-color: #2a8a4a; } .no { border-color: #d43030; }
-svg text { fill: currentColor; font: 11px system-ui, sans-serif; } svg .axis { stroke: currentColor; opacity: .35; }
+svg { max-width: 100%; height: auto; }
 img.map { image-rendering: pixelated; width: 9rem; margin: .2rem; border: 1px solid #8888; } figure { margin: 1rem 0; }
 code { font-size: .92em; }
 """
 
 
 def curve(report: Report) -> str:
-    """Relative error of each stage, logarithmic, with the tolerance, as SVG. A cross marks a stage that does not agree."""
+    """Draw the relative error of each stage beside the tolerance, as SVG. A cross marks a stage that does not agree."""
     rows = [row for row in report.rows if row.error is not None]
     if not rows:
         return ""
-    W, H, left, bottom = 960, 300, 50, 90
-    values = [max(row.error if math.isfinite(row.error) else 10.0, 1e-9) for row in rows]
+    # what is not finite is drawn at 10, far beyond any tolerance; what is 0 at 1e-9, as the axis is logarithmic
+    errors = list(enumerate(max(row.error if math.isfinite(row.error) else 10.0, 1e-9) for row in rows))
     limit = max(report.tolerance, 1e-9)
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(*values, limit)) + 0.01)
-
-    def y(value):
-        return 10 + (H - bottom - 10) * (high - math.log10(value)) / max(1, high - low)
-
-    def x(i):
-        return left + (W - left - 10) * (i + 0.5) / len(rows)
-    parts = [f'<line class="axis" x1="{left}" x2="{W}" y1="{y(10.0 ** e):.1f}" y2="{y(10.0 ** e):.1f}"/>'
-             f'<text x="{left - 8}" y="{y(10.0 ** e) + 4:.1f}" text-anchor="end">1e{e}</text>' for e in range(low, high + 1)]
-    parts.append(f'<line x1="{left}" x2="{W}" y1="{y(limit):.1f}" y2="{y(limit):.1f}" stroke="#d43030" '
-                 f'stroke-dasharray="6 4"/><text x="{left + 4}" y="{y(limit) - 4:.1f}">tolerance</text>')
-    parts.append('<polyline fill="none" stroke="currentColor" opacity=".6" points="'
-                 + " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(values)) + '"/>')
-    step = max(1, len(rows) // 32)
-    for i, (row, value) in enumerate(zip(rows, values)):
-        title = f"<title>{row.stage}: {number(row.error)}</title>"
-        if row.agrees:
-            parts.append(f'<circle cx="{x(i):.1f}" cy="{y(value):.1f}" r="3.5" fill="currentColor">{title}</circle>')
-        else:
-            parts.append(f'<path d="M{x(i) - 5:.1f} {y(value) - 5:.1f} l10 10 m0 -10 l-10 10" stroke="#d43030" stroke-width="2.5">'
-                         f'{title}</path>')
-        if i % step == 0:
-            parts.append(f'<text transform="translate({x(i) + 4:.1f} {H - bottom + 14}) rotate(60)">{row.stage}</text>')
-    return f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="relative error of each stage">{"".join(parts)}</svg>'
+    return str(show.curve(
+        {"error": errors, "tolerance": [(0, limit), (len(rows) - 1, limit)]}, log=True, y="relative error",
+        ticks=[row.stage for row in rows], crosses=[at for at, row in zip(errors, rows) if not row.agrees],
+        width=960, height=320))
 
 
 def picture(error, top: float) -> str:

@@ -1,0 +1,295 @@
+"""Choose frames of a video and read them as RGB PIL images: video files, animations, folders and lists of pictures."""
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from PIL import Image
+
+from minivl.limits import InputError, Limits
+from minivl.media.local import check_bytes, file_size, local_path, read_file
+from minivl.media.pictures import (
+    FORMAT_NAMES,
+    MAGIC,
+    SUFFIXES,
+    check_size,
+    load_image,
+    open_picture,
+    to_rgb,
+    translated,
+)
+
+ANIMATED = ("GIF", "WEBP", "PNG")       # not TIFF or MPO (phone JPEG): their further pictures are pages or previews
+# Containers ffmpeg may open. Playlists (hls, concat, dash, ...) are left out: they make ffmpeg open other files.
+CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
+TOTAL_FRAMES = 1_000_000                # of a whole video, chosen or not: about nine hours at 30 frames per second
+# Unlike EXIF in pictures, the rotation phones write IS applied to videos: the reference's reader (decord) does so.
+TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+VIDEO_PICTURES = 16                     # the chosen frames together: at most this times Limits.picture_pixels
+
+
+def frame_indices(max_frame: int, fps: float | None, num_segments: int, bound: Sequence[float] | None = None, *,
+                  limits: Limits = Limits()) -> list[int]:
+    """Choose the frames that stand for a video: the middle of each of `num_segments` equal parts, rounded as in the
+    reference.
+
+    max_frame: index of the last frame; fps: frames per second (may be None without bound);
+    bound: None for the whole video, or (start, end) in seconds. Returns a list of indices. Raises InputError.
+    """
+    fps, bound = _check_choice(fps, num_segments, bound, limits)
+    if isinstance(max_frame, bool) or not isinstance(max_frame, int) or max_frame < 0:
+        raise InputError(f"max_frame, the index of the last frame, must be an int >= 0, not {max_frame!r}")
+    first = 0
+    last = max_frame
+    if bound is not None or fps is not None:
+        start, end = bound or (-100_000, 100_000)       # seconds; the reference's "everything"
+        first = max(0, round(start * fps))              # round: half to even
+        last = min(round(end * fps), max_frame)
+    if last < first:
+        raise InputError(f"bound {start:g}..{end:g} seconds lies outside the video, which has {max_frame + 1} frames "
+                         f"= {(max_frame + 1) / fps:g} seconds at {fps:g} frames per second")
+    part = (last - first) / num_segments
+    return [int(first + part / 2 + round(part * k)) for k in range(num_segments)]
+
+
+def _check_choice(fps: float | None, num_segments: int, bound: Sequence[float] | None,
+                  limits: Limits) -> tuple[float | None, tuple[float, float] | None]:
+    """Check what can be checked before there is a video; return (fps, bound) as floats, None where not given."""
+    if isinstance(num_segments, bool) or not isinstance(num_segments, int) or num_segments < 1:
+        raise InputError(f"num_segments, the number of frames to take, must be an int >= 1, not {num_segments!r}")
+    if num_segments > limits.video_frames:
+        raise InputError(f"num_segments is {num_segments}, the limit is {limits.video_frames} frames of one video; "
+                         "take fewer or raise Limits(video_frames=...)")
+    if fps is not None:
+        fps = _finite(fps, "fps")
+        if not 0 < fps <= 1e6:
+            raise InputError(f"fps must be above 0 and at most 1e6 frames per second, not {fps:g}")
+    if bound is None:
+        return fps, None
+    if not isinstance(bound, (tuple, list)) or len(bound) != 2:
+        raise InputError(f"bound must be None or (start, end) in seconds, not {str(bound)[:80]!r}")
+    start = _finite(bound[0], "the start of bound")
+    end = _finite(bound[1], "the end of bound")
+    if end < start or max(abs(start), abs(end)) > 1e9:
+        raise InputError(f"bound {start:g}..{end:g} seconds must not end before it starts, nor go past 1e9")
+    if fps is None:
+        raise InputError("bound is in seconds, and this video does not say its frames per second; pass fps=... too")
+    return fps, (start, end)
+
+
+def _finite(value: object, what: str) -> float:
+    """Make a finite float of a number. Raises InputError for anything else."""
+    with contextlib.suppress(OverflowError):            # an int too large for float
+        if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    raise InputError(f"{what} must be a finite number, not {str(value)[:80]!r}")
+
+
+def load_video(source: str | os.PathLike | Sequence, *, num_segments: int = 8, bound: Sequence[float] | None = None,
+               fps: float | None = None, limits: Limits = Limits(), allow_paths: bool = True) -> list[Image.Image]:
+    """Read `num_segments` frames of a video as RGB PIL images, chosen by `frame_indices`.
+
+    source: a video file (MP4, MOV, MKV, WebM, AVI, ...; needs PyAV, the extra "video"), an animated GIF, WebP or PNG,
+    a folder of pictures (frame2 comes before frame10), or a list of pictures (as `load_image` takes, without URLs).
+    bound: (start, end) in seconds; fps: frames per second, in place of what the file says (folders and lists say
+    nothing). Files are bounded by limits.video_bytes, animations by limits.picture_bytes too. Raises InputError.
+    """
+    _check_choice(1.0 if fps is None else fps, num_segments, bound, limits)     # before opening anything
+
+    def choose(total, rate):
+        _check_total(total, name)
+        return frame_indices(total - 1, rate if fps is None else fps, num_segments, bound, limits=limits)
+
+    if isinstance(source, (list, tuple)):
+        name = "the list of frames"
+        return _listed_frames(source, choose(len(source), None), name, limits, allow_paths)
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(f"a video cannot be a {type(source).__name__}; give the path of a video file or of a folder "
+                         "of pictures, or a list of PIL images")
+    if isinstance(source, str) and re.match("(https?|data):", source, re.IGNORECASE):
+        raise InputError("videos are read from local files only, not from URLs; download the file first")
+    path, name = local_path(source, allow_paths)
+    if os.path.isdir(path):
+        paths = _folder_frames(path, name)
+        return _listed_frames(paths, choose(len(paths), None), name, limits, True)
+    check_bytes(file_size(path, name), limits.video_bytes, "video_bytes", name)
+    try:
+        with open(path, "rb") as file:
+            picture = MAGIC.match(file.read(16))
+    except OSError:
+        raise InputError(f"{name} cannot be read; check its permissions") from None
+    if picture or path.lower().endswith(SUFFIXES):
+        return _animation_frames(read_file(path, name, limits), choose, bound is not None and fps is None, name,
+                                 limits)
+    return _container_frames(path, choose, name, limits)
+
+
+def _check_total(total: int, name: str) -> None:
+    """Refuse a video without frames, or with too many to walk through."""
+    if total < 1:
+        raise InputError(f"{name} holds no frames (0): nothing was given, or the video is cut short")
+    if total > TOTAL_FRAMES:
+        raise InputError(f"{name} has {total} frames or more, the limit is {TOTAL_FRAMES}; cut the video")
+
+
+def _collect(frames: Iterable[tuple[int, Image.Image]], name: str, limits: Limits) -> dict[int, Image.Image]:
+    """Collect pairs (index, image), made one by one, and bound the memory they take together."""
+    kept = {}
+    pixels = 0
+    limit = VIDEO_PICTURES * limits.picture_pixels
+    for index, image in frames:
+        kept[index] = image
+        pixels += image.width * image.height
+        if pixels > limit:
+            raise InputError(f"{name}: the first {len(kept)} frames taken hold {pixels} pixels, the limit for all is "
+                             f"{limit} ({VIDEO_PICTURES} times picture_pixels); take fewer frames or smaller ones")
+    return kept
+
+
+def _listed_frames(sources: Sequence, indices: list[int], name: str, limits: Limits,
+                   allow_paths: bool) -> list[Image.Image]:
+    """Open the chosen frames of a list of pictures, and no others."""
+    options = {"limits": limits, "allow_paths": allow_paths, "allow_urls": False}
+    frames = ((index, load_image(sources[index], **options)) for index in sorted(set(indices)))
+    kept = _collect(frames, name, limits)
+    return [kept[index] for index in indices]
+
+
+def _folder_frames(folder: str, name: str) -> list[str]:
+    """List the paths of the pictures in a folder, in natural order; hidden files (.name) are ignored."""
+    try:
+        names = [entry for entry in os.listdir(folder) if not entry.startswith(".")]
+    except OSError:
+        raise InputError(f"{name} cannot be listed; check its permissions") from None
+    if not names:
+        raise InputError(f"{name} is an empty folder; put the frames in it as pictures ({FORMAT_NAMES})")
+    for entry in names:         # skipping it silently would shift the frames, should it be one in another format
+        if not entry.lower().endswith(SUFFIXES):
+            raise InputError(f"{name} holds {entry!r}, which is not a picture ({FORMAT_NAMES}); keep only frames in it")
+    names.sort(key=lambda entry: ([int(part) if part.isdigit() else part.lower()
+                                   for part in re.split("([0-9]+)", entry)], entry))
+    return [os.path.join(folder, entry) for entry in names]
+
+
+def _animation_frames(data: bytes, choose: Callable[[int, float | None], list[int]], need_rate: bool, name: str,
+                      limits: Limits) -> list[Image.Image]:
+    """Read the chosen frames of a GIF, WebP or PNG animation, each as Pillow composes it; a still is one frame."""
+    image = open_picture(data, name, limits)
+    damaged = "the animation is cut short or damaged; save or download it again"
+    with translated(name, damaged):
+        total = image.n_frames if image.format in ANIMATED and hasattr(image, "n_frames") else 1
+    # An animated PNG may begin with a still for viewers that cannot animate; it is not part of the animation.
+    skip = 1 if total > 1 and image.info.get("default_image") else 0
+    total -= skip
+
+    def go_to(index):
+        with translated(name, damaged):
+            image.seek(index + skip)
+        check_size(*image.size, f"frame {index} of {name}", limits)      # a GIF may grow on the way
+
+    rate = None
+    if need_rate:
+        _check_total(total, name)
+        duration = 0.0          # milliseconds
+        for index in range(total):
+            go_to(index)
+            with translated(name, damaged):
+                image.load()    # WebP says the duration only now
+                duration += image.info.get("duration", 0)
+        if not 0 < duration < math.inf:
+            raise InputError(f"{name} does not say how long its frames are shown; pass fps=... with bound")
+        rate = 1000 * total / duration
+    indices = choose(total, rate)
+
+    def frames():
+        for index in sorted(set(indices)):
+            go_to(index)
+            yield index, to_rgb(image, f"frame {index} of {name}")
+
+    kept = _collect(frames(), name, limits)
+    return [kept[index] for index in indices]
+
+
+def _container_frames(path: str, choose: Callable[[int, float | None], list[int]], name: str,
+                      limits: Limits) -> list[Image.Image]:
+    """Read the chosen frames of an MP4, MKV, ... in the order shown, through PyAV."""
+    with _opened_video(path, name, limits) as (container, stream):
+        rate = stream.average_rate if stream.average_rate and stream.average_rate <= 1e6 else None
+        total = 0
+        for packet in container.demux(stream):      # counted, because headers may not say or be wrong
+            total += packet.size > 0 and not packet.is_discard
+            if total > TOTAL_FRAMES:
+                break
+        indices = choose(total, rate)
+        # An MP4 lists where each frame lies: beyond the end of the file means that the end is missing.
+        end = max((entry.pos + entry.size for entry in getattr(stream, "index_entries", ())), default=0)
+        size = os.path.getsize(path)
+        if "mp4" in container.format.name and end > size:
+            raise InputError(f"{name}: the video is cut short, it has {size} of {end} bytes; download it again")
+    seen, kept = _decode_frames(path, set(indices), name, limits)
+    if max(indices) not in kept:                    # fewer frames than packets: choose again from those there are
+        indices = choose(seen, rate)
+        seen, kept = _decode_frames(path, set(indices), name, limits)
+    return [kept[index] for index in indices]
+
+
+def _decode_frames(path: str, needed: set[int], name: str, limits: Limits) -> tuple[int, dict[int, Image.Image]]:
+    """Decode from the start to the last of `needed`; return (number of frames seen, {index: RGB image})."""
+    seen = 0
+
+    def frames(container, stream):
+        nonlocal seen
+        for frame in container.decode(stream):
+            label = f"frame {seen} of {name}"
+            check_size(frame.width, frame.height, label, limits)       # it may change in mid-video
+            if seen in needed:
+                if frame.is_corrupt:
+                    raise InputError(f"{label} is damaged; save or download the video again")
+                image = frame.to_image()
+                turn = TURNS.get(frame.rotation % 360)
+                yield seen, image if turn is None else image.transpose(turn)
+            seen += 1
+            if seen > max(needed):
+                return
+
+    with _opened_video(path, name, limits) as (container, stream):
+        stream.thread_type = "AUTO"
+        kept = _collect(frames(container, stream), name, limits)
+    return seen, kept
+
+
+@contextlib.contextmanager
+def _opened_video(path: str, name: str, limits: Limits) -> Iterator[tuple]:
+    """Open a local file as PyAV's (container, best video stream); library errors become InputError."""
+    try:
+        # optional: pictures work without it
+        import av
+    except ImportError:
+        raise InputError(f"{name} needs PyAV to be read as a video: pip install av (minivl's extra \"video\"); or give "
+                         "its frames as a folder of pictures") from None
+    # A Python file in place of a path, no protocols, and a list of containers: a crafted file cannot make ffmpeg
+    # open another one. max_pixels stops a stream larger than its container says; generous, as codecs round sizes up.
+    options = {"max_pixels": str(2 * limits.picture_pixels + 2**20)}
+    rules = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
+    # Before PyAV 19, titles that are not UTF-8 are an error unless told otherwise; since then it cannot be told.
+    texts = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+    bugs = (TypeError, AttributeError, NameError)       # not what damaged files cause, but a change of PyAV
+    with contextlib.ExitStack() as stack:
+        with translated(name, "cannot be opened as a video: it is cut short, damaged, or not MP4, MOV, MKV, WebM, "
+                               "AVI, MPEG, FLV, OGG or ASF; convert it to MP4", bugs):
+            file = stack.enter_context(open(path, "rb"))
+            container = stack.enter_context(av.open(file, mode="r", options=options, container_options=rules, **texts))
+            stream = container.streams.best("video")
+        if stream is None or stream.codec_context is None:
+            raise InputError(f"{name} holds no video stream in a codec this PyAV can read; save it again as H.264")
+        with translated(name, "the video is cut short or damaged; save or download it again", bugs):
+            stream.codec_context.options = options
+            width = stream.codec_context.width
+            height = stream.codec_context.height
+            if width and height:        # else unknown until the first frame is decoded, which is checked as well
+                check_size(width, height, name, limits)
+            yield container, stream     # what the caller demuxes and decodes is translated as well

@@ -1,0 +1,72 @@
+"""Draw what happens to a picture: the tiles it is cut into, the stages of the model."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from PIL import Image
+
+from minivl import tiling
+from minivl.limits import InputError
+from minivl.show.svg import FAINT, INK, Svg, embedded, text
+
+
+def tiles(image: Image.Image, *, max_num: int = 12, tile_size: int = 448, use_thumbnail: bool = True,
+          tokens_per_tile: int = 256, width: float = 340) -> Svg:
+    """Draw how `minivl.tiling.tile` cuts a picture: its grid with the numbers of the tiles, the thumbnail, and the
+    price in visual tokens. `width`: of the grid, in pixels of the drawing."""
+    columns, rows = tiling.choose_grid(*image.size, max_num=max_num, tile_size=tile_size)
+    cut = tiling.tile(image, max_num=max_num, tile_size=tile_size, use_thumbnail=use_thumbnail)
+    has_thumbnail = len(cut) > columns * rows
+    side = width / max(columns, 3)
+    height = rows * side
+    above = 24
+    title = f"{image.width}x{image.height} \u2192 {columns}x{rows} tiles of {tile_size}"
+    body = text(4, 16, title + (" and a thumbnail" if has_thumbnail else ""), weight="bold")
+    for n, piece in enumerate(cut[:columns * rows]):
+        x = 4 + n % columns * side
+        y = above + n // columns * side
+        body += embedded(piece.resize((round(side), round(side))), x, y, side, side)
+        body += (f'<rect x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}" fill="none" stroke="white" '
+                 f'stroke-width="3"/><rect x="{x:.1f}" y="{y:.1f}" width="20" height="18" fill="white" '
+                 f'fill-opacity="0.85"/>')
+        body += text(x + 10, y + 13, n, anchor="middle")
+    right = 4 + columns * side
+    if has_thumbnail:
+        small = min(side, 110.0)
+        body += embedded(cut[-1].resize((round(small), round(small))), right + 14, above, small, small)
+        body += text(right + 14, above + small + 15, f"{len(cut) - 1}: thumbnail", size=11)
+        right += 14 + small
+        height = max(height, small + 18)
+    note = f"{len(cut)} x {tokens_per_tile} = {len(cut) * tokens_per_tile} visual tokens"
+    return Svg(body + text(4, above + height + 18, note), max(right + 8, 8 + 8 * 44), above + height + 26)
+
+
+def strip(stages: Iterable[tuple], *, here: str | None = None, width: float = 860) -> Svg:
+    """Draw [(name, shape or words), ...] as boxes with arrows; the one called `here` has a heavy frame and a mark."""
+    stages = [(str(name), _shape(shape)) for name, shape in stages]
+    names = [name for name, _ in stages]
+    if not stages or here is not None and here not in names:
+        raise InputError(f"{here!r} is none of the stages {', '.join(names)}")
+    gap = 22
+    box = (width - 8 - gap * (len(stages) - 1)) / len(stages)
+    body = ""
+    for i, (name, shape) in enumerate(stages):
+        x = 4 + i * (box + gap)
+        middle = x + box / 2
+        now = name == here
+        body += (f'<rect x="{x:.1f}" y="22" width="{box:.1f}" height="44" rx="5" '
+                 f'fill="{"#e3edf7" if now else "white"}" stroke="{INK}" stroke-width="{2.5 if now else 1}"/>')
+        body += text(middle, 40, name, anchor="middle", weight="bold" if now else "normal",
+                     size=min(12, 1.75 * box / max(4, len(name))))
+        body += text(middle, 57, shape, anchor="middle", colour=FAINT, size=min(11, 1.75 * box / max(4, len(shape))))
+        if now:
+            body += text(middle, 15, "\u25bc here", anchor="middle", size=11)
+        if i:
+            body += f'<path d="M{x - gap + 4:.1f} 44 h{gap - 9} m-4 -4 l4 4 l-4 4" fill="none" stroke="{INK}"/>'
+    return Svg(body, width, 74)
+
+
+def _shape(shape: object) -> str:
+    """Write a shape as 7x3x448x448, words as they are."""
+    return "x".join(map(str, shape)) if isinstance(shape, (tuple, list, torch.Size)) else str(shape)

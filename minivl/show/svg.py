@@ -1,0 +1,76 @@
+"""Build an SVG drawing from its parts: words, pictures, colours, drawings beside each other."""
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+from os import PathLike
+from pathlib import Path
+
+from PIL import Image
+
+INK = "#1c2733"
+FAINT = "#8a96a3"
+LOW = (11, 83, 148)     # positive values
+HIGH = (176, 78, 0)     # negative ones
+
+
+class Svg:
+    """Hold a drawing of `width` x `height` pixels; `body` is what stands between <svg> and </svg>."""
+
+    def __init__(self, body: str, width: float, height: float):
+        self.body = body
+        self.width = width
+        self.height = height
+
+    def __str__(self) -> str:
+        size = f"{self.width:.0f} {self.height:.0f}"
+        return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{self.width:.0f}" height="{self.height:.0f}" '
+                f'viewBox="0 0 {size}" font-family="system-ui, sans-serif" font-size="12">'
+                f'<rect width="100%" height="100%" rx="6" fill="white"/>{self.body}</svg>')
+
+    def _repr_svg_(self) -> str:
+        return str(self)
+
+    def save(self, path: str | PathLike) -> Path:
+        """Write the drawing to a file and return its path."""
+        Path(path).write_text(str(self), encoding="utf-8")
+        return Path(path)
+
+
+def beside(*drawings: Svg, gap: float = 16) -> Svg:
+    """Put drawings next to each other, `gap` pixels apart."""
+    body = ""
+    x = 0.0
+    for drawing in drawings:
+        body += f'<g transform="translate({x:.1f} 0)">{drawing.body}</g>'
+        x += drawing.width + gap
+    return Svg(body, x - gap, max(drawing.height for drawing in drawings))
+
+
+def text(x: float, y: float, words: object, *, anchor: str = "start", size: float = 12, colour: str = INK,
+         weight: str = "normal", turn: float = 0) -> str:
+    """Write words at (x, y): the left end of their base line, or its middle or end with `anchor` "middle" or "end".
+
+    `turn`: degrees, clockwise.
+    """
+    rotate = f' transform="rotate({turn} {x:.1f} {y:.1f})"' if turn else ""
+    return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" font-weight="{weight}" '
+            f'fill="{colour}"{rotate}>{escape(str(words))}</text>')
+
+
+def embedded(image: Image.Image, x: float, y: float, width: float, height: float, *, crisp: bool = False) -> str:
+    """Place a picture inside a drawing, as a PNG. `crisp`: enlarged pixels stay squares."""
+    data = io.BytesIO()
+    image.save(data, "PNG", optimize=True)
+    style = ' style="image-rendering:pixelated"' if crisp else ""
+    return (f'<image x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"{style} '
+            f'preserveAspectRatio="none" href="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"/>')
+
+
+def shade(value: float, top: float) -> tuple[int, ...]:
+    """Choose the RGB colour of a number: white is 0, dark is +-top. Negative numbers have another hue, and a mark of
+    their own where squares are drawn."""
+    part = min(1.0, abs(value) / top) if top > 0 else 0.0
+    hue = LOW if value >= 0 else HIGH
+    return tuple(round(255 + (h - 255) * part) for h in hue)
