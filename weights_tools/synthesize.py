@@ -74,19 +74,21 @@ def synthesize(out, size: str = "tiny", *, awq: bool = False, format: str = "saf
                config_quirk: str = "llm", overwrite: bool = False) -> Path:
     """Write a whole checkpoint of random weights to the folder `out` and return it.
 
-    `tokenizer`: folder with the Qwen2 vocabulary, needed by every size but tiny. `shard_gb`: most 10^9 bytes in a file.
+    `tokenizer`: folder with the Qwen2 vocabulary, needed by every size but tiny; False: none, such a model can be measured
+    but not talked to. `shard_gb`: most 10^9 bytes in a file.
     `dtype` "float16" or "bfloat16" of all that is not int4; None: float16 with `awq`, else bfloat16, as released.
     `config_quirk` "top": quantization_config where third-party copies have it, not inside llm_config.
     """
     config = config_json(size, awq=awq, dtype=dtype, group_size=group_size, config_quirk=config_quirk)
     if not 0 < shard_gb < 1e6:
         raise InputError(f"shards of {shard_gb} GB cannot be; the released files have at most 2")
-    if size == "tiny" and tokenizer is not None:
+    if size == "tiny" and tokenizer:
         raise InputError("the tiny size has a tokenizer of its own with 600 tokens; leave --tokenizer out")
     out = Path(out)
     check_free_of_weights(out, overwrite)
-    small = {"config.json": json_text(config), **generation_and_preprocessor(size, config),
-             **(tiny_tokenizer() if size == "tiny" else _copied_tokenizer(size, tokenizer, config))}
+    small = {"config.json": json_text(config), **generation_and_preprocessor(size, config)}
+    if tokenizer is not False:
+        small.update(tiny_tokenizer() if size == "tiny" else _copied_tokenizer(size, tokenizer, config))
     wanted = meta_tensors(config)
     layers = {"vision_model": config["vision_config"]["num_hidden_layers"],
               "language_model": config["llm_config"]["num_hidden_layers"], "mlp1": 1}

@@ -1,4 +1,4 @@
-"""Other people's engines for weights_tools.bench, each with the methods of bench.Ours. Runs in a Python that has them.
+"""Other people's engines for weights_tools.bench, each with the methods of ours.Ours. Runs in a Python that has them.
 
 llama.cpp gets a GGUF file of random Q4_0 numbers with the decoder's shapes: 4-bit numbers in groups of 32, the head in Q6_K as
 its own quantiser leaves it. It has no vision tower here, and what it writes means nothing.
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from weights_tools.bench import CONTEXT, median_step
+from weights_tools.bench.timing import CONTEXT, median_step
 
 ROOM = 2048             # tokens that there is room for
 

@@ -1,0 +1,382 @@
+"""Prove and measure everything on a GPU in one go: python -m weights_tools.bench --device cuda   (make gpu)
+
+    proof       the recorded stages of the original code in three dtypes; nano's answers in every form, beside the CPU's;
+                precision="fast" with its recorded steps, and that an edit made between two prompts counts there
+    speed       a random AWQ checkpoint of full size, made on the spot: loading, memory, tiles, a prompt, new tokens at
+                four batch sizes, each beside its floor
+    peers       the same beside transformers' own InternVL, in bfloat16, where it is installed
+
+Needs nothing that the machine must fetch. `--device cpu --size tiny` runs the same code where there is no GPU.
+Half precision may be twice as far from the recorded float32 as the CPU's own half precision is, at each stage.
+"""
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+import minivl
+from minivl import GenerationConfig, qwen2
+from minivl.cache import KVCache
+from minivl.config import VisionConfig
+from minivl.vit import InternVisionModel
+from weights_tools.bench.machine import work_of
+from weights_tools.bench.ours import Ours
+
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
+HALF_SLACK = 2.0            # times the CPU's own error in the same dtype
+DTYPES = ("float32", "float16", "bfloat16")
+BATCHES = (1, 4, 16, 64)
+PROMPT = 1792               # tokens of a picture of 7 tiles
+
+
+class Report:
+    """What was found: rows for the table, printed at once and written after each, so that a run cut short keeps them."""
+
+    def __init__(self, out: Path | None):
+        self.out, self.rows, self.started = out, [], time.perf_counter()
+
+    def add(self, what: str, found, *, limit=None, unit: str = "", good: bool | None = None):
+        """Note one row. `limit`: what may be reached at best, or must be kept; `good` None: a number that proves nothing."""
+        row = {"what": what, "found": found, "limit": limit, "unit": unit, "good": good}
+        self.rows.append(row)
+        print(f"[{time.perf_counter() - self.started:6.1f} s] {line(row)}", flush=True)
+        if self.out:
+            (self.out / "gpu.json").write_text(json.dumps(self.rows, indent=1) + "\n")
+
+    def part(self, work, *args):
+        """Run a part; one that fails is a row, and the others go on."""
+        try:
+            with torch.inference_mode():
+                work(self, *args)
+        except Exception as error:          # whatever a new machine comes up with
+            traceback.print_exc()
+            self.add(work.__name__, f"{type(error).__name__}: {str(error)[:200]}", good=False)
+
+    @property
+    def failed(self) -> list:
+        return [row for row in self.rows if row["good"] is False]
+
+
+def number(value) -> str:
+    """Write a number with four digits, anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def line(row: dict) -> str:
+    """Write a row as text."""
+    limit = "" if row["limit"] is None else f"   (limit {number(row['limit'])})"
+    mark = {True: "ok", False: "WRONG", None: ""}[row["good"]]
+    return f"{row['what']:<58} {number(row['found'])} {row['unit']}{limit} {mark}".rstrip()
+
+
+def table(report: Report) -> str:
+    """Write all rows as a Markdown table."""
+    rows = [f"| {r['what']} | {number(r['found'])} {r['unit']} | {'' if r['limit'] is None else number(r['limit'])} | "
+            f"{ {True: 'ok', False: 'WRONG', None: ''}[r['good']]} |" for r in report.rows]
+    return "\n".join(["| | found | limit | |", "|---|---|---|---|", *rows])
+
+
+# ---- proof ----------------------------------------------------------------------------------------------------------
+
+def tensors_of(path: Path) -> dict:
+    """Read a safetensors file."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}        # noqa: SIM118  no dict
+
+
+def stages_of(folder: Path, device: str, dtype: str, want: dict) -> tuple:
+    """Run a golden case: ({stage: tensor}, greedy tokens)."""
+    model = minivl.load(folder, device=device, dtype=dtype)
+    model.img_context_token_id = json.loads((folder / "case.json").read_text())["image_token_id"]
+    with minivl.trace(model, device="cpu") as t:
+        model(want["input_ids"], want["pixel_values"])
+    tokens = minivl.generate(model, want["input_ids"], want["pixel_values"], max_new_tokens=12, ignore_eos=True)
+    return {name: tensor.float() for name, tensor in t.items() if name in want}, tokens[0].tolist()
+
+
+def golden(report: Report, device: str, case: str):
+    """Compare every stage with the recorded one, in each dtype."""
+    folder = GOLDEN / case
+    want = tensors_of(folder / "expected.safetensors")
+    for dtype in DTYPES:
+        got, tokens = stages_of(folder, device, dtype, want)
+        if dtype == "float32":
+            limits = dict.fromkeys(got, 1e-4)
+        else:
+            own, _ = stages_of(folder, "cpu", dtype, want)
+            limits = {name: HALF_SLACK * minivl.relative_error(own[name], want[name]) for name in got}
+        errors = {name: minivl.relative_error(got[name], want[name]) for name in got}
+        worst = max(errors, key=lambda name: errors[name] / limits[name])
+        report.add(f"{case}, {dtype}: {len(errors)} stages, worst {worst}", errors[worst], limit=limits[worst],
+                   good=all(errors[name] <= limits[name] for name in errors))
+        if dtype == "float32":
+            report.add(f"{case}: 12 greedy tokens", "the same" if tokens == want["greedy"].tolist() else "others",
+                       good=tokens == want["greedy"].tolist())
+
+
+def tower_6b(report: Report, device: str):
+    """The tower of the 6B kind, its layers and all, in float32."""
+    folder = GOLDEN / "vit6b-internlm2"
+    want = tensors_of(folder / "expected.safetensors")
+    config = VisionConfig.from_json(json.loads((folder / "config.json").read_text())["vision_config"])
+    tower = InternVisionModel(config)
+    tower.load_state_dict({name.removeprefix("vision_model."): tensor.float() for name, tensor in
+                           tensors_of(folder / "model.safetensors").items() if name.startswith("vision_model.")})
+    x = tower.to(device).embeddings(want["pixel_values"].to(device))
+    errors = {"vit.embeddings": minivl.relative_error(x.cpu(), want["vit.embeddings"])}
+    for i, layer in enumerate(tower.encoder.layers):
+        x = layer(x)
+        errors[f"vit.layers.{i}"] = minivl.relative_error(x.cpu(), want[f"vit.layers.{i}"])
+    worst = max(errors, key=errors.get)
+    report.add(f"6B tower, float32: {len(errors)} stages, worst {worst}", errors[worst], limit=1e-4,
+               good=errors[worst] <= 1e-4)
+
+
+def forms(pipe) -> list:
+    """Nano's answers in every form there is: alone, in a batch, as a stream, in a session, sampled."""
+    from minivl.demo import SAMPLES
+    image = minivl.load_image(SAMPLES / "shapes.png")
+    words = minivl.load_image(SAMPLES / "words.png")
+    answers = [pipe(("describe this image", image)).text]
+    answers += [r.text for r in pipe([("describe this image", image), "Hello", ("What is the number?", words)])]
+    answers.append("".join(pipe.stream(("What colour is the heart?", image))))
+    session = pipe.chat(("What colour is the heart?", image))
+    answers.append(pipe.chat("Where is it?", session=session).response.text)
+    for seed in (1, 2):
+        config = GenerationConfig(do_sample=True, random_seed=seed, temperature=1.0)
+        answers.append(pipe(("describe this image", image), config).text)
+    answers.append(pipe(("describe this image", image), GenerationConfig(lookup=4)).text)
+    return answers
+
+
+def pipe_of(model: str, device: str, dtype: str, precision: str = "exact"):
+    """Open nano on a device."""
+    return minivl.pipeline(model, minivl.EngineConfig(device=device, dtype=dtype, precision=precision, max_batch_size=25))
+
+
+def answers(report: Report, device: str, model: str):
+    """The device writes in float32 what the CPU writes, in every form, recorded steps included."""
+    expected = forms(pipe_of(model, "cpu", "float32"))
+    for precision in ("exact", "fast"):
+        if precision == "fast" and model != "nano":     # its int4 is rounded: see `questions`
+            continue
+        got = forms(pipe_of(model, device, "float32", precision))
+        same = sum(a == b for a, b in zip(got, expected))
+        report.add(f"{model}, float32, {precision}: forms of answers as on the CPU", same, limit=len(expected),
+                   good=same == len(expected))
+
+
+def questions(report: Report, device: str, model: str, count: int):
+    """Held-out questions, ten of each of nano's tasks (or fewer): the share that is answered right."""
+    from weights_tools.nano import evaluate
+    tasks = list(evaluate.TARGETS)[:count]
+    each = max(1, count // len(tasks))
+
+    def ask(device, dtype, precision="exact"):
+        pipe = pipe_of(model, device, dtype, precision)
+        found = [pair for task in tasks for pair in evaluate.measure(pipe, task, each)[1]]
+        right = sum(evaluate.is_right(item.turns[-1], answer) for item, answer in found) / len(found)
+        return right, [answer for _, answer in found]
+
+    share, expected = ask("cpu", "float32")
+    report.add(f"{model}: {len(expected)} questions on the CPU, right", 100 * share, unit="%")
+    for dtype, precision in (("float32", "exact"), ("float16", "exact"), ("bfloat16", "fast")):
+        right, got = ask(device, dtype, precision)
+        same = sum(a == b for a, b in zip(got, expected))
+        # In half precision a close choice may turn; 3 points are six questions of two hundred.
+        good = same == len(expected) if dtype == "float32" else right >= share - 0.03
+        report.add(f"{model}, {dtype}, {precision}: right, and {same} answers as on the CPU", 100 * right,
+                   limit=100 * share, unit="%", good=good)
+
+
+def edits(report: Report, device: str):
+    """An edit between two prompts counts also where steps are recorded, and is gone when it is taken back."""
+    pipe = pipe_of("nano", device, "float32", "fast")
+
+    def text():
+        return pipe("Hello, what can you do?").text
+
+    before, shipped = text(), qwen2.MLP.gated
+    try:
+        qwen2.MLP.gated = lambda self, x: F.relu(self.gate_up(x)[0])
+        during = text()
+    finally:
+        qwen2.MLP.gated = shipped
+    report.add("an edit of qwen2.MLP between two prompts", "counts" if during != before else "IS HIDDEN",
+               good=during != before and text() == before)
+    recorded = type(pipe.model.language_model).__name__
+    report.add("decoder of nano with precision fast", recorded, good=recorded == "Recorded" or device == "cpu")
+
+
+# ---- speed ----------------------------------------------------------------------------------------------------------
+
+def timed(work, device: str, repeats: int = 5) -> float:
+    """Seconds of a function: the median, after two runs that warm up."""
+    def wait():
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    seconds = []
+    for i in range(repeats + 2):
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
+
+
+def floors(report: Report, device: str) -> dict:
+    """What the device does: TB read and written a second, and TFLOP in bfloat16 a second."""
+    size = 2 ** 30 if device != "cpu" else 2 ** 24
+    n = 8192 if device != "cpu" else 512
+    x = torch.randn(size, device=device, dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    memory = 2 * x.nbytes / timed(lambda: y.copy_(x), device) / 1e12
+    del x, y
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    rate = 2 * n ** 3 / timed(lambda: a @ b, device) / 1e12
+    report.add("memory, read and written", memory, unit="TB/s")
+    report.add("bfloat16 product", rate, unit="TFLOP/s")
+    return {"TB/s": memory, "TFLOP/s": rate}
+
+
+def speed(report: Report, device: str, size: str, floor: dict, engines=("fast",)):
+    """A random AWQ checkpoint: loading, memory, tiles, a prompt and new tokens, each beside its floor."""
+    from weights_tools.synthesize import synthesize
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        checkpoint = synthesize(Path(folder) / size, size, awq=True, tokenizer=False)
+        report.add(f"{size}-AWQ: made at random in", time.perf_counter() - start, unit="s")
+        for engine in engines:
+            measure(report, device, checkpoint, engine, floor)
+
+
+def measure(report: Report, device: str, checkpoint: Path, engine: str, floor: dict):
+    """Time one precision: what `engine` is called, None stands for the modules as released."""
+    cuda = device != "cpu"
+    start = time.perf_counter()
+    ours = Ours(checkpoint, None if engine == "released" else engine, device, "bfloat16")
+    ours.wait()
+    report.add(f"{engine}: load", time.perf_counter() - start, unit="s")
+    if cuda:
+        report.add(f"{engine}: weights on the device", torch.cuda.memory_allocated() / 1e9, unit="GB")
+    work = work_of(ours.model.config)
+    for n in (1, 7, 13):
+        ms = 1e3 * timed(lambda n=n: ours.tiles(n), device)
+        report.add(f"{engine}: {n} tile{'s' * (n > 1)}", ms, limit=n * work["GFLOP/tile"] / floor["TFLOP/s"], unit="ms")
+    tokens = PROMPT if cuda else 64
+    ms = 1e3 * timed(lambda: ours.prompt(tokens), device)
+    report.add(f"{engine}: a prompt of {tokens}", ms, limit=tokens * work["GFLOP/token"] / floor["TFLOP/s"], unit="ms")
+    for batch in BATCHES if cuda else (1, 4):
+        seconds = ours.batch(batch, 32 if engine == "fast" else 3)
+        best = max(work["GB/token"] / floor["TB/s"] / 1e3, batch * work["GFLOP/token"] / floor["TFLOP/s"] / 1e3)
+        report.add(f"{engine}: new tokens, {batch} prompt{'s' * (batch > 1)}", batch / seconds, limit=batch / best,
+                   unit="tok/s")
+    if engine == "fast":
+        whole_answer(report, ours, cuda)
+
+
+def whole_answer(report: Report, ours: Ours, cuda: bool):
+    """A picture of 7 tiles: the first token, sampled tokens, and the memory that it took."""
+    model, tiles = ours.model, 7 if cuda else 1
+    c = model.config
+    model.img_context_token_id = c.llm_config.vocab_size - 7
+    ids = [1] * 40 + [model.img_context_token_id] * (tiles * c.num_image_token) + [2] * 20
+    pixels = torch.randn(tiles, 3, c.force_image_size, c.force_image_size)
+    for name, config in (("greedy", GenerationConfig()), ("sampled", GenerationConfig(do_sample=True, random_seed=0))):
+        seconds = {}
+        for new in (1, 65) if cuda else (1, 5):
+            seconds[new] = timed(lambda new=new, config=config: minivl.generate(
+                model, [ids], pixels, max_new_tokens=new, ignore_eos=True, config=config), "cuda" if cuda else "cpu", 3)
+        (few, first), (many, whole) = seconds.items()
+        if name == "greedy":
+            report.add(f"fast: picture of {tiles} tiles, until the first token", 1e3 * first, unit="ms")
+        report.add(f"fast: generate, {name}, new tokens after the picture", (many - few) / (whole - first), unit="tok/s")
+    if cuda:
+        report.add("fast: most memory while it answers, batches of 64 before", torch.cuda.max_memory_allocated() / 1e9,
+                   unit="GB")
+        torch.cuda.reset_peak_memory_stats()
+        vars(model.language_model).pop("idle", None)
+        torch.cuda.empty_cache()
+        minivl.generate(model, [ids], pixels, max_new_tokens=32, ignore_eos=True)
+        report.add(f"fast: most memory for a picture of {tiles} tiles alone", torch.cuda.max_memory_allocated() / 1e9,
+                   limit=6.0, unit="GB", good=torch.cuda.max_memory_allocated() < 6e9)
+
+
+def peers(report: Report, device: str, size: str):
+    """transformers' InternVL with random weights of this size in bfloat16 (not int4), as it comes."""
+    try:
+        from transformers import DynamicCache, InternVLForConditionalGeneration
+    except ImportError:
+        report.add("transformers", "not installed")
+        return
+    from weights_tools.synthesize import config_json
+    from weights_tools.verify.reference import hf_config
+    config = config_json(size)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = InternVLForConditionalGeneration(hf_config(config)).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    side, text = config["force_image_size"], model.model.language_model
+    for n in (1, 7, 13):
+        x = torch.randn(n, 3, side, side, device=device, dtype=torch.bfloat16)
+        ms = 1e3 * timed(lambda x=x: model.model.get_image_features(x), device)
+        report.add(f"transformers, bfloat16: {n} tile{'s' * (n > 1)}", ms, unit="ms")
+
+    def step(ids, cache):
+        hidden = text(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        return model.lm_head(hidden[:, -1:]).argmax(-1)
+
+    ids = torch.ones(1, PROMPT if device != "cpu" else 64, dtype=torch.int64, device=device)
+    ms = 1e3 * timed(lambda: step(ids, DynamicCache()), device)
+    report.add(f"transformers, bfloat16: a prompt of {ids.shape[1]}", ms, unit="ms")
+    for batch in BATCHES if device != "cpu" else (1,):
+        cache = DynamicCache()
+        last = step(torch.ones(batch, 64, dtype=torch.int64, device=device), cache)
+        seconds = timed(lambda last=last, cache=cache: step(last, cache), device, 20)
+        report.add(f"transformers, bfloat16: new tokens, {batch} prompt{'s' * (batch > 1)}", batch / seconds, unit="tok/s")
+
+
+# ---- all ------------------------------------------------------------------------------------------------------------
+
+def run(device: str = "cuda", size: str = "4B", count: int = 200, out=None, parts=("proof", "speed", "peers")) -> Report:
+    """Run the parts and print the table; `count` questions of nano's, the results as JSON into the folder `out`."""
+    out = out and Path(out)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    report = Report(out)
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or device
+    report.add("device", name)
+    report.add("torch, Python", f"{torch.__version__}, {platform.python_version()}")
+    if "proof" in parts:
+        for case in ("qwen2", "qwen2-awq"):
+            report.part(golden, device, case)
+        report.part(tower_6b, device)
+        report.part(edits, device)
+        for model in ("nano", "nano-awq"):
+            report.part(answers, device, model)
+            report.part(questions, device, model, count)
+    if "speed" in parts:
+        with torch.inference_mode():
+            floor = floors(report, device)
+        report.part(speed, device, size, floor, ("fast", "released"))
+    if "peers" in parts:
+        report.part(peers, device, size)
+    print("\n" + table(report))
+    if report.failed:
+        print(f"\n{len(report.failed)} of {len(report.rows)} rows are WRONG", file=sys.stderr)
+    return report
