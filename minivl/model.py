@@ -14,6 +14,7 @@ from torch import nn
 from minivl.awq import AWQLinear
 from minivl.config import Config
 from minivl.limits import InputError
+from minivl.memory import full_memory_told
 from minivl.pixel_unshuffle import PixelUnshuffle
 from minivl.projector import projector
 from minivl.qwen2 import Qwen2ForCausalLM
@@ -53,9 +54,10 @@ class MiniVL(nn.Module):
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (channels, R, R):
             raise InputError(f"pixel_values have shape {tuple(pixel_values.shape)}, the model takes "
                              f"[tiles, {channels}, {R}, {R}]; cut the tiles with minivl.tiling.tile(tile_size={R})")
-        x = self.vision_model(pixel_values.to(self.device, self.dtype))    # (N, 1+P, C)
-        x = self.pixel_unshuffle(x[:, 1:])                                 # (N, L, 4C), CLS dropped
-        return self.mlp1(x)                                                # (N, L, D)
+        with full_memory_told(self.device, f"{len(pixel_values)} tiles at once", "look at fewer together"):
+            x = self.vision_model(pixel_values.to(self.device, self.dtype))    # (N, 1+P, C)
+            x = self.pixel_unshuffle(x[:, 1:])                                 # (N, L, 4C), CLS dropped
+            return self.mlp1(x)                                                # (N, L, D)
 
     def embed(self, input_ids, visual_tokens=None):
         """int[B, T] and float[N, L, D] -> float[B, T, D]: visual tokens, in order, over the placeholders."""

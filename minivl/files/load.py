@@ -19,6 +19,7 @@ from minivl.config import Config, read_json
 from minivl.files.find import find
 from minivl.files.formats import DTYPES, StoredTensor, open_weights
 from minivl.limits import InputError
+from minivl.memory import full_memory_told
 from minivl.model import MiniVL
 
 KEPT = (".scales",)                                     # rounding a scale would change 128 weights at once
@@ -53,9 +54,11 @@ def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: 
                   tensors["language_model.lm_head.weight"].dtype, precision == "fast" and fast.products()[1])
     kept = KEPT + (KEPT_HALF if half else ())
     # Nothing else may hold the tensors: what `prepare` replaces must leave the memory.
-    model.load_state_dict(_read_tensors(model, tensors, device, dtype, kept), strict=True, assign=True)
-    model.img_context_token_id, model.eos_token_ids = _token_ids(folder, config)
-    return (fast.prepare(model, precision) if precision else model).eval()
+    size = sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in model.state_dict().values())
+    with full_memory_told(device, f"{size / 1e9:.1f} GB of weights", "take a smaller or an AWQ model, or device='cpu'"):
+        model.load_state_dict(_read_tensors(model, tensors, device, dtype, kept), strict=True, assign=True)
+        model.img_context_token_id, model.eos_token_ids = _token_ids(folder, config)
+        return (fast.prepare(model, precision) if precision else model).eval()
 
 
 class WithoutNormal(TorchFunctionMode):

@@ -329,10 +329,10 @@ def test_compiled_loops_are_the_functions():
             torch.testing.assert_close(head(x).double(), x.double() @ head.weight.double().T, rtol=1e-5, atol=1e-5)
     head(x).sum().backward()                # by the definition: the gradient is not lost
     torch.testing.assert_close(head.weight.grad[0].float(), x[0].sum(0), rtol=1e-2, atol=1e-2)
-    loops = [compiled.loop_file(function, *fixed) for function, fixed in compiled._loops]
-    assert len({*loops}) == len(loops) == 10 and all(path.exists() for path in loops)
+    files = [compiled.loop_file(function, *fixed) for function, fixed in compiled._loops]
+    assert len({*files}) == len(files) == 10 and all(path.exists() for path in files)
     key = loops.half_rows, (4, 64, torch.float16)
-    loops[list(compiled._loops).index(key)].write_bytes(b"cut")         # a full disk, say
+    files[list(compiled._loops).index(key)].write_bytes(b"cut")         # a full disk, say
     del compiled._loops[key]
     with torch.no_grad():
         torch.testing.assert_close(head(x[:2, :64]).double(), x[:2, :64].double() @ head.weight.double().T, rtol=1e-5, atol=1e-5)
