@@ -14,28 +14,10 @@ from minivl.tiling import tile, to_pixels
 from minivl.tokenizer import Tokenizer
 from weights_tools.nano import differences, recipe, warmup, world
 from weights_tools.nano.draw import TILE, Style, draw
+from weights_tools.train.objective import ids_and_labels
 
-IGNORE = -100           # label of a token that is not learned, as in cross_entropy
 MICRO = 8               # conversations through the model at once: memory, and less padding
 TOKENS_PER_TILE = 16
-
-
-def labels_of(ids: list, tokenizer: Tokenizer) -> list:
-    """The ids themselves where an answer stands, its <|im_end|> included, IGNORE elsewhere.
-
-    Masked: system and user turns, the header "<|im_start|>assistant\\n" and the newline after <|im_end|>.
-    Source: InternVL internvl/train/dataset.py:711-810 @2410d1d.
-    """
-    header = [tokenizer.id("<|im_start|>"), *tokenizer.encode("assistant\n")]
-    labels, inside, end = [], False, tokenizer.id("<|im_end|>")
-    for i, id in enumerate(ids):
-        inside = inside and id != header[0]     # an empty answer is only its header, see minivl.prompt
-        labels.append(id if inside else IGNORE)
-        if id == end:
-            inside = False
-        elif ids[i + 1 - len(header):i + 1] == header:
-            inside = True
-    return labels
 
 
 def tiles_of(example: world.Example, **how) -> list:
@@ -55,9 +37,7 @@ def ids_of(example: world.Example, tiles: list, tokenizer: Tokenizer) -> list:
 
 def collate(rows: list, tiles: list, tokenizer: Tokenizer) -> tuple:
     """Conversations and their tiles -> ids, labels int64[B, T] (padded on the right) and pixels uint8[N, R, R, 3]."""
-    T = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (T - len(row)) for row in rows])
-    labels = torch.tensor([labels_of(row, tokenizer) + [IGNORE] * (T - len(row)) for row in rows])
+    ids, labels = ids_and_labels(rows, tokenizer)
     return ids, labels, pixels([t for pictures in tiles for picture in pictures for t in picture])
 
 
