@@ -13,6 +13,7 @@ from minivl.checkpoint import safetensors_header
 from minivl.prompt import IMAGE
 from minivl.tokenizer import Tokenizer
 from weights_tools.nano import data, differences, draw, evaluate, recipe, train, warmup, world
+from weights_tools.train import objective
 
 TINY = recipe.Stage("tiny", 6, 4e-3, {"shapes": 1, "texts": 1}, wide=0.3, batch=5, warmup=2)
 
@@ -209,11 +210,11 @@ def test_labels_are_the_answers_and_their_end(tokenizer):
     example = world.Example((), (world.Turn("Hi", "Hello there.", ""), world.Turn("<|im_end|>", "", ""),
                                  world.Turn("And?", "No.", "")))
     ids = data.ids_of(example, [], tokenizer)
-    labels = data.labels_of(ids, tokenizer)
-    assert all(label in (data.IGNORE, id) for id, label in zip(ids, labels))
-    learned = tokenizer.decode([x for x in labels if x != data.IGNORE], skip_special_tokens=False)
+    labels = objective.labels_of(ids, tokenizer)
+    assert all(label in (objective.IGNORE, id) for id, label in zip(ids, labels))
+    learned = tokenizer.decode([x for x in labels if x != objective.IGNORE], skip_special_tokens=False)
     assert learned == "Hello there.<|im_end|>No.<|im_end|>"
-    runs = "".join("x" if x != data.IGNORE else " " for x in labels).split()
+    runs = "".join("x" if x != objective.IGNORE else " " for x in labels).split()
     assert len(runs) == 2               # the newline after <|im_end|> is not learned
 
 
@@ -235,26 +236,14 @@ def test_logits_of_a_padded_batch_are_those_of_each_alone(untrained, tokenizer):
     assert len({len(r) for r in rows}) > 2
     ids, labels, x = data.collate(rows, tiles, tokenizer)
     with torch.no_grad():
-        together, wanted = train.answer_logits(model, ids, labels, tiling.normalise(x))
-        alone = [train.answer_logits(model, *(t if i < 2 else tiling.normalise(t) for i, t in enumerate(
+        together, wanted = objective.answer_logits(model, ids, labels, tiling.normalise(x))
+        alone = [objective.answer_logits(model, *(t if i < 2 else tiling.normalise(t) for i, t in enumerate(
             data.collate([row], [t], tokenizer)))) for row, t in zip(rows, tiles)]
     torch.testing.assert_close(together, torch.cat([logits for logits, _ in alone]), rtol=1e-4, atol=1e-4)
     assert torch.equal(wanted, torch.cat([w for _, w in alone]))
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
-
-def test_muon_moves_along_all_directions_alike():
-    for r, c in ((24, 60), (60, 24), (32, 32)):
-        gradient = torch.randn(r, 3) @ torch.randn(3, c) + 0.02 * torch.randn(r, c)
-        singular = torch.linalg.svdvals(train.orthogonalise(gradient[None])[0])
-        assert singular.max() < 1.3 and (singular > 0.4).float().mean() > 0.7
-        p = torch.nn.Parameter(torch.zeros(r, c))
-        p.grad = gradient
-        train.Muon([p], lr=0.1).step()
-        assert float(p.detach().pow(2).mean().sqrt()) == pytest.approx(0.2 * 0.1, rel=0.3)
-        assert (p * gradient).sum() < 0
-
 
 def test_one_batch_can_be_learned_by_heart(tokenizer):
     stage = recipe.Stage("heart", 60, 4e-3, {"shapes": 1, "texts": 1}, wide=0, batch=4, warmup=5)
@@ -264,7 +253,7 @@ def test_one_batch_can_be_learned_by_heart(tokenizer):
     losses = [train.train_step(model, batch, opts, train.rate(stage, i))[0] for i in range(stage.steps)]
     assert losses[0] > 5 and losses[-1] < 0.05
     ids, labels, x = batch[0]
-    logits, wanted = train.answer_logits(model, ids, labels, tiling.normalise(x))
+    logits, wanted = objective.answer_logits(model, ids, labels, tiling.normalise(x))
     assert torch.equal(logits.argmax(-1), wanted)
 
 
@@ -313,7 +302,7 @@ def test_differences_are_learned_halfway_through_the_decoder(tokenizer):
     assert losses[-1] < 0.3 * losses[0]
     ids, labels, wanted, x = batch[0]
     with torch.no_grad(), differences.halfway(model) as states:
-        train.answer_logits(model, ids, labels, tiling.normalise(x))
+        objective.answer_logits(model, ids, labels, tiling.normalise(x))
     scores = head(differences.last_picture(states[0], ids, model.img_context_token_id))
     loss, hits = differences.loss_and_hits(scores, wanted)
     assert min(hits.values()) > 0.9 and set(hits) == {name for name, _ in differences.FIELDS}
