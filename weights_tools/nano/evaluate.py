@@ -14,6 +14,7 @@ import random
 import re
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -72,6 +73,14 @@ def prompt(item: world.Example, pictures: list, answers: list) -> list:
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
     return messages
+
+
+def conversations(n: int, seed="calibration") -> Iterator[list]:
+    """Yield n conversations with their right answers as prompts for the pipeline: to be read, not to be answered."""
+    for i in range(n):
+        example = world.example(seed, i)
+        whole = replace(example, turns=(*example.turns, world.Turn("Thank you!", "", "talk")))
+        yield prompt(whole, [draw(scene) for scene in example.pictures], [turn.answer for turn in example.turns])
 
 
 def is_right(turn: world.Turn, answer: str) -> bool:

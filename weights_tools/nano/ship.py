@@ -136,7 +136,8 @@ def ship(source, n: int = 500, ablation_n: int = 500, to: Path | None = None) ->
     note = {key: note[key] for key in ("recipe", "stage") if key in note}
     shutil.rmtree(to / "float16", ignore_errors=True)
     shutil.copytree(source, to / "float16")
-    save_quantized(source, to / "awq", quantize(model, calibration(model, tokenizer)), overwrite=True, metadata=note)
+    act_absmax = calibration(model, tokenizer, evaluate.conversations(64))
+    save_quantized(source, to / "awq", quantize(model, act_absmax), overwrite=True, metadata=note)
     rounded = save_quantized(source, source.parent / f"{source.name}-rounded", quantize(model, None), overwrite=True)
     samples(to / "samples")
     folders = {"float16": to / "float16", "AWQ int4": to / "awq", "rounded int4": rounded}
