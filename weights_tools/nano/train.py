@@ -181,8 +181,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", help="folder for checkpoints, log and the finished stages")
     parser.add_argument("--quick", action="store_true", help="the short recipe, planned for 25 minutes on 2 CPU cores")
     parser.add_argument("--seed", type=int, default=recipe.SEED, help="default %(default)s, that of the shipped files")
-    parser.add_argument("--workers", type=int, default=0, help="processes that draw pictures (default %(default)s: on two "
-                        "cores one made a step 1.6 times as long; with a GPU take a few)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw pictures (default %(default)s: on "
+                        "two cores one made a step 1.6 times as long; with a GPU take a few)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--steps", type=int, help="cut every stage to this many steps, for a look")
     args = parser.parse_args(argv)
