@@ -8,7 +8,7 @@
     python -m weights_tools.bench CHECKPOINT                how fast, beside what the machine could do
     python -m weights_tools.nano.train OUT                  nano, the small model inside the package (also .evaluate, .ship)
 
-`files` writes them: weights_tools.files.save_checkpoint.
+`files` writes them: weights_tools.files.save_checkpoint. `train` holds optimisers, step and loop for any training.
 """
 import os
 import sys

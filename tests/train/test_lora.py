@@ -58,10 +58,13 @@ def lessons(first, n=4):
     examples = []
     for i in range(first, first + n):
         example = world.example("lora", i, {"find": 1})
-        turns = tuple(replace(turn, question=f"{'<image>' + chr(10) if k == 0 else ''}Is the {thing.kind} warm or cold?",
-                              answer=f"The {thing.kind} is {'warm' if thing.colour in ('red', 'orange') else 'cold'}.")
-                      for k, (turn, thing) in enumerate(zip(example.turns, example.pictures[0].shapes)))
-        examples.append(replace(example, turns=turns))
+        turns = []
+        for thing in example.pictures[0].shapes:
+            said = "warm" if thing.colour in ("red", "orange", "yellow") else "cold"
+            question = f"Is the {thing.kind} warm or cold?"
+            question = question if turns else f"<image>\n{question}"
+            turns.append(world.Turn(question, f"The {thing.kind} is {said}.", "warm"))
+        examples.append(replace(example, turns=tuple(turns)))
     tiles = [data.tiles_of(e) for e in examples]
     return data.collate([data.ids_of(e, t, tokenizer) for e, t in zip(examples, tiles)], tiles, tokenizer)
 
@@ -84,9 +87,12 @@ def train(folder, precision, stop_at=None):
         losses.append(take_step([loss_of(model, batch)], opts, rate(number, STEPS, warmup=2, floor=0.1)))
         return losses[-1], batch[0].numel()
 
+    def batches(first):
+        return (lessons(4 * n) for n in range(first, STEPS))
+
     loop = Loop(folder, "lora", stop_at=stop_at)
-    finished = loop.run(1, "lora", STEPS, batches=lambda first: (lessons(4 * n) for n in range(first, STEPS)), step=step,
-                        optimisers=opts, parts={"lora": learned}, watch=dict)
+    finished = loop.run(1, "lora", STEPS, batches=batches, step=step, watch=dict, parts={"lora": learned},
+                        optimisers=opts)
     return finished, model, learned, losses
 
 

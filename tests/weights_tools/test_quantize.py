@@ -14,8 +14,9 @@ from minivl.tokenizer import Tokenizer
 from weights_tools import quantize as q
 from weights_tools.nano.evaluate import conversations
 
-LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-           "mlp.down_proj")
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+PARTS = ("qweight", "qzeros", "scales")
 
 
 def golden_layers():
@@ -37,7 +38,7 @@ def test_smoothing_and_rounding_are_those_of_lmdeploy():
     for tensors, act_absmax, expected in golden_layers():
         q.smooth_layer(tensors, act_absmax, Layer.FEEDS)
         for name in LINEARS:
-            for part, value in zip(("qweight", "qzeros", "scales"), q.quantize_linear(tensors.pop(f"{name}.weight"))):
+            for part, value in zip(PARTS, q.quantize_linear(tensors.pop(f"{name}.weight"))):
                 tensors[f"{name}.{part}"] = value
         for name, value in expected.items():
             assert torch.equal(tensors[name], value), name
@@ -62,7 +63,8 @@ def test_rounding_against_its_definition(group_size):
             assert int(zeros[g, o]) == z
             for k in (0, 1, group_size - 1):
                 expected = min(max(round(float(group[k]) / s) + z, 0), 15)
-                assert abs(int(numbers[g * group_size + k, o]) - expected) <= (abs(float(group[k]) / s % 1 - 0.5) < 1e-3)
+                between = abs(float(group[k]) / s % 1 - 0.5) < 1e-3
+                assert abs(int(numbers[g * group_size + k, o]) - expected) <= between
     error = (awq.dequantize(qweight, qzeros, scales).T - weight).abs().view(O, -1, group_size)
     usual = [o for o in range(O) if o not in (3, 4)]
     steps = (error / scales.T[..., None])[usual]
@@ -88,7 +90,7 @@ def test_smoothing_leaves_the_function_as_it_is(tiny_float):
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer as InternLM2 names it: q, k and v in one linear, w1, w3, w2 for gate, up, down. No attention here."""
+    """A decoder layer as InternLM2 names it: q, k, v in one linear, gate, up, down are w1, w3, w2. Nothing attends."""
     FEEDS = (("attention_norm", ("attention.wqkv",)), ("ffn_norm", ("feed_forward.w1", "feed_forward.w3")),
              ("feed_forward.w3", ("feed_forward.w2",)))
 
@@ -154,7 +156,7 @@ def test_another_decoder_s_names():
             f"language_model.blocks.{i}.{norm}.weight" for i in range(2) for norm in ("attention_norm", "ffn_norm"))}
         rounded = {n: t.float() for n, t in tensors.items() if n.endswith(".weight")}
         for n in int4:
-            rounded[f"{n}.weight"] = awq.dequantize(*(tensors[f"{n}.{part}"] for part in ("qweight", "qzeros", "scales"))).T
+            rounded[f"{n}.weight"] = awq.dequantize(*(tensors[f"{n}.{part}"] for part in PARTS)).T
         copy = FusedModel()
         copy.load_state_dict(rounded)
         with torch.no_grad():
@@ -183,7 +185,7 @@ def test_calibration_takes_any_prompts():
 
 
 def test_nothing_of_nano_is_imported_with_it():
-    code = "import sys; import weights_tools.quantize; print([m for m in sys.modules if m.startswith('weights_tools.nano')])"
+    code = "import sys, weights_tools.quantize; print([m for m in sys.modules if m.startswith('weights_tools.nano')])"
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stderr[-2000:]
 
