@@ -6,9 +6,9 @@
     python -m weights_tools.quantize FOLDER OUT             AWQ int4 from a float checkpoint
     python -m weights_tools.verify CHECKPOINT PICTURE       does minivl compute what transformers computes? where not?
     python -m weights_tools.bench CHECKPOINT                how fast, beside what the machine could do
-    python -m weights_tools.nano.train OUT                  nano, the small model inside the package (also .evaluate, .ship)
+    python -m weights_tools.nano.train OUT                  nano, the small model in the package (also .evaluate, .ship)
 
-`files` writes them: weights_tools.files.save_checkpoint.
+`files` writes them: weights_tools.files.save_checkpoint. `train` holds optimisers, step and loop for any training.
 """
 import os
 import sys

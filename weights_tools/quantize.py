@@ -2,9 +2,9 @@
 
     run some prompts, note the largest input of every channel -> smooth -> round to 4 bits -> pack -> save
 
-Smoothing is the idea of AWQ: a channel with large inputs matters more, so its weights are made larger before rounding and
-what comes before it (a norm, or up_proj) smaller by the same factor. The product stays, the rounding error moves to where
-it matters less. Nothing is left to undo at run time.
+Smoothing is the idea of AWQ: a channel with large inputs matters more, so its weights are made larger before rounding
+and what comes before it (a norm, or up_proj) smaller by the same factor. The product stays, the rounding error moves to
+where it matters less. Nothing is left to undo at run time.
 Source: LMDeploy v0.6.4 lite/quantization/awq.py:130-353, lite/apis/auto_awq.py; AWQ arXiv:2306.00978.
 """
 from __future__ import annotations
@@ -12,12 +12,11 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from minivl import Pipeline, load
@@ -26,30 +25,27 @@ from minivl.files.find import SMALL_FILES, find
 from minivl.config import read_json
 from minivl.sampling import GenerationConfig
 from minivl.limits import InputError
+from minivl.model import MiniVL
 from minivl.tokenizer import Tokenizer
 from weights_tools import run
 from weights_tools.files import check_free_of_weights, save_checkpoint
 from weights_tools.synthesize import json_text, quantization_block
 
 GROUP = 128             # in features that share a scale and a zero point
-LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-           "mlp.down_proj")
-# Who feeds whom: the factors taken from the first are given to the others. v_proj -> o_proj is no pair: with shared kv
-# heads one output of v_proj meets several inputs of o_proj.
-PAIRS = (("input_layernorm", LINEARS[0:3]), ("post_attention_layernorm", LINEARS[4:6]), ("mlp.up_proj", LINEARS[6:7]))
 
 
-def quantize_linear(weight, group_size: int = GROUP) -> tuple:
-    """float[O, I] -> qweight int32[I, O/8], qzeros int32[I/g, O/8], scales [I/g, O] in the dtype of the weight.
+def quantize_linear(weight: torch.Tensor, group_size: int = GROUP) -> tuple:
+    """Round to int4: float[O, I] -> qweight int32[I, O/8], qzeros int32[I/g, O/8], scales [I/g, O] in its dtype.
 
     Per group of inputs: s = (max - min) / 15, z = -min / s, q = w / s + z, rounded half to even, clamped to 0..15.
     """
     O, I = weight.shape
     if I % group_size or O % 8:
-        raise InputError(f"a linear {I} -> {O} cannot be packed: group size {group_size} must divide {I} and 8 must divide "
-                         f"{O}")
+        raise InputError(f"a linear {I} -> {O} cannot be packed: group size {group_size} must divide {I} and 8 must "
+                         f"divide {O}")
     w = weight.view(O, I // group_size, group_size)                                     # (O, I/g, g)
-    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)                      # (O, I/g, 1)
+    low = w.amin(-1, keepdim=True)                                                      # (O, I/g, 1)
+    high = w.amax(-1, keepdim=True)
     scale = (high - low).clamp(min=1e-5) / 15
     zero = (-torch.round(low / scale)).clamp(0, 15)
     q = (torch.round(w / scale) + zero).clamp(0, 15)                                    # (O, I/g, g)
@@ -57,8 +53,9 @@ def quantize_linear(weight, group_size: int = GROUP) -> tuple:
     return pack(columns), pack(zero[..., 0].t().to(torch.uint8)), scale[..., 0].t().contiguous()
 
 
-def smoothing(act_absmax, weights, group_size: int = GROUP, alpha: float = 0.5, norm=None):
-    """Factor of each input channel, [I]: large where inputs are large and weights are small within their group.
+def smoothing(act_absmax: torch.Tensor, weights, group_size: int = GROUP, alpha: float = 0.5,
+              norm: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the factor of each input channel, [I]: large where inputs are large and weights small within their group.
 
     act_absmax [I]; weights: the linears that read these channels, each [O, I]; norm: weight of the norm before, [I].
     """
@@ -67,41 +64,45 @@ def smoothing(act_absmax, weights, group_size: int = GROUP, alpha: float = 0.5, 
     share = share / share.amax(1, keepdim=True).clamp(min=1e-4)                         # of the largest in its group
     size = share.view(w.shape).mean(0)                                                  # (I)
     factor = (act_absmax.to(w.dtype).pow(alpha) / size.pow(1 - alpha).clamp(min=1e-4)).clamp(min=1e-4)
-    dead = norm == 0 if norm is not None else torch.zeros_like(factor, dtype=torch.bool)    # nothing to move there
+    # A norm weight of zero: nothing to move there.
+    dead = norm == 0 if norm is not None else torch.zeros_like(factor, dtype=torch.bool)
     # LMDeploy's rounding in half precision, found by comparing bits: float32 here, but not after a norm.
     wide = factor if norm is not None else factor.float()
     factor = (wide / (wide[~dead].max() * wide[~dead].min()).sqrt()).to(w.dtype)
     return torch.where(dead, torch.ones_like(factor), factor)
 
 
-def smooth_layer(tensors: dict, act_absmax: dict, group_size: int = GROUP, alpha: float = 0.5):
-    """In place, on one decoder layer's tensors by their names inside the layer ("mlp.up_proj.weight", ...).
+def smooth_layer(tensors: dict, act_absmax: dict, feeds, group_size: int = GROUP, alpha: float = 0.5):
+    """Smooth one decoder layer in place, given its tensors by their names inside it ("mlp.up_proj.weight", ...).
 
-    act_absmax: "mlp.down_proj" -> largest |input| of each of its channels. What the layer computes does not change.
+    act_absmax: "mlp.down_proj" -> largest |input| of each of its channels, [I]. feeds: the layer's FEEDS, (before,
+    readers) where `before` is a norm or a linear. What the layer computes does not change.
     """
-    for before, readers in PAIRS:
+    for before, readers in feeds:
         weights = [tensors[f"{name}.weight"] for name in readers]
-        is_norm = before.endswith("layernorm")
-        factor = smoothing(act_absmax[readers[0]], weights, group_size, alpha, tensors[f"{before}.weight"] if is_norm else None)
-        tensors[f"{before}.weight"].div_(factor if is_norm else factor[:, None])
+        source = tensors[f"{before}.weight"]
+        is_norm = source.ndim == 1
+        factor = smoothing(act_absmax[readers[0]], weights, group_size, alpha, source if is_norm else None)
+        source.div_(factor if is_norm else factor[:, None])
         for w in weights:
             w.mul_(factor)
 
 
 @contextmanager
-def watch_inputs(model):
-    """Yields {"model.layers.0.mlp.down_proj": largest |input| per channel, float32[I]}, filled while the model runs."""
-    seen, handles = {}, []
+def watch_inputs(model: MiniVL):
+    """Yield for each decoder layer {"mlp.down_proj": largest |input| per channel, float32[I]}, filled while it runs."""
+    seen = [{} for _ in model.language_model.layers]
+    handles = []
 
-    def hook(name):
+    def hook(largest, name):
         def note(module, args):
-            largest = args[0].detach().abs().flatten(0, -2).amax(0).float()
-            seen[name] = largest if name not in seen else torch.maximum(seen[name], largest)
+            now = args[0].detach().abs().flatten(0, -2).amax(0).float()
+            largest[name] = torch.maximum(largest[name], now) if name in largest else now
         return note
 
-    for name, module in model.language_model.named_modules():
-        if isinstance(module, nn.Linear) and ".layers." in name:
-            handles.append(module.register_forward_pre_hook(hook(name)))
+    for layer, largest in zip(model.language_model.layers, seen):
+        for name, module in layer.linears.items():
+            handles.append(module.register_forward_pre_hook(hook(largest, name)))
     try:
         yield seen
     finally:
@@ -109,31 +110,37 @@ def watch_inputs(model):
             handle.remove()
 
 
-def calibration(model, tokenizer, examples: int = 64, seed="calibration") -> dict:
-    """act_absmax of every decoder linear on pictures and questions of nano's world, answers included."""
-    from weights_tools.nano import draw, evaluate, world
+def calibration(model: MiniVL, tokenizer: Tokenizer, prompts: Iterable) -> list[dict]:
+    """Return what `watch_inputs` saw while the model read some prompts: a dictionary for each decoder layer.
+
+    prompts: each as a `minivl.Pipeline` takes one, in any form, e.g. a list of messages with pictures. They are read,
+    not answered: write right answers into the conversation, and end it with one more message of the user's.
+    """
     pipe = Pipeline(model, tokenizer)
     with watch_inputs(model) as seen, torch.no_grad():
-        for i in tqdm(range(examples), desc="calibrating", unit="prompt", disable=None):
-            example = world.example(seed, i)
-            whole = replace(example, turns=(*example.turns, world.Turn("Thank you!", "", "talk")))
-            answers = [turn.answer for turn in example.turns]
-            pipe(evaluate.prompt(whole, [draw.draw(s) for s in example.pictures], answers), GenerationConfig(max_new_tokens=1))
+        for prompt in prompts:
+            pipe(prompt, GenerationConfig(max_new_tokens=1))
+    if not all(seen):
+        raise InputError("there are no prompts to calibrate on; give at least one, or act_absmax=None to quantize()")
     return seen
 
 
-def quantize(model, act_absmax: dict | None, group_size: int = GROUP, alpha: float = 0.5) -> dict:
-    """A float model's tensors with every decoder linear in int4, the rest float16. act_absmax None: no smoothing."""
+def quantize(model: MiniVL, act_absmax: list[dict] | None, group_size: int = GROUP, alpha: float = 0.5) -> dict:
+    """Return a float model's tensors with every decoder linear in int4, the rest float16.
+
+    act_absmax: of each layer, from `calibration`; None: round to nearest, without smoothing.
+    """
     tensors = {name: tensor.detach().clone().half() for name, tensor in model.state_dict().items()}
-    layers = len(model.language_model.model.layers)
-    for i in tqdm(range(layers), desc="quantising", unit="layer", disable=None):
-        inside = f"language_model.model.layers.{i}."
+    names = {module: name for name, module in model.named_modules()}
+    layers = model.language_model.layers
+    for i, module in enumerate(tqdm(layers, desc="quantising", unit="layer", disable=None)):
+        inside = f"{names[module]}."
         layer = {name.removeprefix(inside): t.float() for name, t in tensors.items() if name.startswith(inside)}
         if act_absmax is not None:
-            smooth_layer(layer, {name: act_absmax[f"model.layers.{i}.{name}"] for name in LINEARS}, group_size, alpha)
+            smooth_layer(layer, act_absmax[i], module.FEEDS, group_size, alpha)
         for name, tensor in layer.items():
             tensors[inside + name] = tensor.half()
-        for name in LINEARS:
+        for name in module.linears:
             weight = tensors.pop(f"{inside}{name}.weight")
             for part, value in zip(("qweight", "qzeros", "scales"), quantize_linear(weight.float(), group_size)):
                 tensors[f"{inside}{name}.{part}"] = value.half() if part == "scales" else value
@@ -142,8 +149,9 @@ def quantize(model, act_absmax: dict | None, group_size: int = GROUP, alpha: flo
 
 def save_quantized(source, out, tensors: dict, group_size: int = GROUP, overwrite: bool = False,
                    metadata: dict | None = None) -> Path:
-    """The tensors with config.json and tokenizer of the float checkpoint `source`."""
-    source, out = Path(source), Path(out)
+    """Save the tensors with config.json and tokenizer of the float checkpoint `source`; return the folder."""
+    source = Path(source)
+    out = Path(out)
     save_checkpoint(tensors, out, overwrite=overwrite, metadata=metadata)
     config = read_json(source / "config.json")
     config["llm_config"]["quantization_config"] = quantization_block(group_size)
@@ -155,13 +163,15 @@ def save_quantized(source, out, tensors: dict, group_size: int = GROUP, overwrit
     return out
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.quantize", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="FOLDER", help="a float checkpoint: folder or hub id")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument("--plain", action="store_true", help="round to nearest, no smoothing")
-    parser.add_argument("--examples", type=int, default=64, metavar="N", help="prompts to calibrate on (default %(default)s)")
+    parser.add_argument("--examples", type=int, default=64, metavar="N",
+                        help="prompts of nano's world to calibrate on (default %(default)s)")
     parser.add_argument("--alpha", type=float, default=0.5, help="strength of smoothing, 0..1 (default %(default)s)")
     parser.add_argument("--group-size", type=int, default=GROUP, metavar="N", help="default %(default)s, as released")
     parser.add_argument("--overwrite", action="store_true", help="replace the weights that OUT already holds")
@@ -173,12 +183,17 @@ def main(argv=None) -> int:
     model = load(folder, dtype="float32")
     if model.config.quantization_config:
         raise InputError(f"{folder} is quantised already; give the float checkpoint it was made from")
-    act_absmax = None if args.plain else calibration(model, Tokenizer.load(folder), args.examples)
+    act_absmax = None
+    if not args.plain:
+        # Nano's world, because it is at hand and endless; `calibration` itself takes examples of any kind.
+        from weights_tools.nano.evaluate import conversations
+        prompts = tqdm(conversations(args.examples), "calibrating", args.examples, unit="prompt", disable=None)
+        act_absmax = calibration(model, Tokenizer.load(folder), prompts)
     tensors = quantize(model, act_absmax, args.group_size, args.alpha)
     save_quantized(folder, args.out, tensors, args.group_size, args.overwrite)
     size = sum(p.stat().st_size for p in Path(args.out).iterdir() if p.is_file())
-    print(f"{args.out}: int4 of group {args.group_size}, {'round to nearest' if args.plain else f'smoothed, alpha {args.alpha}'}"
-          f", {size / 1e6:.2f} MB")
+    how = "round to nearest" if args.plain else f"smoothed, alpha {args.alpha}"
+    print(f"{args.out}: int4 of group {args.group_size}, {how}, {size / 1e6:.2f} MB")
     return 0
 
 

@@ -2,7 +2,8 @@
 
     draw.py -> world.py          pictures and what is said about them
     recipe.py                    sizes, tokenizer, stages, sha256
-    warmup.py, data.py, train.py python -m weights_tools.nano.train OUT [--quick]
+    warmup.py, differences.py, data.py, train.py
+                                 python -m weights_tools.nano.train OUT [--quick], by the core in weights_tools/train
     evaluate.py                  python -m weights_tools.nano.evaluate
     ship.py                      python -m weights_tools.nano.ship FOLDER
 """

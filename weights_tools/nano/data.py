@@ -14,76 +14,66 @@ from minivl.tiling import tile, to_pixels
 from minivl.tokenizer import Tokenizer
 from weights_tools.nano import differences, recipe, warmup, world
 from weights_tools.nano.draw import TILE, Style, draw
+from weights_tools.train.objective import ids_and_labels
 
-IGNORE = -100           # label of a token that is not learned, as in cross_entropy
 MICRO = 8               # conversations through the model at once: memory, and less padding
 TOKENS_PER_TILE = 16
 
 
-def labels_of(ids: list, tokenizer: Tokenizer) -> list:
-    """The ids themselves where an answer stands, its <|im_end|> included, IGNORE elsewhere.
-
-    Masked: system and user turns, the header "<|im_start|>assistant\\n" and the newline after <|im_end|>.
-    Source: InternVL internvl/train/dataset.py:711-810 @2410d1d.
-    """
-    header = [tokenizer.id("<|im_start|>"), *tokenizer.encode("assistant\n")]
-    labels, inside, end = [], False, tokenizer.id("<|im_end|>")
-    for i, id in enumerate(ids):
-        inside = inside and id != header[0]     # an empty answer is only its header, see minivl.prompt
-        labels.append(id if inside else IGNORE)
-        if id == end:
-            inside = False
-        elif ids[i + 1 - len(header):i + 1] == header:
-            inside = True
-    return labels
-
-
 def tiles_of(example: world.Example, **how) -> list:
-    """[[tile, ...], ...] of each picture. `how`: other arguments of minivl.tiling.tile."""
+    """Cut each picture: [[tile, ...], ...]. `how`: other arguments of minivl.tiling.tile."""
     return [tile(draw(scene), tile_size=TILE, **{"max_num": example.max_num, **how}) for scene in example.pictures]
 
 
 def pixels(tiles: list) -> torch.Tensor:
-    """[tile, ...], perhaps none -> uint8[N, R, R, 3], a fourth of the bytes of pixel_values to send between processes."""
+    """Stack tiles, perhaps none: uint8[N, R, R, 3], a fourth of the bytes of pixel_values to send between processes."""
     return to_pixels(tiles) if tiles else torch.empty(0, TILE, TILE, 3, dtype=torch.uint8)
 
 
 def ids_of(example: world.Example, tiles: list, tokenizer: Tokenizer) -> list:
-    """The whole conversation as token ids."""
+    """Write the whole conversation as token ids."""
     return encode(tokenizer, example.messages(), [len(t) for t in tiles], tokens_per_tile=TOKENS_PER_TILE)
 
 
 def collate(rows: list, tiles: list, tokenizer: Tokenizer) -> tuple:
-    """Conversations and their tiles -> ids, labels int64[B, T] (padded on the right) and pixels uint8[N, R, R, 3]."""
-    T = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (T - len(row)) for row in rows])
-    labels = torch.tensor([labels_of(row, tokenizer) + [IGNORE] * (T - len(row)) for row in rows])
+    """Pad conversations and stack their tiles: ids, labels int64[B, T] and pixels uint8[N, R, R, 3]."""
+    ids, labels = ids_and_labels(rows, tokenizer)
     return ids, labels, pixels([t for pictures in tiles for picture in pictures for t in picture])
 
 
 class Batches(Dataset):
-    """Batch number i of a stage: always the same. A list of micro-batches: (ids, labels, pixels), conversations of similar
-    length together; (ids, labels, targets, pixels) with the task "differences"; (targets, pixels) with "squares"."""
+    """The batches of a stage; number i is always the same.
+
+    Each is a list of micro-batches: (ids, labels, pixels), conversations of similar length together;
+    (ids, labels, targets, pixels) with the task "differences"; (targets, pixels) with "squares".
+    """
 
     def __init__(self, stage: recipe.Stage, seed, tokenizer: Tokenizer):
-        self.stage, self.seed, self.tokenizer = stage, f"{seed} {stage.name}", tokenizer
+        self.stage = stage
+        self.seed = f"{seed} {stage.name}"
+        self.tokenizer = tokenizer
 
     def __len__(self):
         return self.stage.steps
 
     def __getitem__(self, i):
-        style, size = Style(world.TRAINED, wide=self.stage.wide), self.stage.batch
+        style = Style(world.TRAINED, wide=self.stage.wide)
+        size = self.stage.batch
         examples = [world.example(self.seed, i * size + n, self.stage.mix, style) for n in range(size)]
         if self.stage.task == "squares":
             rng = random.Random(f"{self.seed} {i}")
-            tiles, targets = zip(*[view for e in examples for scene in e.pictures for view in warmup.views(scene, rng)])
+            views = [view for e in examples for scene in e.pictures for view in warmup.views(scene, rng)]
+            tiles, targets = zip(*views)
             return [(torch.stack(targets), pixels(tiles))]
         tiles = [tiles_of(e) for e in examples]
-        found = sorted(((ids_of(e, t, self.tokenizer), t, e) for e, t in zip(examples, tiles)), key=lambda row: len(row[0]))
+        found = [(ids_of(e, t, self.tokenizer), t, e) for e, t in zip(examples, tiles)]
+        found.sort(key=lambda row: len(row[0]))
         batches = []
         for n in range(0, size, MICRO):
             rows, tiles, examples = zip(*found[n:n + MICRO])
             ids, labels, x = collate(rows, tiles, self.tokenizer)
-            extra = [torch.stack([differences.targets(e) for e in examples])] if self.stage.task == "differences" else []
+            extra = []
+            if self.stage.task == "differences":
+                extra = [torch.stack([differences.targets(e) for e in examples])]
             batches.append((ids, labels, *extra, x))
         return batches

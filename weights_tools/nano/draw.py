@@ -33,18 +33,19 @@ class Thing:
     size: str = "large"         # shapes only
     text: str = ""
     radius: float = 0.4         # shapes: of the shorter side of a cell; texts: font size in pixels of a tile
-    shift: tuple = (0.0, 0.0)   # from the cell's centre, -1..1 of the room there is; print: centre as fractions of the picture
+    # From the cell's centre, -1..1 of the room there is; print: centre as fractions of the picture.
+    shift: tuple = (0.0, 0.0)
     angle: float = 0.0          # degrees
     bold: bool = False
 
     @property
-    def is_text(self):
+    def is_text(self) -> bool:
         return self.kind in ("word", "number", "print")
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn. `grid` (columns, rows) of the tiles it is made for, `scale` its pixels per tile pixel."""
+    """A picture before it is drawn. `grid`: (columns, rows) of tiles it is made for; `scale`: pixels per tile pixel."""
     things: tuple
     background: tuple = BACKGROUNDS[0]
     second: tuple | None = None     # colour at the bottom, for a gradient
@@ -53,23 +54,23 @@ class Scene:
     texture: int | None = None      # seed of a picture from outside the world; no things then
 
     @property
-    def size(self):
+    def size(self) -> tuple:
         return tuple(max(24, round(TILE * n * self.scale)) for n in self.grid)
 
     @property
-    def shapes(self):
-        """The shapes in reading order."""
+    def shapes(self) -> list:
+        """Return the shapes in reading order."""
         return sorted((t for t in self.things if not t.is_text), key=lambda t: (t.row, t.column))
 
     @property
-    def texts(self):
-        """Words and numbers from top to bottom, small print not among them."""
+    def texts(self) -> list:
+        """Return words and numbers from top to bottom, small print not among them."""
         return sorted((t for t in self.things if t.kind in ("word", "number")), key=lambda t: t.row)
 
-    def without(self, thing):
+    def without(self, thing: Thing) -> Scene:
         return replace(self, things=tuple(t for t in self.things if t != thing))
 
-    def with_(self, *things):
+    def with_(self, *things: Thing) -> Scene:
         return replace(self, things=(*self.things, *things))
 
 
@@ -79,10 +80,10 @@ def _font(size: int):
 
 
 def _outline(kind: str) -> list:
-    """Corners of a shape around (0, 0), about 1 from the centre."""
+    """List the corners of a shape around (0, 0), about 1 from the centre."""
     def circle(n, radius=1.0, start=-90.0):
-        return [(radius * math.cos(math.radians(start + 360 * i / n)), radius * math.sin(math.radians(start + 360 * i / n)))
-                for i in range(n)]
+        turns = [math.radians(start + 360 * i / n) for i in range(n)]
+        return [(radius * math.cos(t), radius * math.sin(t)) for t in turns]
     if kind in ("circle", "ring"):
         return circle(28)
     if kind == "square":
@@ -93,17 +94,19 @@ def _outline(kind: str) -> list:
         return [p for pair in zip(circle(5, 1.12), circle(5, 0.45, -54)) for p in pair]
     if kind == "cross":
         a, b = 0.32, 1.0
-        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
+                (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
     turns = [2 * math.pi * i / 28 for i in range(28)]       # heart
-    return [(16 * math.sin(t) ** 3 / 16, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 15
-             - 0.1) for t in turns]
+    return [(16 * math.sin(t) ** 3 / 16,
+             -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 15 - 0.1)
+            for t in turns]
 
 
 OUTLINES = {kind: _outline(kind) for kind in SHAPES}
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture, RGB, `scene.size` pixels."""
+    """Draw the picture: RGB, `scene.size` pixels."""
     if scene.texture is not None:
         return _texture(random.Random(scene.texture), scene.size)
     width, height = scene.size
@@ -129,21 +132,21 @@ def draw(scene: Scene) -> Image.Image:
     return image.reduce(k)
 
 
-def _centre(thing: Thing, size) -> tuple:
-    """Of a shape, in a picture of this size."""
+def _centre(thing: Thing, size: tuple) -> tuple:
+    """Find the centre of a shape in a picture of this size."""
     cell = (size[0] / 3, size[1] / 3)
     return tuple(cell[i] * (n + 0.5) + thing.shift[i] * max(0.0, cell[i] / 2 - thing.radius * min(cell) * 1.05)
                  for i, n in enumerate((thing.column, thing.row)))
 
 
 def text_size(thing: Thing) -> tuple:
-    """Width and height of a text in pixels of a tile, before rotation."""
+    """Measure a text: width and height in pixels of a tile, before rotation."""
     left, top, right, bottom = _font(round(4 * thing.radius)).getbbox(thing.text, stroke_width=2 if thing.bold else 0)
     return (right - left) / 4, (bottom - top) / 4
 
 
 def _line(thing: Thing, scene: Scene, k: int) -> tuple:
-    """A text, k times larger than the picture: (mask, turned as it stands; its centre x, y; its length before turning)."""
+    """Write a text k times larger than the picture: (mask, turned as it stands; centre x, y; length before turning)."""
     width, height = (k * side for side in scene.size)
     # Words grow with the picture, as shapes do, so that the thumbnail shows them; small print does not.
     grow = 1.0 if thing.kind == "print" else min(scene.grid)
@@ -162,13 +165,13 @@ def _line(thing: Thing, scene: Scene, k: int) -> tuple:
     return mask, x, y, length
 
 
-def _write(image, thing, scene, k):
+def _write(image: Image.Image, thing: Thing, scene: Scene, k: int):
     mask, x, y, _ = _line(thing, scene, k)
     image.paste(COLOURS[thing.colour], (round(x - mask.width / 2), round(y - mask.height / 2)), mask)
 
 
 def marks(scene: Scene) -> list:
-    """Where everything is: [(thing, letter or "", x, y), ...], centres as fractions of the picture."""
+    """List where everything is: [(thing, letter or "", x, y), ...], centres as fractions of the picture."""
     found = []
     for thing in scene.things:
         if not thing.is_text:
@@ -184,12 +187,13 @@ def marks(scene: Scene) -> list:
     return found
 
 
-def _texture(rng, size):
-    """Something that is not of the world: blobs, stripes, noise and their mixtures."""
+def _texture(rng: random.Random, size: tuple) -> Image.Image:
+    """Draw something that is not of the world: blobs, stripes, noise and their mixtures."""
     def patchwork(cells):
         small = Image.new("RGB", (cells, cells))
         small.putdata([tuple(rng.randrange(256) for _ in range(3)) for _ in range(cells * cells)])
-        return small.resize(size, rng.choice((Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.NEAREST)))
+        way = rng.choice((Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.NEAREST))
+        return small.resize(size, way)
 
     image = patchwork(rng.randrange(2, 14))
     for _ in range(rng.randrange(0, 3)):
@@ -199,7 +203,8 @@ def _texture(rng, size):
     if rng.random() < 0.4:
         pen = ImageDraw.Draw(image)
         for _ in range(rng.randrange(3, 40)):
-            points = [(rng.uniform(-0.2, 1.2) * size[0], rng.uniform(-0.2, 1.2) * size[1]) for _ in range(rng.randrange(2, 6))]
+            points = [(rng.uniform(-0.2, 1.2) * size[0], rng.uniform(-0.2, 1.2) * size[1])
+                      for _ in range(rng.randrange(2, 6))]
             fill = tuple(rng.randrange(256) for _ in range(3))
             if len(points) == 2 or rng.random() < 0.3:
                 pen.line(points, fill=fill, width=rng.randrange(1, 6))
@@ -223,8 +228,8 @@ class Style:
     made_up: float = 0.4        # share of letters at random among them
 
 
-def geometry(rng, style: Style, wide: bool | None = None) -> dict:
-    """background, gradient, grid and scale of a random scene."""
+def geometry(rng: random.Random, style: Style, wide: bool | None = None) -> dict:
+    """Choose background, gradient, grid and scale of a random scene."""
     wide = rng.random() < style.wide if wide is None else wide
     grid = rng.choice(GRIDS) if wide else (1, 1)
     scale = rng.choice((1.0, rng.uniform(0.85, 1.3)))
@@ -233,21 +238,22 @@ def geometry(rng, style: Style, wide: bool | None = None) -> dict:
     return {"background": background, "second": second, "grid": grid, "scale": scale}
 
 
-def shape(rng, cell, kind=None, colour=None, size=None) -> Thing:
-    """A random shape in `cell` (row, column)."""
+def shape(rng: random.Random, cell: tuple, kind: str | None = None, colour: str | None = None,
+          size: str | None = None) -> Thing:
+    """Make a random shape in `cell` (row, column)."""
     size = size or rng.choice(SIZES)
     radius = rng.uniform(0.19, 0.25) if size == "small" else rng.uniform(0.38, 0.46)
     return Thing(kind or rng.choice(SHAPES), colour or rng.choice(list(COLOURS)), *cell, size, radius=radius,
                  shift=(rng.uniform(-1, 1), rng.uniform(-1, 1)), angle=rng.uniform(-12, 12))
 
 
-def cells(rng, n: int, rows=(0, 1, 2)) -> list:
-    """n different cells of the given rows."""
+def cells(rng: random.Random, n: int, rows: tuple = (0, 1, 2)) -> list:
+    """Choose n different cells of the given rows."""
     return rng.sample([(row, column) for row in rows for column in range(3)], n)
 
 
-def a_text(rng, style: Style, least=2, most=6) -> tuple:
-    """(kind, text): a number of up to 4 digits, a word of the list, or letters at random."""
+def a_text(rng: random.Random, style: Style, least: int = 2, most: int = 6) -> tuple:
+    """Make (kind, text): a number of up to 4 digits, a word of the list, or letters at random."""
     if rng.random() < 0.35:
         return "number", "".join(rng.choice("0123456789") for _ in range(rng.randint(least, min(4, most))))
     if rng.random() >= style.made_up:
@@ -255,23 +261,26 @@ def a_text(rng, style: Style, least=2, most=6) -> tuple:
     return "word", "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.randint(max(2, least), most)))
 
 
-def row_text(rng, style: Style, scene: Scene, row: int, kind=None, text=None) -> Thing:
-    """A word or number that fills a row; in a long picture large enough for the thumbnail."""
+def row_text(rng: random.Random, style: Style, scene: Scene, row: int, kind: str | None = None,
+             text: str | None = None) -> Thing:
+    """Make a word or number that fills a row; in a long picture large enough for the thumbnail."""
     if text is None:
         kind, text = a_text(rng, style)
     smallest = 15 if scene.grid[0] == scene.grid[1] else 21
-    thing = Thing(kind, rng.choice(list(COLOURS)), row, text=text, radius=rng.uniform(smallest, 30), bold=rng.random() < 0.4,
-                  shift=(rng.uniform(-1, 1), rng.uniform(-1, 1)), angle=rng.choice((0.0, rng.uniform(-7, 7))))
+    thing = Thing(kind, rng.choice(list(COLOURS)), row, text=text, radius=rng.uniform(smallest, 30),
+                  bold=rng.random() < 0.4, shift=(rng.uniform(-1, 1), rng.uniform(-1, 1)),
+                  angle=rng.choice((0.0, rng.uniform(-7, 7))))
     while text_size(thing)[0] > 0.92 * TILE * scene.grid[0] / min(scene.grid):
         thing = replace(thing, radius=thing.radius * 0.93)
     return thing
 
 
-def small_print(rng, style: Style, scene: Scene) -> Thing:
-    """A short line of 11 to 14 pixels, inside one tile, away from shapes and other print where that can be done."""
+def small_print(rng: random.Random, style: Style, scene: Scene) -> Thing:
+    """Make a short line of 11 to 14 pixels, in one tile, away from shapes and other print where that can be done."""
     kind, text = a_text(rng, style, 3, 5)
     taken = {(t.row, t.column) for t in scene.things if t.kind != "print"}
-    taken |= {(int(3 * t.shift[1]), int(3 * t.shift[0]) + d) for t in scene.things if t.kind == "print" for d in (-1, 0, 1)}
+    taken |= {(int(3 * t.shift[1]), int(3 * t.shift[0]) + d)
+              for t in scene.things if t.kind == "print" for d in (-1, 0, 1)}
     for attempt in range(40):
         thing = Thing("print", rng.choice(("black", "white", "blue", "red")), 0, text=text, radius=rng.uniform(11, 14),
                       bold=rng.random() < 0.3)

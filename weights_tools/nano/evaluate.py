@@ -1,9 +1,10 @@
-"""How often nano answers exactly right: python -m weights_tools.nano.evaluate [CHECKPOINT ...]
+"""Measure how often nano answers exactly right: python -m weights_tools.nano.evaluate [CHECKPOINT ...]
 
     held-out pictures and questions -> minivl.pipeline, greedy -> share of answers that are right, per task
 
-Every question is asked through the public pipeline, alone with its pictures (follow-ups: in a conversation with the model's
-own earlier answers). Right means the whole answer, word by word; reasoning is judged by its "Final Answer:" line alone.
+Every question is asked through the public pipeline, alone with its pictures (follow-ups: in a conversation with the
+model's own earlier answers). Right means the whole answer, word by word; reasoning is judged by its "Final Answer:"
+line alone.
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import random
 import re
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -23,27 +25,31 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from minivl import EngineConfig, GenerationConfig, Picture, pipeline
+from minivl import EngineConfig, GenerationConfig, Picture, Pipeline, pipeline
 from minivl.limits import InputError
 from weights_tools import run
 from weights_tools.nano import world
 from weights_tools.nano.draw import Style, draw
 
 # What is asked -> the share of right answers that was aimed at when nano was planned (None: no aim was set).
-TARGETS = {"describe": None, "colour": 0.97, "shape": 0.97, "place": 0.97, "size": None, "count": 0.92, "read words": 0.90,
-           "read new words": None, "read letters": None, "read numbers": None, "read all": None,
-           "small print": None, "compare": 0.90, "video": 0.95,
-           "follow-up": 0.92, "yes": 0.95, "no": 0.95, "false premise": None, "reason": 0.60, "unknown": None, "talk": None}
+TARGETS = {"describe": None, "colour": 0.97, "shape": 0.97, "place": 0.97, "size": None, "count": 0.92,
+           "read words": 0.90, "read new words": None, "read letters": None, "read numbers": None, "read all": None,
+           "small print": None, "compare": 0.90, "video": 0.95, "follow-up": 0.92, "yes": 0.95, "no": 0.95,
+           "false premise": None, "reason": 0.60, "unknown": None, "talk": None}
 STYLES = {"read words": Style(world.TRAINED, made_up=0), "read new words": Style(world.HELD_OUT, made_up=0),
           "read letters": Style((), made_up=1)}     # words seen in training; never seen; letters at random
 HELD_OUT = "held out"       # the seed of these questions; training uses others
 
 
 def items(task: str, n: int, seed=HELD_OUT, wide: bool = False) -> list:
-    """The first n questions of a task: conversations whose last turn counts, one from each picture. `wide`: only about pictures of several tiles."""
+    """Make the first n questions of a task: conversations of which the last turn counts, one from each picture.
+
+    `wide`: only about pictures of several tiles.
+    """
     style = STYLES.get(task, Style(world.TRAINED))
     wanted = "read words" if task in STYLES else task
-    found, index = [], 0
+    found = []
+    index = 0
     while len(found) < n:
         example = world.example(seed, index, style=style)
         index += 1
@@ -62,7 +68,7 @@ def items(task: str, n: int, seed=HELD_OUT, wide: bool = False) -> list:
 
 
 def prompt(item: world.Example, pictures: list, answers: list) -> list:
-    """Messages for the pipeline: the turns so far with the model's own answers, then the next question."""
+    """Write messages for the pipeline: the turns so far with the given answers, then the next question."""
     messages = []
     for i, (turn, answer) in enumerate(zip(item.turns, [*answers, None])):
         content = [{"type": "text", "text": turn.question}]
@@ -74,29 +80,40 @@ def prompt(item: world.Example, pictures: list, answers: list) -> list:
     return messages
 
 
+def conversations(n: int, seed="calibration") -> Iterator[list]:
+    """Yield n conversations with their right answers as prompts for the pipeline: to be read, not to be answered."""
+    for i in range(n):
+        example = world.example(seed, i)
+        whole = replace(example, turns=(*example.turns, world.Turn("Thank you!", "", "talk")))
+        yield prompt(whole, [draw(scene) for scene in example.pictures], [turn.answer for turn in example.turns])
+
+
 def is_right(turn: world.Turn, answer: str) -> bool:
-    """Word by word; of a reasoning only what follows "Final Answer:"."""
+    """Judge an answer word by word; of a reasoning only what follows "Final Answer:"."""
     if turn.task == "reason":
         final = re.findall(r"Final Answer: (.*)", answer)
         return final[-1:] == re.findall(r"Final Answer: (.*)", turn.answer)
     return answer == turn.answer
 
 
-def ask(pipe, questions: list, pictures=None) -> list:
-    """The answers to the last turn of each item. `pictures`: drawn ones to be used instead of each item's own."""
+def ask(pipe: Pipeline, questions: list, pictures: list | None = None) -> list:
+    """Return the answers to the last turn of each item. `pictures`: drawn ones, in place of each item's own."""
     pictures = pictures or [[draw(scene) for scene in item.pictures] for item in questions]
     answers = [[] for _ in questions]
     for turn in range(max(len(item.turns) for item in questions)):
         now = [i for i, item in enumerate(questions) if len(item.turns) > turn]
-        responses = pipe([prompt(questions[i], pictures[i], answers[i]) for i in now], GenerationConfig(max_new_tokens=160))
+        prompts = [prompt(questions[i], pictures[i], answers[i]) for i in now]
+        responses = pipe(prompts, GenerationConfig(max_new_tokens=160))
         for i, response in zip(now, responses):
             answers[i].append(response.text)
     return [a[-1] for a in answers]
 
 
-def measure(pipe, task: str, n: int, seed=HELD_OUT, change=None, wide: bool = False) -> tuple:
-    """(share right, [(item, answer), ...]). `change(items, pictures)` may alter the pictures first."""
-    questions, results = items(task, n, seed, wide), []
+def measure(pipe: Pipeline, task: str, n: int, seed=HELD_OUT, change: Callable | None = None,
+            wide: bool = False) -> tuple:
+    """Ask n questions: (share right, [(item, answer), ...]). `change(items, pictures)` may alter the pictures first."""
+    questions = items(task, n, seed, wide)
+    results = []
     for first in range(0, n, 100):
         part = questions[first:first + 100]
         pictures = [[draw(scene) for scene in item.pictures] for item in part]
@@ -123,14 +140,20 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def side_by_side(checkpoints: list, n: int, tasks=tuple(TARGETS), ablations_n: int = 0, precision: str = "exact") -> tuple:
-    """([{task: share right} of each checkpoint], ablations of the first or []), one process with one thread on each core."""
+def side_by_side(checkpoints: list, n: int, tasks: tuple = tuple(TARGETS), ablations_n: int = 0,
+                 precision: str = "exact") -> tuple:
+    """Measure all: ([{task: share right} of each checkpoint], ablations of the first or []).
+
+    One process with one thread on each core.
+    """
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _one_thread) as pool:
-        changes = pool.submit(_ablations, str(checkpoints[0]), ablations_n) if ablations_n else None      # the longest first
+        # The longest first.
+        changes = pool.submit(_ablations, str(checkpoints[0]), ablations_n) if ablations_n else None
         jobs = {(c, task): pool.submit(_share, str(c), task, n, precision) for c in checkpoints for task in tasks}
         for job in tqdm(as_completed(jobs.values()), total=len(jobs), unit="task", disable=None):
             job.result()
-        return [{task: jobs[c, task].result() for task in tasks} for c in checkpoints], changes.result() if changes else []
+        scores = [{task: jobs[c, task].result() for task in tasks} for c in checkpoints]
+        return scores, changes.result() if changes else []
 
 
 # ---- what the parts are good for ------------------------------------------------------------------------------------
@@ -144,21 +167,23 @@ class WrongOrder(nn.Module):
         return nn.functional.pixel_unshuffle(grid, 2).flatten(2).transpose(1, 2)
 
 
-def shuffled(seed, part, pictures):
-    """Every question gets the picture of another one."""
+def shuffled(seed, part: list, pictures: list) -> list:
+    """Give every question the picture of another one."""
     order = list(range(len(part)))
     random.Random(seed).shuffle(order)
     other = {order[i]: order[i - 1] for i in range(len(order))}
     return [pictures[other[i]] for i in range(len(part))]
 
 
-def ablations(pipe, n: int) -> list:
-    """[(what is changed, task, share right as it is, share right so), ...], each pair on the same questions."""
+def ablations(pipe: Pipeline, n: int) -> list:
+    """Change one part at a time: [(what, task, share right as it is, share right so), ...], on the same questions."""
     def one_tile(part, pictures):
         part[:] = [replace(item, max_num=1) for item in part]
         return pictures
 
-    model, before, rows = pipe.model, {}, []
+    model = pipe.model
+    before = {}
+    rows = []
     config, unshuffle = model.config, model.pixel_unshuffle
 
     def row(what, task, change=None, config=config, unshuffle=unshuffle, wide=False):
@@ -182,7 +207,7 @@ def ablations(pipe, n: int) -> list:
 
 
 def table(names: list, scores: list) -> str:
-    """Markdown: task, aim, one column for each checkpoint."""
+    """Write Markdown: task, aim, one column for each checkpoint."""
     lines = ["| task | aim | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for task, aim in TARGETS.items():
         cells = [f"{100 * s[task]:.1f}" for s in scores]
@@ -191,21 +216,24 @@ def table(names: list, scores: list) -> str:
     return "\n".join([*lines, "| mean | | " + " | ".join(f"{100 * m:.1f}" for m in means) + " |"])
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.nano.evaluate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", default=["nano", "nano-awq"],
                         help="folders (default: the shipped ones, nano and nano-awq)")
     parser.add_argument("-n", type=int, default=500, help="questions per task (default %(default)s)")
     parser.add_argument("--tasks", nargs="+", choices=TARGETS, metavar="TASK", help="only these")
-    parser.add_argument("--precision", choices=("exact", "fast"), default="exact", help="of the pipeline, see minivl.fast (default %(default)s)")
+    parser.add_argument("--precision", choices=("exact", "fast"), default="exact",
+                        help="of the pipeline, see minivl.fast (default %(default)s)")
     parser.add_argument("--ablations", action="store_true", help="what the parts are good for, on the first checkpoint")
     parser.add_argument("--wrong", type=int, default=0, metavar="K", help="print K wrong answers of each task")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
     args = parser.parse_args(argv)
     if args.n < 1:
         raise InputError(f"-n is {args.n}; ask at least one question")
-    tasks, start = args.tasks or list(TARGETS), time.perf_counter()
+    tasks = args.tasks or list(TARGETS)
+    start = time.perf_counter()
     scores, rows = side_by_side(args.checkpoints, args.n, tuple(tasks), args.n if args.ablations else 0,
                                 args.precision)
     report = {"questions": args.n, "seed": HELD_OUT, **{str(c): score for c, score in zip(args.checkpoints, scores)}}
@@ -213,8 +241,8 @@ def main(argv=None) -> int:
     print(table([str(c) for c in args.checkpoints], scores) if not args.tasks else json.dumps(report, indent=1))
     for checkpoint in args.checkpoints if args.wrong else ():
         for task in tasks:
-            wrong = [(item.turns[-1], answer) for item, answer in measure(_pipe(str(checkpoint), args.precision), task, args.n)[1]
-                     if not is_right(item.turns[-1], answer)]
+            _, results = measure(_pipe(str(checkpoint), args.precision), task, args.n)
+            wrong = [(item.turns[-1], answer) for item, answer in results if not is_right(item.turns[-1], answer)]
             for turn, answer in wrong[:args.wrong]:
                 print(f"{task}: {turn.question!r}\n    right {turn.answer!r}\n    wrote {answer!r}", file=sys.stderr)
     if args.ablations:

@@ -45,8 +45,9 @@ class Stage:
     floor: float = 0.0      # share of the learning rate left at the end of the cosine
     weight_decay: float = 0.05
     half: bool = True       # matrix products in bfloat16 (autocast), weights and all else in float32
-    task: str = "answers"   # "squares": vision tower and projector alone, see warmup.py; "differences": answers, and see differences.py
-    tower: float = 0.0      # learning rate of tower and projector while answers are learned, as a share of the decoder's
+    # "squares": vision tower and projector alone, see warmup.py; "differences": answers, and see differences.py.
+    task: str = "answers"
+    tower: float = 0.0      # learning rate of tower and projector beside answers, as a share of the decoder's
 
     def __post_init__(self):
         unknown = set(self.mix) - set(world.KINDS)
@@ -65,8 +66,8 @@ class Stage:
 
 SQUARES = {"shapes": 20, "texts": 30, "print": 20, "page": 28, "texture": 2}
 _narrow = {"wide": 0.0, "batch": 16, "floor": 0.7}
-# The tower sees; then one drill after the other, with what was learned before mixed in; then all together, the rate falling to
-# nearly nothing. Mixed from the start, none of it was learned in several times as many steps: see NOTES.md.
+# The tower sees; then one drill after the other, with what was learned before mixed in; then all together, the rate
+# falling to nearly nothing. Mixed from the start, none of it was learned in several times as many steps: see NOTES.md.
 STAGES = (
     Stage("squares", 8000, 4e-3, SQUARES, wide=0.25, batch=48, half=False, task="squares"),
     Stage("find", 600, 4e-3, {"find": 1}, **_narrow),
@@ -79,38 +80,43 @@ STAGES = (
     Stage("compare", 500, 4e-3, {"compare": 60, "by two": 10, "count": 10, "texts": 20}, wide=0.0, batch=20, floor=0.7),
     Stage("video", 500, 4e-3, {"video": 50, "compare": 15, "by two": 15, "texts": 20}, **_narrow),
     Stage("follow", 600, 4e-3, {"follow": 35, "reason": 35, "by two": 10, "texts": 20}, **_narrow),
-    Stage("together", 5600, 3e-3, {"find": 4, "by place": 10, "by two": 10, "count": 10, "judge": 10, "shapes": 14, "texts": 24,
-                                   "compare": 6, "video": 5, "follow": 4, "reason": 5, "texture": 1, "talk": 1},
-          wide=0.1, batch=16, floor=0.02),
-    Stage("pairs", 1500, 2e-3, {"compare": 36, "video": 24, "reason": 14, "shapes": 12, "texts": 14}, wide=0.0, batch=16, floor=0.02),
-    Stage("open", 1600, 3e-3, {"count": 18, "by place": 8, "judge": 10, "shapes": 20, "texts": 24, "print": 12, "compare": 4,
-                               "video": 4}, wide=0.15, batch=16, floor=0.6, tower=0.15),
+    Stage("together", 5600, 3e-3,
+          {"find": 4, "by place": 10, "by two": 10, "count": 10, "judge": 10, "shapes": 14, "texts": 24, "compare": 6,
+           "video": 5, "follow": 4, "reason": 5, "texture": 1, "talk": 1}, wide=0.1, batch=16, floor=0.02),
+    Stage("pairs", 1500, 2e-3, {"compare": 36, "video": 24, "reason": 14, "shapes": 12, "texts": 14},
+          wide=0.0, batch=16, floor=0.02),
+    Stage("open", 1600, 3e-3,
+          {"count": 18, "by place": 8, "judge": 10, "shapes": 20, "texts": 24, "print": 12, "compare": 4, "video": 4},
+          wide=0.15, batch=16, floor=0.6, tower=0.15),
     Stage("changes", 1500, 4e-3, {"changes": 45, "compare": 12, "describe": 12, "reason": 12, "video": 9, "texts": 10},
           wide=0.0, batch=16, floor=0.5),
     Stage("spot", 700, 4e-3, {"changes": 42, "compare": 42, "texts": 8, "reason": 8}, wide=0.0, batch=24, floor=0.6),
-    Stage("everything", 5400, 3e-3, {"shapes": 12, "by place": 3, "by two": 4, "count": 9, "judge": 8, "describe": 5, "texts": 19,
-                                     "print": 7, "compare": 12, "changes": 6, "video": 8, "follow": 5, "reason": 9, "texture": 1,
-                                     "talk": 2}, wide=0.12, batch=16, floor=0.02, tower=0.15),
-    Stage("differences", 1000, 3e-3, {"compare": 40, "changes": 20, "video": 25, "shapes": 8, "texts": 7}, wide=0.0, batch=16,
-          floor=0.5, task="differences"),
-    Stage("once more", 11000, 3e-3, {"shapes": 12, "by place": 4, "by two": 4, "count": 12, "judge": 9, "describe": 4, "texts": 22,
-                                     "print": 7, "compare": 9, "changes": 2, "video": 6, "follow": 6, "reason": 11, "texture": 1,
-                                     "talk": 1}, wide=0.12, batch=16, floor=0.02, tower=0.15, task="differences"),
+    Stage("everything", 5400, 3e-3,
+          {"shapes": 12, "by place": 3, "by two": 4, "count": 9, "judge": 8, "describe": 5, "texts": 19, "print": 7,
+           "compare": 12, "changes": 6, "video": 8, "follow": 5, "reason": 9, "texture": 1, "talk": 2},
+          wide=0.12, batch=16, floor=0.02, tower=0.15),
+    Stage("differences", 1000, 3e-3, {"compare": 40, "changes": 20, "video": 25, "shapes": 8, "texts": 7},
+          wide=0.0, batch=16, floor=0.5, task="differences"),
+    Stage("once more", 11000, 3e-3,
+          {"shapes": 12, "by place": 4, "by two": 4, "count": 12, "judge": 9, "describe": 4, "texts": 22, "print": 7,
+           "compare": 9, "changes": 2, "video": 6, "follow": 6, "reason": 11, "texture": 1, "talk": 1},
+          wide=0.12, batch=16, floor=0.02, tower=0.15, task="differences"),
     Stage("same", 800, 4e-3, {"same": 70, "judge": 10, "texts": 20}, wide=0.0, batch=16, floor=0.5),
-    Stage("last", 3000, 2e-3, {"same": 5, "shapes": 12, "by place": 4, "by two": 4, "count": 10, "judge": 9, "describe": 4, "texts": 20,
-                               "print": 10, "compare": 7, "changes": 1, "video": 5, "follow": 6, "reason": 11, "texture": 1,
-                               "talk": 1}, wide=0.12, batch=16, floor=0.01, tower=0.15, task="differences"))
+    Stage("last", 3000, 2e-3,
+          {"same": 5, "shapes": 12, "by place": 4, "by two": 4, "count": 10, "judge": 9, "describe": 4, "texts": 20,
+           "print": 10, "compare": 7, "changes": 1, "video": 5, "follow": 6, "reason": 11, "texture": 1, "talk": 1},
+          wide=0.12, batch=16, floor=0.01, tower=0.15, task="differences"))
 QUICK = (
     Stage("squares", 900, 4e-3, SQUARES, wide=0.0, task="squares"),
     Stage("find", 500, 4e-3, {"find": 1}, **_narrow),
     Stage("by place", 500, 4e-3, {"by place": 70, "find": 30}, **_narrow),
     Stage("first words", 900, 4e-3, {"find": 15, "exist": 15, "by place": 10, "spell": 60}, **_narrow),
-    Stage("together", 1200, 3e-3, {"find": 10, "by place": 15, "judge": 15, "shapes": 30, "texts": 28, "talk": 2}, wide=0.0, batch=16,
-          floor=0.02))
+    Stage("together", 1200, 3e-3, {"find": 10, "by place": 15, "judge": 15, "shapes": 30, "texts": 28, "talk": 2},
+          wide=0.0, batch=16, floor=0.02))
 
 
 def config_json(awq: bool = False) -> dict:
-    """config.json: the released keys with nano's sizes."""
+    """Make config.json: the released keys with nano's sizes."""
     data = synthesize.config_json("tiny", awq=awq, dtype="float16")
     data["vision_config"].update(VISION)
     data["llm_config"].update(LLM)
@@ -122,7 +128,7 @@ def config_json(awq: bool = False) -> dict:
 
 @functools.lru_cache
 def tokenizer_files() -> dict:
-    """vocab.json, merges.txt, added_tokens.json and tokenizer.json, trained on what is said in the world."""
+    """Train the tokenizer on what is said in the world: vocab.json, merges.txt, added_tokens.json, tokenizer.json."""
     texts = world.vocabulary_text()
     texts += [SYSTEM + "\nsystem\nuser\nassistant\nImage-1: Frame1: "] * 1000   # so often that it becomes 7 tokens
     files = synthesize.train_tokenizer(texts, LLM["vocab_size"])
@@ -133,14 +139,14 @@ def tokenizer_files() -> dict:
 
 
 def small_files(awq: bool = False) -> dict:
-    """Name -> text of everything in a checkpoint folder but the weights."""
+    """Write everything in a checkpoint folder but the weights: name -> text."""
     config = config_json(awq)
     return {"config.json": synthesize.json_text(config), **tokenizer_files(),
             **synthesize.generation_and_preprocessor("nano", config)}
 
 
 def save_small_files(folder) -> Path:
-    """Config and tokenizer into a folder, made if it is not there."""
+    """Put config and tokenizer into a folder, made if it is not there."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in small_files().items():
@@ -149,7 +155,7 @@ def save_small_files(folder) -> Path:
 
 
 def initial(seed: int = SEED) -> MiniVL:
-    """Untrained nano, float32: matrices with the root of their inputs, branches into the residual stream smaller."""
+    """Make untrained nano, float32: matrices with the root of their inputs, branches into the residual smaller."""
     model = MiniVL(Config.from_json(config_json()))
     generator = torch.Generator().manual_seed(seed)
     depth = {"vision_model": 2 * VISION["num_hidden_layers"], "language_model": 2 * LLM["num_hidden_layers"]}
@@ -171,7 +177,7 @@ def initial(seed: int = SEED) -> MiniVL:
 
 
 def save(model: MiniVL, folder, note: dict) -> Path:
-    """The model as a float16 checkpoint folder in the released format. `note` goes into the weights' metadata."""
+    """Save the model as a float16 checkpoint folder as released. `note` goes into the weights' metadata."""
     folder = save_small_files(folder)
     tensors = {name: tensor.detach().half() for name, tensor in model.state_dict().items()}
     save_checkpoint(tensors, folder, overwrite=True, metadata={k: str(v) for k, v in note.items()})
@@ -179,8 +185,8 @@ def save(model: MiniVL, folder, note: dict) -> Path:
 
 
 def sha256(stages=STAGES, seed: int = SEED) -> str:
-    """Of the recipe: sizes, stages, tokenizer, and what 200 examples of the world say."""
+    """Sum up the recipe: sizes, stages, tokenizer, and what 200 examples of the world say."""
     said = [[asdict(turn) for turn in world.example(seed, i).turns] for i in range(200)]
-    recipe = {"seed": seed, "fields": warmup.FIELDS, "vision": VISION, "llm": LLM, "stages": [asdict(stage) for stage in stages], "world": said,
-              "vocab": tokenizer_files()["vocab.json"]}
+    recipe = {"seed": seed, "fields": warmup.FIELDS, "vision": VISION, "llm": LLM,
+              "stages": [asdict(stage) for stage in stages], "world": said, "vocab": tokenizer_files()["vocab.json"]}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

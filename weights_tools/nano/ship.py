@@ -1,6 +1,7 @@
 """Put a trained nano into the package: python -m weights_tools.nano.ship RUN/stage-3
 
-    float16 checkpoint -> minivl/nano/float16 and, quantised, minivl/nano/awq; sample pictures; the model card with its table
+    float16 checkpoint -> minivl/nano/float16 and, quantised, minivl/nano/awq
+                       -> sample pictures, the model card with its table
 """
 from __future__ import annotations
 
@@ -34,30 +35,37 @@ def _word(kind, colour, row, text, size=24, x=0.0):
 GREY, GREEN, SAND, BLUE, DARK = BACKGROUNDS[:5]
 # name -> (scene, questions to try)
 SAMPLES = {
-    "shapes": (Scene((_shape("star", "red", 0, 0), _shape("circle", "blue", 1, 1), _shape("star", "yellow", 0, 2, "small"),
-                      _shape("heart", "purple", 2, 2)), GREY),
-               ("describe this image", "How many stars are there?", "Is there a green circle?", "What colour is the heart?")),
-    "count": (Scene((_shape("ring", "orange", 0, 1, "small"), _shape("ring", "blue", 1, 0), _shape("cross", "orange", 1, 2),
-                     _shape("square", "orange", 2, 0, "small"), _shape("ring", "white", 2, 1), _shape("triangle", "black", 2, 2)),
-                    GREEN), ("How many shapes are there?", "How many rings are there?", "How many orange shapes are there?")),
+    "shapes": (Scene((_shape("star", "red", 0, 0), _shape("circle", "blue", 1, 1),
+                      _shape("star", "yellow", 0, 2, "small"), _shape("heart", "purple", 2, 2)), GREY),
+               ("describe this image", "How many stars are there?", "Is there a green circle?",
+                "What colour is the heart?")),
+    "count": (Scene((_shape("ring", "orange", 0, 1, "small"), _shape("ring", "blue", 1, 0),
+                     _shape("cross", "orange", 1, 2), _shape("square", "orange", 2, 0, "small"),
+                     _shape("ring", "white", 2, 1), _shape("triangle", "black", 2, 2)), GREEN),
+              ("How many shapes are there?", "How many rings are there?", "How many orange shapes are there?")),
     "words": (Scene((_word("word", "blue", 0, "OPEN", 28), _word("number", "red", 2, "1955", 24, 0.5)), SAND),
               ("What does it say at the top?", "What is the number?", "What colour is the word?")),
     "new-word": (Scene((_word("word", "black", 1, "MINIVL", 24),), BLUE), ("What does it say?", 'Does it say "MINI"?')),
-    "wide": (Scene((_shape("heart", "red", 1, 0), _shape("triangle", "green", 1, 1), _shape("circle", "white", 1, 2)), DARK,
-                   grid=(3, 1)), ("describe this image", "What is in the middle?")),
+    "wide": (Scene((_shape("heart", "red", 1, 0), _shape("triangle", "green", 1, 1), _shape("circle", "white", 1, 2)),
+                   DARK, grid=(3, 1)),
+             ("describe this image", "What is in the middle?")),
     "tall": (Scene((_shape("cross", "black", 0, 1), _shape("star", "yellow", 2, 1)), BLUE, grid=(1, 2)),
              ("describe this image", "Where is the star?")),
     "small-print": (Scene((_shape("circle", "red", 0, 0), _shape("square", "blue", 0, 2),
                            Thing("print", "black", 0, text="741", radius=13, shift=(0.5, 0.78))), GREY,
-                          grid=(3, 2), scale=1.07), ("What does the small print say?", "What shape is in the top left corner?")),
+                          grid=(3, 2), scale=1.07),
+                    ("What does the small print say?", "What shape is in the top left corner?")),
     "small-print-tall": (Scene((_shape("ring", "purple", 0, 1), Thing("print", "blue", 0, text="TEA", radius=13,
                                                                       shift=(0.4, 0.85))), SAND, grid=(2, 3)),
                          ("What does the small print say?",)),
-    "before": (Scene((_shape("star", "green", 0, 0), _shape("square", "red", 1, 2), _shape("ring", "black", 2, 0)), GREY), ()),
-    "after": (Scene((_shape("star", "green", 0, 0), _shape("square", "blue", 1, 2), _shape("ring", "black", 2, 0)), GREY),
+    "before": (Scene((_shape("star", "green", 0, 0), _shape("square", "red", 1, 2), _shape("ring", "black", 2, 0)),
+                     GREY), ()),
+    "after": (Scene((_shape("star", "green", 0, 0), _shape("square", "blue", 1, 2), _shape("ring", "black", 2, 0)),
+                    GREY),
               ("(both pictures) What changed?",)),
-    "reason": (Scene((_shape("star", "yellow", 1, 1), _shape("circle", "red", 0, 0, "small"), _shape("square", "red", 2, 0),
-                      _shape("triangle", "red", 1, 2, "small"), _shape("heart", "blue", 0, 2)), GREY),
+    "reason": (Scene((_shape("star", "yellow", 1, 1), _shape("circle", "red", 0, 0, "small"),
+                      _shape("square", "red", 2, 0), _shape("triangle", "red", 1, 2, "small"),
+                      _shape("heart", "blue", 0, 2)), GREY),
                ("How many red shapes are left of the star? Think step by step.",
                 "Are there more red shapes than blue shapes?")),
     "texture": (Scene((), texture=11, grid=(2, 2)), ("describe this image",)),
@@ -65,11 +73,12 @@ SAMPLES = {
 
 
 def samples(folder):
-    """A dozen pictures and a short video; README.md says what to ask."""
+    """Draw a dozen pictures and a short video; README.md says what to ask."""
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    lines = ["# Pictures from nano's world", "", "Drawn by `weights_tools/nano/ship.py`; none of them was seen in training.", "",
+    lines = ["# Pictures from nano's world", "",
+             "Drawn by `weights_tools/nano/ship.py`; none of them was seen in training.", "",
              "| picture | ask for example |", "|---|---|"]
     for name, (scene, questions) in SAMPLES.items():
         draw(scene).save(folder / f"{name}.png", optimize=True)
@@ -86,33 +95,36 @@ def samples(folder):
 CARD = """\
 # nano: an InternVL2.5 with {parameters:.2f} million parameters
 
-The architecture, files and prompts of InternVL2_5-4B-MPO, about a thousandth of its size, trained from nothing on drawn
-pictures. It knows shapes, colours, places, words and numbers in simple pictures, short videos of them, and nothing else of
-the world. It is here to be read, run, changed and measured, offline.
+The architecture, files and prompts of InternVL2_5-4B-MPO, about a thousandth of its size, trained from nothing on
+drawn pictures. It knows shapes, colours, places, words and numbers in simple pictures, short videos of them, and
+nothing else of the world. It is here to be read, run, changed and measured, offline.
 
 | | vision tower | projector | decoder |
 |---|---|---|---|
-| nano | InternViT, {vision[num_hidden_layers]} layers of width {vision[hidden_size]}, tiles of {vision[image_size]} px, 16 visual tokens each | `mlp1` {mlp} -> {llm[hidden_size]} | Qwen2, {llm[num_hidden_layers]} layers of width {llm[hidden_size]}, {llm[num_attention_heads]} heads on {llm[num_key_value_heads]} kv heads, {llm[vocab_size]} tokens |
+| nano | InternViT, {vision[num_hidden_layers]} layers of width {vision[hidden_size]}, tiles of {vision[image_size]} \
+px, 16 visual tokens each | `mlp1` {mlp} -> {llm[hidden_size]} | Qwen2, {llm[num_hidden_layers]} layers of width \
+{llm[hidden_size]}, {llm[num_attention_heads]} heads on {llm[num_key_value_heads]} kv heads, {llm[vocab_size]} tokens |
 
-- `float16/`: the weights as trained, {float_mb:.2f} MB. `awq/`: the decoder's linears in int4 (AWQ, group 128), {awq_mb:.2f} MB.
+- `float16/`: the weights as trained, {float_mb:.2f} MB. `awq/`: the decoder's linears in int4 (AWQ, group 128), \
+{awq_mb:.2f} MB.
 - `samples/`: pictures and a video to try.
 - Made by `python -m weights_tools.nano.train` and `python -m weights_tools.nano.ship`; sha256 of the recipe
   `{recipe}`.
-  The recipe grew while these weights were trained (`weights_tools/nano/NOTES.md`): a run from nothing makes a nano of this recipe,
-  not bit by bit this one.
+  The recipe grew while these weights were trained (`weights_tools/nano/NOTES.md`): a run from nothing makes a nano
+  of this recipe, not bit by bit this one.
 
 ## How often it is right
 
-{n} held-out questions of each task, each asked through `minivl.pipeline`, greedy, float32 on a CPU; right means the whole answer
-word by word (reasoning: the line after "Final Answer:"). In per cent. *aim* is what was planned before training.
-`python -m weights_tools.nano.evaluate` repeats it.
+{n} held-out questions of each task, each asked through `minivl.pipeline`, greedy, float32 on a CPU; right means the
+whole answer word by word (reasoning: the line after "Final Answer:"). In per cent. *aim* is what was planned before
+training. `python -m weights_tools.nano.evaluate` repeats it.
 
 {table}
 
-*read words*: words of a list used in training, in pictures never seen; *read new words*: words that were never written in
-training; *read letters*: letters at random; *yes*, *no*: questions whose answer ends so; *false premise*: "where is the star?"
-where there is none; *unknown*: pictures and questions from outside its world. "rounded" is int4 by plain rounding to nearest,
-without AWQ's smoothing.
+*read words*: words of a list used in training, in pictures never seen; *read new words*: words that were never
+written in training; *read letters*: letters at random; *yes*, *no*: questions whose answer ends so; *false premise*:
+"where is the star?" where there is none; *unknown*: pictures and questions from outside its world. "rounded" is int4
+by plain rounding to nearest, without AWQ's smoothing.
 
 ## What the parts are good for
 
@@ -122,22 +134,27 @@ The float16 model on the same {ablation_n} questions, with one thing changed.
 
 ## Limits
 
-Outside of drawn shapes, words of up to six capitals and numbers of up to four digits it should say that it cannot tell; it may
-also describe shapes that are not there. Lower-case letters, other fonts, photographs and languages were never seen.
+Outside of drawn shapes, words of up to six capitals and numbers of up to four digits it should say that it cannot
+tell; it may also describe shapes that are not there. Lower-case letters, other fonts, photographs and languages were
+never seen.
 """
 
 
 def ship(source, n: int = 500, ablation_n: int = 500, to: Path | None = None) -> Path:
     """Fill the folder (the package's own by default) from a trained checkpoint and measure it."""
-    source, to = Path(source), to or SHIPPED["nano"].parent
-    model, tokenizer = load(source), Tokenizer.load(source)
+    source = Path(source)
+    to = to or SHIPPED["nano"].parent
+    model = load(source)
+    tokenizer = Tokenizer.load(source)
     note = safetensors_header(source / "model.safetensors")[1]
     if "recipe" not in note:
-        raise InputError(f"{source} does not say of which recipe it is; give a folder that weights_tools.nano.train wrote")
+        raise InputError(f"{source} does not say of which recipe it is; give a folder that weights_tools.nano.train "
+                         "wrote")
     note = {key: note[key] for key in ("recipe", "stage") if key in note}
     shutil.rmtree(to / "float16", ignore_errors=True)
     shutil.copytree(source, to / "float16")
-    save_quantized(source, to / "awq", quantize(model, calibration(model, tokenizer)), overwrite=True, metadata=note)
+    act_absmax = calibration(model, tokenizer, evaluate.conversations(64))
+    save_quantized(source, to / "awq", quantize(model, act_absmax), overwrite=True, metadata=note)
     rounded = save_quantized(source, source.parent / f"{source.name}-rounded", quantize(model, None), overwrite=True)
     samples(to / "samples")
     folders = {"float16": to / "float16", "AWQ int4": to / "awq", "rounded int4": rounded}
@@ -160,7 +177,8 @@ def ship(source, n: int = 500, ablation_n: int = 500, to: Path | None = None) ->
     return to
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.nano.ship", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="FOLDER", help="a stage folder written by weights_tools.nano.train")

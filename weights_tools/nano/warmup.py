@@ -1,49 +1,59 @@
-"""Warm-up of nano's vision tower and projector: name what lies in each square of 28 x 28 pixels.
+"""Warm nano's vision tower and projector up: name what lies in each square of 28 x 28 pixels.
 
     tile -> vision_model -> unshuffle -> mlp1 -> visual token -> a linear head, thrown away afterwards -> what is there
 
-A visual token stands for such a square. Asked directly, square by square, the tower learns letters many times faster than
-through a decoder that cannot speak yet. (The family's tower comes pretrained, too.)
+A visual token stands for such a square. Asked directly, square by square, the tower learns letters many times faster
+than through a decoder that cannot speak yet. (The family's tower comes pretrained, too.)
 """
 from __future__ import annotations
+
+from random import Random
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from minivl.tiling import choose_grid, tile
-from weights_tools.nano.draw import COLOURS, SHAPES, SIZES, TILE, draw, marks
+from weights_tools.nano.draw import COLOURS, SHAPES, SIZES, TILE, Scene, draw, marks
 
 LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-SIDE, SLOTS = 4, 4      # squares of a tile along each side; columns of a square that may each hold the middle of a letter
-LONGEST = 6             # letters of a line: "nth letter" is the first, second, ... of its line, if it stands here. To spell a
-                        # word the decoder then looks for its number, and need not find out what stands right of what.
-# What is asked of a square, and how many answers there are; 0 always means nothing. "square" is the square's own number: a
+SIDE = 4        # squares of a tile along each side
+SLOTS = 4       # columns of a square that may each hold the middle of a letter
+# Letters of a line: "nth letter" is the first, second, ... of its line, if it stands here. To spell a word the decoder
+# then looks for its number, and need not find out what stands right of what.
+LONGEST = 6
+# What is asked of a square, and how many answers there are; 0 always means nothing. "square" is its own number: a
 # visual token that does not say where it is leaves "what is at the top?" to the decoder (it answered 17 % right).
 FIELDS = [("letter", 1 + len(LETTERS))] * SLOTS + [("nth letter", 1 + len(LETTERS))] * LONGEST + [
-    ("shape", 1 + len(SHAPES)), ("size", 1 + len(SIZES)), ("column", 1 + 3), ("row", 1 + 3), ("colour", 1 + len(COLOURS)),
-    ("square", 1 + SIDE * SIDE)]
+    ("shape", 1 + len(SHAPES)), ("size", 1 + len(SIZES)), ("column", 1 + 3), ("row", 1 + 3),
+    ("colour", 1 + len(COLOURS)), ("square", 1 + SIDE * SIDE)]
 WEIGHT_OF_NOTHING = 0.1     # most slots are empty
 IGNORE = 255                # an answer that is not asked for
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
-def targets(scene, box=WHOLE) -> torch.Tensor:
-    """uint8[16, 16]: of each square, row by row, letters, nth letters, shape, size, column, row, colour, own number.
+def targets(scene: Scene, box: tuple = WHOLE) -> torch.Tensor:
+    """Say what lies in each square: uint8[16, 16].
 
-    Letters have a row and a colour too. `box` (left, top, right, bottom, in parts of the picture): what one tile of several
-    shows. It cannot know sizes and places, which are those of the whole picture. A thumbnail shows no small print.
+    Row by row letters, nth letters, shape, size, column, row, colour, own number. Letters have a row and a colour too.
+    `box` (left, top, right, bottom, in parts of the picture): what one tile of several shows. It cannot know sizes and
+    places, which are those of the whole picture. A thumbnail shows no small print.
     """
     found = torch.zeros(SIDE * SIDE, len(FIELDS), dtype=torch.uint8)
     found[:, -1] = torch.arange(1, SIDE * SIDE + 1)
     if box != WHOLE:
         found[:, -5:-2] = IGNORE    # size, column, row
-    number, last = 0, None
+    number = 0
+    last = None
     for thing, letter, x, y in marks(scene):
-        x, y = (x - box[0]) / (box[2] - box[0]), (y - box[1]) / (box[3] - box[1])
-        if box == WHOLE and scene.grid != (1, 1) and thing.kind == "print" or box != WHOLE and not (0 <= x < 1 and 0 <= y < 1):
+        x = (x - box[0]) / (box[2] - box[0])
+        y = (y - box[1]) / (box[3] - box[1])
+        too_small = box == WHOLE and scene.grid != (1, 1) and thing.kind == "print"
+        elsewhere = box != WHOLE and not (0 <= x < 1 and 0 <= y < 1)
+        if too_small or elsewhere:
             continue
-        number, last = (number + 1 if thing is last else 0), thing
+        number = number + 1 if thing is last else 0
+        last = thing
         column, row = (min(SIDE - 1, max(0, int(v * SIDE))) for v in (x, y))
         square = found[row * SIDE + column]
         if letter:
@@ -59,8 +69,8 @@ def targets(scene, box=WHOLE) -> torch.Tensor:
     return found
 
 
-def views(scene, rng) -> list:
-    """What the tower is shown of a picture: [(tile, targets), ...], one tile, or the thumbnail and a tile with something in it."""
+def views(scene: Scene, rng: Random) -> list:
+    """Cut what the tower is shown: [(tile, targets), ...], the one tile, or the thumbnail and one with something in."""
     tiles = tile(draw(scene), max_num=6, tile_size=TILE)
     if len(tiles) == 1:
         return [(tiles[0], targets(scene))]
@@ -72,13 +82,15 @@ def views(scene, rng) -> list:
 
 
 def head(width: int) -> nn.Linear:
-    """Visual token -> scores of every answer to every field, side by side."""
+    """Make the head: visual token -> scores of every answer to every field, side by side."""
     return nn.Linear(width, sum(n for _, n in FIELDS))
 
 
-def loss_and_hits(scores, wanted) -> tuple:
-    """float[N, 16, sum], uint8[N, 16, 16] -> mean loss, {field: share right where something is}."""
-    loss, right, seen = 0.0, {}, {}
+def loss_and_hits(scores: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """Compare scores float[N, 16, sum] with uint8[N, 16, 16]: (mean loss, {field: share right where something is})."""
+    loss = 0.0
+    right = {}
+    seen = {}
     for i, ((field, n), part) in enumerate(zip(FIELDS, scores.split([n for _, n in FIELDS], dim=-1))):
         weight = torch.ones(n, device=scores.device)
         weight[0] = WEIGHT_OF_NOTHING

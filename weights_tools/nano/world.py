@@ -3,8 +3,8 @@
     example(seed, index) -> Example: pictures, turns of question, answer and task, most tiles
 
 The same seed and index give the same example on every machine. An answer follows from the picture and the conversation
-so far alone, word by word, so that "exactly right" can be measured. It names what was asked about before it says anything
-of it, and says yes or no last: a small decoder looks a thing up at the word for it, see NOTES.md.
+so far alone, word by word, so that "exactly right" can be measured. It names what was asked about before it says
+anything of it, and says yes or no last: a small decoder looks a thing up at the word for it, see NOTES.md.
 """
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ UNKNOWN = "I cannot tell. I only know shapes, words and numbers."
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PLURALS = {s: "crosses" if s == "cross" else s + "s" for s in (*SHAPES, "shape")}
 WORDS = """
-ACE ACORN ACT ADD AGE AIR ALARM ALBUM ALERT ALL ANGEL ANGLE ANKLE ANT APPLE APRIL APRON ARCH AREA ARM ARROW ART ASH AUNT
-AUTUMN AWAY AXE BABY BACK BACON BADGE BAG BAKER BALL BAMBOO BANANA BAND BANK BAR BARN BASKET BAT BATH BEACH BEAN BEAR BED
-BEE BELL BELT BENCH BERRY BIKE BIRD BLANK BOAT BODY BONE BOOK BOOT BOTTLE BOWL BOX BOY BRAIN BRANCH BREAD BRICK BRIDGE
-BROOM BRUSH BUCKET BUS BUSH BUTTER BUTTON CABIN CABLE CAFE CAGE CAKE CAMEL CAMERA CAMP CANAL CANDLE CANDY CAP CAR CARD
-CARPET CARROT CART CASTLE CAT CAVE CELLO CHAIN CHAIR CHALK CHEESE CHERRY CHESS CHEST CITY CLAY CLIFF CLOCK CLOSED CLOUD
-CLUB COACH COAT COFFEE COIN COLD COMB CORAL CORN COTTON COUCH COW CRAB CRANE CROWN CUP CURVE DANCE DANGER DATE DAY DEER
-DESERT DESK DICE DINNER DISH DOCK DOCTOR DOG DOLL DOOR DOWN DRAGON DREAM DRESS DRILL DRINK DRUM DUCK DUST EAGLE EAR EARTH
-EAST EGG ELBOW EMPTY ENGINE ENTER EVENT EXIT EYE FABRIC FACE FAN FARM FEATHER FENCE FERRY FIELD FIRE FISH FLAG FLAME
-FLOOR FLOUR FLOWER FLUTE FOG FOOD FOOT FOREST FORK FOX FREE FRESH FROG FROST FRUIT FULL GAME GARAGE GARDEN GARLIC GATE
-GHOST GIANT GIFT GINGER GLASS GLOVE GOAT GOLD GOOSE GRAPE GRASS GUITAR HALL HAMMER HAND HARBOR HAT HAWK HEAT HELP HEN
-HERO HILL HONEY HOOK HORN HORSE HOT HOTEL HOUR HOUSE ICE INK INN IRON ISLAND IVY JACKET JAM JAR JAZZ JEWEL JUICE JUMP
-JUNGLE KETTLE KEY KING KITE KNEE KNIFE KNOT LADDER LAKE LAMP LAND LAWN LEAF LEMON LETTER LIGHT LILY LION LOCK LUNCH MAGIC
-MAIL MAP MARBLE MARKET MASK MEADOW MELON MENU METAL MILK MILL MIRROR MONEY MONKEY MOON MORNING MOTOR MOUSE MOUTH MUSEUM
-MUSIC NAIL NAME NEEDLE NEST NET NEW NIGHT NORTH NOSE NOTE NUT OAK OASIS OCEAN OFFICE OIL OLIVE ONION OPEN ORBIT ORGAN
-OTTER OVEN OWL PAINT PALACE PALM PAN PANDA PAPER PARK PARROT PASTA PATH PEACH PEAR PEN PENCIL PEPPER PIANO PICNIC PIG
-PILLOW PILOT PIN PIPE PIZZA PLANE PLANT PLATE PLAY PLUM POCKET POLICE POND PONY PORT POST POTATO POWER PULL PUMP PUPPY
-PUSH QUEEN QUIET QUILT QUIZ RABBIT RADIO RAIN RED RIBBON RICE RING RIVER ROAD ROBOT ROCK ROOF ROOM ROPE ROSE ROUTE RUBY
-RULER SADDLE SAIL SALAD SALE SALT SAND SAUCE SCARF SCHOOL SEA SEAL SEAT SEED SHARK SHEEP SHELF SHELL SHIP SHIRT SHOE SHOP
-SHOVEL SILK SILVER SINK SKATE SKY SLOW SMOKE SNAIL SNAKE SNOW SOAP SOCK SOFA SOUP SOUTH SPICE SPIDER SPOON SPRING STAGE
-STAIR STAMP STATUE STONE STOP STOVE STREET STUDIO SUGAR SUMMER SUN SWAN SWEET SWIM SWORD TABLE TAILOR TAXI TEA TEMPLE TENT
-TICKET TIGER TILE TIME TOAST TOMATO TOOTH TOWEL TOWER TOWN TRACK TRAIN TRAY TREE TROUT TRUCK TULIP TUNNEL TURTLE UNCLE
-UP VALLEY VASE VELVET VIDEO VILLA VIOLIN WAGON WALL WALNUT WATCH WATER WAVE WAX WEST WHALE WHEAT WHEEL WINDOW WINE WINTER
-WOLF WOOD WOOL WORLD YARD YEAR ZEBRA ZERO ZONE
+ACE ACORN ACT ADD AGE AIR ALARM ALBUM ALERT ALL ANGEL ANGLE ANKLE ANT APPLE APRIL APRON ARCH AREA ARM ARROW ART ASH
+AUNT AUTUMN AWAY AXE BABY BACK BACON BADGE BAG BAKER BALL BAMBOO BANANA BAND BANK BAR BARN BASKET BAT BATH BEACH BEAN
+BEAR BED BEE BELL BELT BENCH BERRY BIKE BIRD BLANK BOAT BODY BONE BOOK BOOT BOTTLE BOWL BOX BOY BRAIN BRANCH BREAD
+BRICK BRIDGE BROOM BRUSH BUCKET BUS BUSH BUTTER BUTTON CABIN CABLE CAFE CAGE CAKE CAMEL CAMERA CAMP CANAL CANDLE CANDY
+CAP CAR CARD CARPET CARROT CART CASTLE CAT CAVE CELLO CHAIN CHAIR CHALK CHEESE CHERRY CHESS CHEST CITY CLAY CLIFF
+CLOCK CLOSED CLOUD CLUB COACH COAT COFFEE COIN COLD COMB CORAL CORN COTTON COUCH COW CRAB CRANE CROWN CUP CURVE DANCE
+DANGER DATE DAY DEER DESERT DESK DICE DINNER DISH DOCK DOCTOR DOG DOLL DOOR DOWN DRAGON DREAM DRESS DRILL DRINK DRUM
+DUCK DUST EAGLE EAR EARTH EAST EGG ELBOW EMPTY ENGINE ENTER EVENT EXIT EYE FABRIC FACE FAN FARM FEATHER FENCE FERRY
+FIELD FIRE FISH FLAG FLAME FLOOR FLOUR FLOWER FLUTE FOG FOOD FOOT FOREST FORK FOX FREE FRESH FROG FROST FRUIT FULL
+GAME GARAGE GARDEN GARLIC GATE GHOST GIANT GIFT GINGER GLASS GLOVE GOAT GOLD GOOSE GRAPE GRASS GUITAR HALL HAMMER HAND
+HARBOR HAT HAWK HEAT HELP HEN HERO HILL HONEY HOOK HORN HORSE HOT HOTEL HOUR HOUSE ICE INK INN IRON ISLAND IVY JACKET
+JAM JAR JAZZ JEWEL JUICE JUMP JUNGLE KETTLE KEY KING KITE KNEE KNIFE KNOT LADDER LAKE LAMP LAND LAWN LEAF LEMON LETTER
+LIGHT LILY LION LOCK LUNCH MAGIC MAIL MAP MARBLE MARKET MASK MEADOW MELON MENU METAL MILK MILL MIRROR MONEY MONKEY
+MOON MORNING MOTOR MOUSE MOUTH MUSEUM MUSIC NAIL NAME NEEDLE NEST NET NEW NIGHT NORTH NOSE NOTE NUT OAK OASIS OCEAN
+OFFICE OIL OLIVE ONION OPEN ORBIT ORGAN OTTER OVEN OWL PAINT PALACE PALM PAN PANDA PAPER PARK PARROT PASTA PATH PEACH
+PEAR PEN PENCIL PEPPER PIANO PICNIC PIG PILLOW PILOT PIN PIPE PIZZA PLANE PLANT PLATE PLAY PLUM POCKET POLICE POND
+PONY PORT POST POTATO POWER PULL PUMP PUPPY PUSH QUEEN QUIET QUILT QUIZ RABBIT RADIO RAIN RED RIBBON RICE RING RIVER
+ROAD ROBOT ROCK ROOF ROOM ROPE ROSE ROUTE RUBY RULER SADDLE SAIL SALAD SALE SALT SAND SAUCE SCARF SCHOOL SEA SEAL SEAT
+SEED SHARK SHEEP SHELF SHELL SHIP SHIRT SHOE SHOP SHOVEL SILK SILVER SINK SKATE SKY SLOW SMOKE SNAIL SNAKE SNOW SOAP
+SOCK SOFA SOUP SOUTH SPICE SPIDER SPOON SPRING STAGE STAIR STAMP STATUE STONE STOP STOVE STREET STUDIO SUGAR SUMMER
+SUN SWAN SWEET SWIM SWORD TABLE TAILOR TAXI TEA TEMPLE TENT TICKET TIGER TILE TIME TOAST TOMATO TOOTH TOWEL TOWER TOWN
+TRACK TRAIN TRAY TREE TROUT TRUCK TULIP TUNNEL TURTLE UNCLE UP VALLEY VASE VELVET VIDEO VILLA VIOLIN WAGON WALL WALNUT
+WATCH WATER WAVE WAX WEST WHALE WHEAT WHEEL WINDOW WINE WINTER WOLF WOOD WOOL WORLD YARD YEAR ZEBRA ZERO ZONE
 """.split()
 # Every fifth word is never written in training: reading them is reading, not remembering.
 HELD_OUT = tuple(w for i, w in enumerate(WORDS) if i % 5 == 2 and 2 <= len(w) <= 6)
@@ -70,19 +70,19 @@ class Example:
     max_num: int = 6
 
     def messages(self) -> list:
-        """[(question, answer), ...] for minivl.prompt."""
+        """Return [(question, answer), ...], as minivl.prompt takes it."""
         return [(turn.question, turn.answer) for turn in self.turns]
 
 
 # ---- words ----------------------------------------------------------------------------------------------------------
 
 def a(phrase: str) -> str:
-    """"a red star", "an orange ring"."""
+    """Put the article before it: "a red star", "an orange ring"."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def name(thing: Thing, size=True) -> str:
-    """"large red star", 'red word "LAMP"'."""
+def name(thing: Thing, size: bool = True) -> str:
+    """Name a thing: "large red star", 'red word "LAMP"'."""
     if thing.is_text:
         return f'{thing.colour} {thing.kind} "{thing.text}"'
     return f"{thing.size + ' ' if size else ''}{thing.colour} {thing.kind}"
@@ -93,7 +93,7 @@ def place(thing: Thing) -> str:
 
 
 def number_of(n: int, adjective: str, noun: str) -> str:
-    """"the number of red stars is two"."""
+    """Say how many there are: "the number of red stars is two"."""
     return f"the number of {' '.join(filter(None, (adjective, PLURALS[noun])))} is {NUMBERS[n]}"
 
 
@@ -101,19 +101,19 @@ def listed(phrases: list) -> str:
     return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
 
 
-def only(things, **wanted):
-    """The one thing with these attributes, or None."""
+def only(things: list, **wanted) -> Thing | None:
+    """Find the one thing with these attributes; None where there is none, or more than one."""
     found = [t for t in things if all(getattr(t, k) == v for k, v in wanted.items())]
     return found[0] if len(found) == 1 else None
 
 
-def unique(shapes) -> list:
-    """Those that "the star" can mean: the only ones of their kind."""
+def unique(shapes: list) -> list:
+    """Keep those that "the star" can mean: the only ones of their kind."""
     return [t for t in shapes if only(shapes, kind=t.kind)]
 
 
-def two_counts(rng, shapes, attribute: str):
-    """(value, value, how many shapes have the first, the second) of two values of an attribute that occur, or None."""
+def two_counts(rng: random.Random, shapes: list, attribute: str) -> tuple | None:
+    """Choose two values of an attribute that occur: (value, value, how many have the first, the second), or None."""
     values = [getattr(t, attribute) for t in shapes]
     if len(set(values)) < 2:
         return None
@@ -124,19 +124,21 @@ def two_counts(rng, shapes, attribute: str):
 # ---- questions about one picture ------------------------------------------------------------------------------------
 # Each: (rng, scene) -> Turn, or None where the scene has nothing to ask about.
 
-def describe(rng, scene):
+def describe(rng: random.Random, scene: Scene) -> Turn | None:
     things = [*scene.shapes, *scene.texts]
-    question = rng.choice(("Describe the picture.", "describe this image", "What do you see?", "What is in the picture?",
-                           "Please describe the image shortly.", "What can you see in this image?"))
+    question = rng.choice(("Describe the picture.", "describe this image", "What do you see?",
+                           "What is in the picture?", "Please describe the image shortly.",
+                           "What can you see in this image?"))
     if scene.texture is not None:
         return Turn(question, UNKNOWN_PICTURE, "unknown")
     if not things:
         return Turn(question, "The picture is empty.", "describe")
     first, *rest = [(place(t), f"{'the ' + name(t) if t.is_text else a(name(t))}") for t in things]
-    return Turn(question, listed([f"{first[0].capitalize()} there is {first[1]}", *map(" ".join, rest)]) + ".", "describe")
+    said = listed([f"{first[0].capitalize()} there is {first[1]}", *map(" ".join, rest)])
+    return Turn(question, f"{said}.", "describe")
 
 
-def colour(rng, scene):
+def colour(rng: random.Random, scene: Scene) -> Turn | None:
     if scene.texts and (not scene.shapes or rng.random() < 0.5):
         thing = rng.choice(scene.texts)
         noun = f"{thing.kind} {place(thing)}" if len(scene.texts) > 1 else thing.kind
@@ -154,13 +156,14 @@ def colour(rng, scene):
                             f"Which colour does the {noun} have?")), f"The {noun} is {thing.colour}.", "colour")
 
 
-def kind(rng, scene):
+def kind(rng: random.Random, scene: Scene) -> Turn | None:
     if not scene.shapes:
         return None
     thing = rng.choice(scene.shapes)
     if only(scene.shapes, colour=thing.colour) and rng.random() < 0.5:
         return Turn(rng.choice((f"What shape is {thing.colour}?", f"Which shape is {thing.colour}?",
-                                f"What is the {thing.colour} shape?")), f"The {thing.colour} shape is {a(thing.kind)}.", "shape")
+                                f"What is the {thing.colour} shape?")),
+                    f"The {thing.colour} shape is {a(thing.kind)}.", "shape")
     where = place(thing)
     if rng.random() < 0.5:
         return Turn(rng.choice((f"What shape is {where}?", f"Which shape is {where}?")),
@@ -169,8 +172,9 @@ def kind(rng, scene):
                 f"{where.capitalize()} there is {a(name(thing))}.", "shape")
 
 
-def where(rng, scene):
-    things = [t for t in scene.shapes if only(scene.shapes, kind=t.kind) or only(scene.shapes, kind=t.kind, colour=t.colour)]
+def where(rng: random.Random, scene: Scene) -> Turn | None:
+    things = [t for t in scene.shapes
+              if only(scene.shapes, kind=t.kind) or only(scene.shapes, kind=t.kind, colour=t.colour)]
     things += [t for t in scene.texts if only(scene.texts, kind=t.kind)]
     if not things:
         return None
@@ -178,11 +182,12 @@ def where(rng, scene):
     noun = thing.kind
     if not thing.is_text and (not only(scene.shapes, kind=noun) or rng.random() < 0.3):
         noun = f"{thing.colour} {noun}"
-    return Turn(rng.choice((f"Where is the {noun}?", f"In which place is the {noun}?", f"Where can you see the {noun}?")),
+    return Turn(rng.choice((f"Where is the {noun}?", f"In which place is the {noun}?",
+                            f"Where can you see the {noun}?")),
                 f"The {noun} is {place(thing)}.", "place")
 
 
-def size(rng, scene):
+def size(rng: random.Random, scene: Scene) -> Turn | None:
     things = unique(scene.shapes)
     if not things:
         return None
@@ -191,7 +196,7 @@ def size(rng, scene):
                 f"The {noun} is {thing.size}.", "size")
 
 
-def count(rng, scene):
+def count(rng: random.Random, scene: Scene) -> Turn | None:
     what, adjective, noun = rng.randrange(4), "", "shape"
     if what == 1:
         adjective = rng.choice([t.colour for t in scene.shapes] * 3 + list(COLOURS))
@@ -205,8 +210,8 @@ def count(rng, scene):
                 f"{number_of(len(found), adjective, noun).capitalize()}.", "count")
 
 
-def yes_no(rng, scene):
-    """What is true, and whether that is a yes; half of the questions are to be answered with no."""
+def yes_no(rng: random.Random, scene: Scene) -> Turn | None:
+    """Ask whether something is so; half of the questions are to be answered with no."""
     yes = rng.random() < 0.5
     task = so = "yes" if yes else "no"
     shapes, what = scene.shapes, rng.randrange(6)
@@ -253,8 +258,8 @@ def yes_no(rng, scene):
     return Turn(f"Is the {thing.kind} {said}?", f"The {thing.kind} is {place(thing)}, so {so}.", task)
 
 
-def near(rng, text: Thing) -> str:
-    """Another word or number, often one that differs in a single character."""
+def near(rng: random.Random, text: Thing) -> str:
+    """Make another word or number, often one that differs in a single character."""
     letters = "0123456789" if text.text.isdigit() else "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     if rng.random() < 0.5 or text.text.isdigit():
         i = rng.randrange(len(text.text))
@@ -262,8 +267,8 @@ def near(rng, text: Thing) -> str:
     return rng.choice([w for w in TRAINED if w != text.text])
 
 
-def false_premise(rng, scene):
-    """A question about what is not there."""
+def false_premise(rng: random.Random, scene: Scene) -> Turn | None:
+    """Ask about what is not there."""
     absent = [s for s in SHAPES if not any(t.kind == s for t in scene.shapes)]
     what = rng.randrange(5)
     if what == 0 and not any(t.is_text for t in scene.things):
@@ -286,16 +291,17 @@ def false_premise(rng, scene):
                 f"The {noun} is not in the picture.", "false premise")
 
 
-def outside(rng, scene):
-    """A question that no picture of the world can answer."""
-    return Turn(rng.choice(("Who painted this?", "What is the weather like?", "How old is this picture?", "Who is this person?",
-                            "What does it taste like?", "Where was this taken?", "What brand is the car?", "Is the dog happy?",
-                            "How much does it cost?", "What time is it?", "What are the people doing?", "Which animal is this?",
+def outside(rng: random.Random, scene: Scene) -> Turn | None:
+    """Ask what no picture of the world can answer."""
+    return Turn(rng.choice(("Who painted this?", "What is the weather like?", "How old is this picture?",
+                            "Who is this person?", "What does it taste like?", "Where was this taken?",
+                            "What brand is the car?", "Is the dog happy?", "How much does it cost?",
+                            "What time is it?", "What are the people doing?", "Which animal is this?",
                             "Which city is this?", "Why is it so?", "What happens next?", "Is this a famous place?")),
                 UNKNOWN, "unknown")
 
 
-def read(rng, scene):
+def read(rng: random.Random, scene: Scene) -> Turn | None:
     texts = scene.texts
     if not texts:
         return None
@@ -309,19 +315,22 @@ def read(rng, scene):
         questions = ["What does it say?", "What is written here?", "Read the text.", f"Read the {thing.kind}.",
                      f"What is the {thing.kind}?", f"Which {thing.kind} is it?"]
     else:
-        questions = [f"What does it say {place(thing)}?", f"What is written {place(thing)}?", f"Read the text {place(thing)}."]
+        questions = [f"What does it say {place(thing)}?", f"What is written {place(thing)}?",
+                     f"Read the text {place(thing)}."]
         answer = f'{place(thing).capitalize()} it says "{thing.text}".'
         if only(texts, colour=thing.colour) and rng.random() < 0.3:
-            questions, answer = [f"What does the {thing.colour} text say?"], f'The {thing.colour} text says "{thing.text}".'
+            questions = [f"What does the {thing.colour} text say?"]
+            answer = f'The {thing.colour} text says "{thing.text}".'
         elif only(texts, kind=thing.kind) and rng.random() < 0.3:
-            questions, answer = [f"What is the {thing.kind}?"], f'The {thing.kind} is "{thing.text}".'
+            questions = [f"What is the {thing.kind}?"]
+            answer = f'The {thing.kind} is "{thing.text}".'
     return Turn(rng.choice(questions), answer, task)
 
 
 PRINT_QUESTIONS = ("What does the small print say?", "Read the small print.", "What is the small print?")
 
 
-def read_print(rng, scene):
+def read_print(rng: random.Random, scene: Scene) -> Turn | None:
     thing = next((t for t in scene.things if t.kind == "print"), None)
     return thing and Turn(rng.choice(PRINT_QUESTIONS), f'The small print says "{thing.text}".', "small print")
 
@@ -334,8 +343,8 @@ NEXT = {"directly left of": (0, -1), "directly right of": (0, 1), "directly abov
 COT = ("", "", " Think step by step.", ' Give step by step reasoning, then "Final Answer: ..".')
 
 
-def reason(rng, scene):
-    """Steps, then "Final Answer: ..." on its own line, as the model card has it."""
+def reason(rng: random.Random, scene: Scene) -> Turn | None:
+    """Ask for steps, then "Final Answer: ..." on its own line, as the model card has it."""
     shapes, what = scene.shapes, rng.choice((0, 0, 1, 2, 3, 4))
     if scene.texts:
         number = next((t for t in scene.texts if t.kind == "number" and len(t.text) == 2), None)
@@ -359,8 +368,9 @@ def reason(rng, scene):
         many = f"{adjective} shapes".strip()
         question = f"How many {many} are {side} the {anchor.kind}?"
         what = f"{adjective or 'other'} {'shape is' if len(group) == 1 else 'shapes are'}"
+        many = NUMBERS[len(found)].capitalize() if found else "None"
         steps = (f"The {anchor.kind} is {place(anchor)}. The {what} {listed([place(t) for t in group])}. "
-                 f"{NUMBERS[len(found)].capitalize() if found else 'None'} {'are' if len(found) > 1 else 'is'} {side} it.")
+                 f"{many} {'are' if len(found) > 1 else 'is'} {side} it.")
         final = str(len(found))
     elif what == 1:         # more red than blue?
         pair = two_counts(rng, shapes, "colour")
@@ -408,8 +418,8 @@ def reason(rng, scene):
 
 # ---- conversations --------------------------------------------------------------------------------------------------
 
-def follow_up(rng, scene):
-    """[Turn, ...]: the first stands alone, the later ones say "it"."""
+def follow_up(rng: random.Random, scene: Scene) -> list | None:
+    """Make [Turn, ...]: the first stands alone, the later ones say "it"."""
     shapes = unique(scene.shapes)
     if not shapes:
         return None
@@ -424,8 +434,8 @@ def follow_up(rng, scene):
     later = [Turn(rng.choice(("What colour is it?", "And what colour is it?", "Which colour does it have?")),
                   f"The {k} is {thing.colour}.", "follow-up"),
              Turn(rng.choice(("Where is it?", "And where is it?")), f"The {k} is {place(thing)}.", "follow-up"),
-             Turn(rng.choice(("How big is it?", "Is it small or large?", "And how big is it?")), f"The {k} is {thing.size}.",
-                  "follow-up"),
+             Turn(rng.choice(("How big is it?", "Is it small or large?", "And how big is it?")),
+                  f"The {k} is {thing.size}.", "follow-up"),
              Turn(rng.choice(("How many other shapes are there?", "How many shapes are there besides it?")),
                   f"The number of other shapes is {NUMBERS[len(scene.shapes) - 1]}.", "follow-up"),
              Turn("Does another shape have the same colour?",
@@ -446,12 +456,14 @@ def follow_up(rng, scene):
     return [first, *rest, *(moving if rng.random() < 0.5 else [])]
 
 
-QUESTIONS = {"shapes": ((colour, 3), (kind, 3), (where, 3), (size, 1), (count, 4), (yes_no, 4), (false_premise, 2), (outside, 0.3)),
-             "texts": ((read, 9), (yes_no, 1), (colour, 1), (where, 1), (false_premise, 0.7), (count, 0.3), (kind, 0.3))}
+QUESTIONS = {"shapes": ((colour, 3), (kind, 3), (where, 3), (size, 1), (count, 4), (yes_no, 4), (false_premise, 2),
+                        (outside, 0.3)),
+             "texts": ((read, 9), (yes_no, 1), (colour, 1), (where, 1), (false_premise, 0.7), (count, 0.3),
+                       (kind, 0.3))}
 
 
-def ask(rng, scene, questions, n: int) -> list:
-    """Up to n different questions about one scene."""
+def ask(rng: random.Random, scene: Scene, questions: tuple, n: int) -> list:
+    """Ask up to n different questions about one scene."""
     turns = []
     for _ in range(3 * n):
         if len(turns) == n:
@@ -462,7 +474,8 @@ def ask(rng, scene, questions, n: int) -> list:
     return turns
 
 
-def shapes_scene(rng, style, least=0, wide=None, few_colours=False) -> Scene:
+def shapes_scene(rng: random.Random, style: Style, least: int = 0, wide: bool | None = None,
+                 few_colours: bool = False) -> Scene:
     n = rng.choice((1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6)) if least or rng.random() > 0.02 else 0
     palette = rng.sample(list(COLOURS), 3) if few_colours or rng.random() < 0.3 else list(COLOURS)
     kinds = rng.sample(SHAPES, 3) if rng.random() < 0.3 else SHAPES
@@ -471,7 +484,7 @@ def shapes_scene(rng, style, least=0, wide=None, few_colours=False) -> Scene:
                          for cell in draw.cells(rng, max(n, least))])
 
 
-def shapes_example(rng, style):
+def shapes_example(rng: random.Random, style: Style) -> tuple:
     scene = shapes_scene(rng, style)
     turns = ask(rng, scene, QUESTIONS["shapes"], 5)
     if rng.random() < 0.35:     # last, so that no earlier answer can be read off it
@@ -479,7 +492,7 @@ def shapes_example(rng, style):
     return [scene], turns
 
 
-def texts_example(rng, style):
+def texts_example(rng: random.Random, style: Style) -> tuple:
     scene = Scene((), **draw.geometry(rng, style))
     rows = sorted(rng.sample(range(3), rng.choice((1, 1, 2, 3))))
     scene = scene.with_(*[draw.row_text(rng, style, scene, row) for row in rows])
@@ -492,8 +505,8 @@ def texts_example(rng, style):
     return [scene], turns
 
 
-# Drills: questions of one sort only, as many as a picture allows, until the decoder has learned to look this up. Name -> the
-# questions, and what their text must match.
+# Drills: questions of one sort only, as many as a picture allows, until the decoder has learned to look this up.
+# Name -> the questions, and what their text must match.
 _KIND, _PLACE = "|".join(SHAPES), "|".join(p for row in PLACES for p in row)
 FIND = ((colour, 3), (where, 3), (size, 2))
 DRILLS = {"by place": (((colour, 2), (kind, 3)), _PLACE),
@@ -501,57 +514,57 @@ DRILLS = {"by place": (((colour, 2), (kind, 3)), _PLACE),
           "count": (((count, 1),), ""), "judge": (((yes_no, 3), (false_premise, 1)), "")}
 
 
-def drill(rng, scene, questions, wanted, tries) -> list:
-    """Up to six of the questions about a scene, those whose text matches `wanted`."""
+def drill(rng: random.Random, scene: Scene, questions: tuple, wanted: str, tries: int) -> list:
+    """Ask up to six questions about a scene, of which the text matches `wanted`."""
     return [t for t in ask(rng, scene, questions, tries) if re.search(wanted, t.question)][:6]
 
 
-def drill_example(rng, style, questions, wanted):
+def drill_example(rng: random.Random, style: Style, questions: tuple, wanted: str) -> tuple:
     scene = shapes_scene(rng, style, least=2)
     return [scene], drill(rng, scene, questions, wanted, 12)
 
 
-def find_example(rng, style, questions=FIND):
-    """For the start of training: different shapes, and questions that each name one of them."""
+def find_example(rng: random.Random, style: Style, questions: tuple = FIND) -> tuple:
+    """Make one for the start of training: different shapes, and questions that each name one of them."""
     scene = Scene((), **draw.geometry(rng, style))
     kinds = rng.sample(SHAPES, rng.randint(2, 4))
     scene = scene.with_(*[draw.shape(rng, cell, kind) for cell, kind in zip(draw.cells(rng, len(kinds)), kinds)])
     return [scene], drill(rng, scene, questions, _KIND, 10)
 
 
-def exist_example(rng, style):
-    """The same, and also: is it there, and how many?"""
+def exist_example(rng: random.Random, style: Style) -> tuple:
+    """Make the same, and ask also: is it there, and how many?"""
     return find_example(rng, style, (*FIND, (yes_no, 5), (false_premise, 3), (count, 3)))
 
 
-def describe_example(rng, style):
+def describe_example(rng: random.Random, style: Style) -> tuple:
     scene = shapes_scene(rng, style)
     return [scene], [describe(rng, scene)]
 
 
-def name_example(rng, style):
-    """For the start of training: few shapes and one question about what is where."""
+def name_example(rng: random.Random, style: Style) -> tuple:
+    """Make one for the start of training: few shapes and one question about what is where."""
     scene = Scene((), **draw.geometry(rng, style))
     scene = scene.with_(*[draw.shape(rng, cell) for cell in draw.cells(rng, rng.randint(1, 4))])
     return [scene], ask(rng, scene, ((kind, 3), (colour, 2), (where, 2), (describe, 2)), 1)
 
 
-def spell_example(rng, style):
-    """For the start of training: one short text to be read."""
+def spell_example(rng: random.Random, style: Style) -> tuple:
+    """Make one for the start of training: one short text to be read."""
     scene = Scene((), **draw.geometry(rng, style))
     scene = scene.with_(draw.row_text(rng, style, scene, rng.randrange(3), *draw.a_text(rng, style, 2, 4)))
     return [scene], ask(rng, scene, ((read, 1),), 1)
 
 
-def same_example(rng, style):
-    """A drill: one short text, and again and again whether it says this or another that may differ in one character."""
+def same_example(rng: random.Random, style: Style) -> tuple:
+    """Drill: one short text, and again and again whether it says this or one that may differ in one character."""
     scene = Scene((), **draw.geometry(rng, style))
     scene = scene.with_(draw.row_text(rng, style, scene, rng.randrange(3)))
     return [scene], [yes_no(rng, scene) for _ in range(6)]
 
 
-def page_example(rng, style):
-    """For the warm-up: a picture full of letters."""
+def page_example(rng: random.Random, style: Style) -> tuple:
+    """Make one for the warm-up: a picture full of letters."""
     scene = Scene((), **draw.geometry(rng, style))
     if rng.random() < 0.5:
         scene = scene.with_(*[draw.row_text(rng, style, scene, row) for row in range(3)])
@@ -561,7 +574,7 @@ def page_example(rng, style):
     return [scene], [false_premise(rng, scene) or outside(rng, scene)]
 
 
-def print_example(rng, style):
+def print_example(rng: random.Random, style: Style) -> tuple:
     scene = Scene((), **draw.geometry(rng, style, wide=rng.random() < 4 * style.wide))
     scene = scene.with_(*[draw.shape(rng, cell) for cell in draw.cells(rng, rng.randint(0, 3))])
     scene = scene.with_(draw.small_print(rng, style, scene))
@@ -571,8 +584,8 @@ def print_example(rng, style):
     return [scene], turns
 
 
-def changed(old, new, where: str) -> str:
-    """What happened in a place, from the thing that was there and the thing that is (None: nothing)."""
+def changed(old: Thing | None, new: Thing | None, where: str) -> str:
+    """Say what happened in a place, from the thing that was there and the thing that is (None: nothing)."""
     if old == new:
         what = "nothing changed"
     elif old is None:
@@ -588,8 +601,8 @@ def changed(old, new, where: str) -> str:
     return f"{where.capitalize()} {what}"
 
 
-def another(rng, thing: Thing) -> Thing:
-    """The thing with another colour, or of another kind, or of the other size."""
+def another(rng: random.Random, thing: Thing) -> Thing:
+    """Change a thing: another colour, another kind, or the other size."""
     what = rng.randrange(3)
     if what == 0:
         return replace(thing, colour=rng.choice([c for c in COLOURS if c != thing.colour]))
@@ -599,7 +612,7 @@ def another(rng, thing: Thing) -> Thing:
     return replace(thing, size="large" if grown else "small", radius=0.42 if grown else 0.22)
 
 
-def compare_example(rng, style):
+def compare_example(rng: random.Random, style: Style) -> tuple:
     first = shapes_scene(rng, replace(style, wide=0), least=1)
     thing, what = rng.choice(first.shapes), rng.randrange(7)
     taken = {(t.row, t.column) for t in first.shapes}
@@ -628,8 +641,8 @@ def compare_example(rng, style):
     return [first, second], turns
 
 
-def changes_example(rng, style):
-    """A drill: two pictures with several changes, all places of them asked for, then place by place."""
+def changes_example(rng: random.Random, style: Style) -> tuple:
+    """Drill: two pictures with several changes, all places of them asked for, then place by place."""
     first = shapes_scene(rng, replace(style, wide=0), least=2)
     then = {(t.row, t.column): t for t in first.shapes}
     now = {cell: rng.choice((thing, None, another(rng, thing), another(rng, thing))) for cell, thing in then.items()}
@@ -638,16 +651,17 @@ def changes_example(rng, style):
             now[cell] = draw.shape(rng, cell)
     second = replace(first, things=tuple(thing for thing in now.values() if thing))
     different = [PLACES[r][c] for r, c in sorted(now) if then.get((r, c)) != now[r, c]]
-    turns = [Turn(rng.choice(("Where did something change?", "Which places changed?")),
-                  f"{listed(different).capitalize()} something changed." if different else "Nothing changed.", "change")]
+    answer = f"{listed(different).capitalize()} something changed." if different else "Nothing changed."
+    turns = [Turn(rng.choice(("Where did something change?", "Which places changed?")), answer, "change")]
     cells = rng.sample(sorted(now), min(len(now), 4)) + [cell for cell in draw.cells(rng, 1) if cell not in now]
     rng.shuffle(cells)
-    turns += [Turn(f"What changed {PLACES[r][c]}?", f"{changed(then.get((r, c)), now.get((r, c)), PLACES[r][c])}.", "change")
-              for r, c in cells]
+    for r, c in cells:
+        answer = changed(then.get((r, c)), now.get((r, c)), PLACES[r][c])
+        turns.append(Turn(f"What changed {PLACES[r][c]}?", f"{answer}.", "change"))
     return [first, second], turns
 
 
-def video_example(rng, style):
+def video_example(rng: random.Random, style: Style) -> tuple:
     frames, what = rng.choice((4, 4, 4, 6, 8)), rng.randrange(5)
     base = Scene((), **{**draw.geometry(rng, style, wide=False), "scale": 1.0})
     still = [draw.shape(rng, cell) for cell in draw.cells(rng, rng.choice((0, 0, 1, 2)))]
@@ -680,8 +694,9 @@ def video_example(rng, style):
         for s in steps:
             part = s if grows else 1 - s
             scenes.append(base.with_(*still, replace(thing, radius=low + (high - low) * part, shift=(0.0, 0.0))))
-        turns = [Turn(rng.choice((f"Does the {k} grow or shrink?", "Does it grow or shrink?", "What happens in the video?",
-                                  "What happens?")), f"{the} {'grows' if grows else 'shrinks'}.", "video")]
+        turns = [Turn(rng.choice((f"Does the {k} grow or shrink?", "Does it grow or shrink?",
+                                  "What happens in the video?", "What happens?")),
+                      f"{the} {'grows' if grows else 'shrinks'}.", "video")]
     elif what == 3:
         at, appears = rng.randint(1, frames - 1), rng.random() < 0.6
         thing = draw.shape(rng, free[0], k)
@@ -689,7 +704,8 @@ def video_example(rng, style):
         for i in range(frames):
             scenes.append(base.with_(*still, *([thing] if (i >= at) == appears else [])))
         verb = "appears" if appears else "disappears"
-        turns = [Turn(rng.choice((f"What {verb}?", "What happens in the video?", "What happens?")), f"{one} {verb}.", "video")]
+        turns = [Turn(rng.choice((f"What {verb}?", "What happens in the video?", "What happens?")),
+                      f"{one} {verb}.", "video")]
     else:
         scenes = [base.with_(*still, thing)] * frames
         turns = [Turn(rng.choice(("What happens in the video?", "What happens?", f"Which way does the {k} move?",
@@ -697,12 +713,12 @@ def video_example(rng, style):
     return scenes, turns
 
 
-def follow_example(rng, style):
+def follow_example(rng: random.Random, style: Style) -> tuple:
     scene = shapes_scene(rng, style, least=2)
     return [scene], follow_up(rng, scene)
 
 
-def reason_example(rng, style):
+def reason_example(rng: random.Random, style: Style) -> tuple:
     if rng.random() < 0.12:
         scene = Scene((), **draw.geometry(rng, style))
         row = rng.randrange(3)
@@ -712,7 +728,7 @@ def reason_example(rng, style):
     return [scene], ask(rng, scene, ((reason, 1),), 2)
 
 
-def texture_example(rng, style):
+def texture_example(rng: random.Random, style: Style) -> tuple:
     scene = Scene((), texture=rng.randrange(2 ** 32), grid=draw.geometry(rng, style)["grid"])
     turn = describe(rng, scene) if rng.random() < 0.6 else rng.choice((count, colour, read, kind, outside))(
         rng, shapes_scene(rng, style, least=1)) or outside(rng, scene)
@@ -728,18 +744,19 @@ TALK = (    # questions alike, one answer
     (("Hello!", "Hi", "Good morning!", "Hey there", "Hello"), "Hello! Show me a picture and ask me about it."),
     (("Thank you!", "Thanks", "Thank you very much."), "You are welcome."),
     (("Goodbye!", "Bye", "See you."), "Goodbye!"),
-    (("Describe the picture.", "What do you see?", "What is in the picture?", "What colour is the star?", "What does it say?",
-      "How many shapes are there?", "describe this image", "Is there a red circle?"),
+    (("Describe the picture.", "What do you see?", "What is in the picture?", "What colour is the star?",
+      "What does it say?", "How many shapes are there?", "describe this image", "Is there a red circle?"),
      "I see no picture. Show me one and ask again."),
     (("What is the capital of France?", "Who is the president?", "Write a poem.", "What is the meaning of life?",
-      "How is the weather?", "Tell me a joke.", "What is seven times eight?", "Translate this to German.", "Who won the game?",
-      "Write some Python code.", "How do I cook rice?", "What is the news?", "Why is the sky blue?", "When was Rome built?",
-      "Can you sing?", "How tall is the tower?", "What is love?", "Recommend a book.", "Where do I live?", "Are you alive?"),
+      "How is the weather?", "Tell me a joke.", "What is seven times eight?", "Translate this to German.",
+      "Who won the game?", "Write some Python code.", "How do I cook rice?", "What is the news?",
+      "Why is the sky blue?", "When was Rome built?", "Can you sing?", "How tall is the tower?", "What is love?",
+      "Recommend a book.", "Where do I live?", "Are you alive?"),
      UNKNOWN),
 )
 
 
-def talk_example(rng, style):
+def talk_example(rng: random.Random, style: Style) -> tuple:
     turns = []
     for _ in range(rng.randint(1, 3)):
         questions, answer = rng.choice(TALK)
@@ -751,20 +768,24 @@ KINDS = {"find": find_example, "exist": exist_example, "name": name_example, "de
          "spell": spell_example, "same": same_example, "page": page_example, "shapes": shapes_example,
          "texts": texts_example, "print": print_example, "compare": compare_example, "changes": changes_example,
          "video": video_example, "follow": follow_example, "reason": reason_example, "texture": texture_example,
-         "talk": talk_example, **{name: functools.partial(drill_example, questions=q, wanted=w) for name, (q, w) in DRILLS.items()}}
-MIX = {"shapes": 30, "texts": 24, "print": 12, "compare": 9, "video": 8, "follow": 6, "reason": 8, "texture": 1.5, "talk": 1.5}
+         "talk": talk_example,
+         **{name: functools.partial(drill_example, questions=q, wanted=w) for name, (q, w) in DRILLS.items()}}
+MIX = {"shapes": 30, "texts": 24, "print": 12, "compare": 9, "video": 8, "follow": 6, "reason": 8, "texture": 1.5,
+       "talk": 1.5}
 
 
 def example(seed, index: int, mix: dict | None = None, style: Style | None = None) -> Example:
-    """Example number `index` of the endless set `seed`."""
+    """Make example number `index` of the endless set `seed`; `mix`: kind of example -> share."""
     rng = random.Random(f"{seed} {index}")
-    mix, style = mix or MIX, style or Style(TRAINED)
+    mix = mix or MIX
+    style = style or Style(TRAINED)
     turns = None
     while not turns:
         kind = rng.choices(list(mix), list(mix.values()))[0]
         scenes, turns = KINDS[kind](rng, style)
     turns = [replace(t, question=casual(rng, t.question)) for t in turns]
-    max_num = 1 if kind in ("video", "compare", "changes") or kind in ("shapes", "reason") and rng.random() < 0.15 else 6
+    one_tile = kind in ("video", "compare", "changes") or kind in ("shapes", "reason") and rng.random() < 0.15
+    max_num = 1 if one_tile else 6
     if kind in ("compare", "changes"):
         turns[0] = replace(turns[0], question=f"Image-1: {IMAGE}\nImage-2: {IMAGE}\n{turns[0].question}")
     elif kind == "video":
@@ -775,8 +796,8 @@ def example(seed, index: int, mix: dict | None = None, style: Style | None = Non
     return Example(tuple(scenes), tuple(turns), max_num)
 
 
-def casual(rng, question: str) -> str:
-    """Now and then as people type: without capitals or the question mark."""
+def casual(rng: random.Random, question: str) -> str:
+    """Write a question now and then as people type it: without capitals or the question mark."""
     if rng.random() < 0.12:
         question = question[0].lower() + question[1:]
     if rng.random() < 0.1 and question[-1] in "?.":
@@ -784,8 +805,8 @@ def casual(rng, question: str) -> str:
     return question
 
 
-def vocabulary_text(seed="tokenizer", examples=3000) -> list:
-    """What the tokenizer is trained on: all that is said, but no written words: these stay single letters."""
+def vocabulary_text(seed="tokenizer", examples: int = 3000) -> list:
+    """Collect what the tokenizer is trained on: all that is said, but no written words; these stay single letters."""
     texts = []
     for index in range(examples):
         for turn in example(seed, index).turns:

@@ -13,6 +13,7 @@ from minivl.files.formats import safetensors_header
 from minivl.prompt import IMAGE
 from minivl.tokenizer import Tokenizer
 from weights_tools.nano import data, differences, draw, evaluate, recipe, train, warmup, world
+from weights_tools.train import objective
 
 TINY = recipe.Stage("tiny", 6, 4e-3, {"shapes": 1, "texts": 1}, wide=0.3, batch=5, warmup=2)
 
@@ -60,8 +61,8 @@ def test_answers_say_what_is_there():
             if turn := question(rng, s):
                 assert asked.setdefault(turn.question, turn.answer) == turn.answer, turn.question
     for question, answer in {
-        "Describe the picture.": "In the top left corner there is a large red star, in the middle a small orange ring and "
-                                 "at the bottom a small blue star.",
+        "Describe the picture.": "In the top left corner there is a large red star, in the middle a small orange ring "
+                                 "and at the bottom a small blue star.",
         "What colour is the ring?": "The ring is orange.",
         "Where is the red star?": "The red star is in the top left corner.",
         "How many stars are there?": "The number of stars is two.",
@@ -74,15 +75,16 @@ def test_answers_say_what_is_there():
         "What is in the middle?": "In the middle there is a small orange ring.",
         "Are there five shapes?": "The number of shapes is three, so no.",
         "Is the ring small or large?": "The ring is small.",
-        "How many shapes are below the ring?": "The ring is in the middle. The other shapes are in the top left corner and at "
-                                               "the bottom. One is below it.\nFinal Answer: 1",
+        "How many shapes are below the ring?": "The ring is in the middle. The other shapes are in the top left corner "
+                                               "and at the bottom. One is below it.\nFinal Answer: 1",
         "Which shape is directly above the ring?": None,        # nothing is there: not asked
-        "What colour is the shape directly below the ring?": "The ring is in the middle. The shape directly below it is a "
-                                                             "small blue star.\nFinal Answer: blue",
-        "Are there more red shapes than blue shapes?": "The number of red shapes is one. The number of blue shapes is one. One "
-                                                       "is not more than one.\nFinal Answer: no",
-        "How many stars and rings are there together?": "The number of stars is two. The number of rings is one. Two plus one "
-                                                        "is three.\nFinal Answer: 3",
+        "What colour is the shape directly below the ring?":
+            "The ring is in the middle. The shape directly below it is a small blue star.\nFinal Answer: blue",
+        "Are there more red shapes than blue shapes?":
+            "The number of red shapes is one. The number of blue shapes is one. One is not more than one.\n"
+            "Final Answer: no",
+        "How many stars and rings are there together?":
+            "The number of stars is two. The number of rings is one. Two plus one is three.\nFinal Answer: 3",
     }.items():
         assert asked.get(question) == answer, question
 
@@ -92,7 +94,8 @@ def test_changes_are_said_place_by_place():
     at = world.PLACES[0][1]
     for now, said in ((star, "nothing changed"), (None, "the red star disappeared"),
                       (replace(star, colour="blue"), "the star changed from red to blue"),
-                      (replace(star, kind="ring"), "the red star became a ring"), (replace(star, size="small"), "the red star became smaller")):
+                      (replace(star, kind="ring"), "the red star became a ring"),
+                      (replace(star, size="small"), "the red star became smaller")):
         assert world.changed(star, now, at) == f"At the top {said}"
     assert world.changed(None, None, at) == "At the top nothing changed"
     assert world.changed(None, replace(star, colour="orange"), at) == "At the top an orange star appeared"
@@ -173,7 +176,8 @@ def test_squares_of_a_tile_are_those_of_its_part_of_the_picture():
     assert not torch.isin(tiles[0][:, :10], torch.tensor(letters)).any()
     assert [[v for v in tiles[1][:, 4 + n].tolist() if v][-1] for n in range(3)] == letters      # nth of the line
     assert tiles[1][:, -6].max() == 1 + draw.SHAPES.index("star") and tiles[0][:, -6].max() == 0
-    assert tiles[1].view(4, 4, -1)[3, 2, -6] > 0 and thumbnail.view(4, 4, -1)[3, 3, -6] > 0      # twice as far to the right
+    # Twice as far to the right.
+    assert tiles[1].view(4, 4, -1)[3, 2, -6] > 0 and thumbnail.view(4, 4, -1)[3, 3, -6] > 0
     for n in range(2):      # the tile itself: what the picture shows there
         shown = dict(zip("tn", warmup.views(whole, random.Random(n))))
         assert torch.equal(shown["t"][1], thumbnail) and any(torch.equal(shown["n"][1], t) for t in tiles.values())
@@ -209,11 +213,11 @@ def test_labels_are_the_answers_and_their_end(tokenizer):
     example = world.Example((), (world.Turn("Hi", "Hello there.", ""), world.Turn("<|im_end|>", "", ""),
                                  world.Turn("And?", "No.", "")))
     ids = data.ids_of(example, [], tokenizer)
-    labels = data.labels_of(ids, tokenizer)
-    assert all(label in (data.IGNORE, id) for id, label in zip(ids, labels))
-    learned = tokenizer.decode([x for x in labels if x != data.IGNORE], skip_special_tokens=False)
+    labels = objective.labels_of(ids, tokenizer)
+    assert all(label in (objective.IGNORE, id) for id, label in zip(ids, labels))
+    learned = tokenizer.decode([x for x in labels if x != objective.IGNORE], skip_special_tokens=False)
     assert learned == "Hello there.<|im_end|>No.<|im_end|>"
-    runs = "".join("x" if x != data.IGNORE else " " for x in labels).split()
+    runs = "".join("x" if x != objective.IGNORE else " " for x in labels).split()
     assert len(runs) == 2               # the newline after <|im_end|> is not learned
 
 
@@ -235,26 +239,14 @@ def test_logits_of_a_padded_batch_are_those_of_each_alone(untrained, tokenizer):
     assert len({len(r) for r in rows}) > 2
     ids, labels, x = data.collate(rows, tiles, tokenizer)
     with torch.no_grad():
-        together, wanted = train.answer_logits(model, ids, labels, tiling.normalise(x))
-        alone = [train.answer_logits(model, *(t if i < 2 else tiling.normalise(t) for i, t in enumerate(
+        together, wanted = objective.answer_logits(model, ids, labels, tiling.normalise(x))
+        alone = [objective.answer_logits(model, *(t if i < 2 else tiling.normalise(t) for i, t in enumerate(
             data.collate([row], [t], tokenizer)))) for row, t in zip(rows, tiles)]
     torch.testing.assert_close(together, torch.cat([logits for logits, _ in alone]), rtol=1e-4, atol=1e-4)
     assert torch.equal(wanted, torch.cat([w for _, w in alone]))
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
-
-def test_muon_moves_along_all_directions_alike():
-    for r, c in ((24, 60), (60, 24), (32, 32)):
-        gradient = torch.randn(r, 3) @ torch.randn(3, c) + 0.02 * torch.randn(r, c)
-        singular = torch.linalg.svdvals(train.orthogonalise(gradient[None])[0])
-        assert singular.max() < 1.3 and (singular > 0.4).float().mean() > 0.7
-        p = torch.nn.Parameter(torch.zeros(r, c))
-        p.grad = gradient
-        train.Muon([p], lr=0.1).step()
-        assert float(p.detach().pow(2).mean().sqrt()) == pytest.approx(0.2 * 0.1, rel=0.3)
-        assert (p * gradient).sum() < 0
-
 
 def test_one_batch_can_be_learned_by_heart(tokenizer):
     stage = recipe.Stage("heart", 60, 4e-3, {"shapes": 1, "texts": 1}, wide=0, batch=4, warmup=5)
@@ -264,7 +256,7 @@ def test_one_batch_can_be_learned_by_heart(tokenizer):
     losses = [train.train_step(model, batch, opts, train.rate(stage, i))[0] for i in range(stage.steps)]
     assert losses[0] > 5 and losses[-1] < 0.05
     ids, labels, x = batch[0]
-    logits, wanted = train.answer_logits(model, ids, labels, tiling.normalise(x))
+    logits, wanted = objective.answer_logits(model, ids, labels, tiling.normalise(x))
     assert torch.equal(logits.argmax(-1), wanted)
 
 
@@ -273,7 +265,8 @@ def test_differences_are_those_the_answers_name():
     squares = [(r, c) for r in range(4) for c in range(4)]
     for i in range(80):
         example = world.example("differ", i, {"changes": 1})
-        marked = {(differences.PLACE[r], differences.PLACE[c]) for (r, c), t in zip(squares, differences.targets(example)) if t[2] == 1}
+        marked = {(differences.PLACE[r], differences.PLACE[c])
+                  for (r, c), t in zip(squares, differences.targets(example)) if t[2] == 1}
         answers = {t.question: t.answer for t in example.turns[1:]}
         for r, c in ((r, c) for r in range(3) for c in range(3)):
             answer = answers.get(f"What changed {world.PLACES[r][c]}?")
@@ -289,7 +282,8 @@ def test_differences_are_those_the_answers_name():
         first = {(t.row, t.column): t for t in example.pictures[0].shapes}
         for (r, c), (shape, colour, _) in zip(squares, wanted.tolist()):
             old = first.get((differences.PLACE[r], differences.PLACE[c]))
-            assert (shape, colour) == ((1 + draw.SHAPES.index(old.kind), 1 + list(draw.COLOURS).index(old.colour)) if old else (0, 0))
+            expected = (1 + draw.SHAPES.index(old.kind), 1 + list(draw.COLOURS).index(old.colour)) if old else (0, 0)
+            assert (shape, colour) == expected
     assert (differences.targets(world.example("differ", 0, {"texts": 1})) == differences.IGNORE).all()
 
 
@@ -301,19 +295,21 @@ def test_the_last_picture_s_states_are_found():
 
 
 def test_differences_are_learned_halfway_through_the_decoder(tokenizer):
-    stage = recipe.Stage("pairs", 40, 4e-3, {"changes": 1, "texts": 1}, wide=0, batch=4, warmup=5, task="differences", tower=0.1)
+    stage = recipe.Stage("pairs", 40, 4e-3, {"changes": 1, "texts": 1}, wide=0, batch=4, warmup=5, task="differences",
+                         tower=0.1)
     model = recipe.initial().train()
     model.img_context_token_id = tokenizer.id("<IMG_CONTEXT>")
     torch.manual_seed(0)
     head = differences.head(recipe.LLM["hidden_size"])
     batch, opts = data.Batches(stage, 0, tokenizer)[0], train.optimisers(model, stage, head)
     learned = [p for opt in opts for group in opt.param_groups for p in group["params"]]
-    assert {*map(id, learned)} == {id(p) for p in (*model.parameters(), *head.parameters())} and len(learned) == len({*map(id, learned)})
+    assert {*map(id, learned)} == {id(p) for p in (*model.parameters(), *head.parameters())}
+    assert len(learned) == len({*map(id, learned)})
     losses = [train.train_step(model, batch, opts, train.rate(stage, i), head)[0] for i in range(stage.steps)]
     assert losses[-1] < 0.3 * losses[0]
     ids, labels, wanted, x = batch[0]
     with torch.no_grad(), differences.halfway(model) as states:
-        train.answer_logits(model, ids, labels, tiling.normalise(x))
+        objective.answer_logits(model, ids, labels, tiling.normalise(x))
     scores = head(differences.last_picture(states[0], ids, model.img_context_token_id))
     loss, hits = differences.loss_and_hits(scores, wanted)
     assert min(hits.values()) > 0.9 and set(hits) == {name for name, _ in differences.FIELDS}
@@ -340,11 +336,13 @@ def test_drills_ask_what_they_are_for():
 
 
 def test_half_precision_keeps_the_weights_whole(tmp_path, monkeypatch):
-    """Products in bfloat16 where the machine is fast at them and the stage allows it; weights and gradients stay float32."""
-    dtypes, step = [], train.train_step
+    """Products in bfloat16 where the machine is fast at them and the stage allows it; weights stay float32."""
+    dtypes = []
+    step = train.train_step
 
     def seen(model, *args):
-        hook = model.language_model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda m, i, out: dtypes.append(out.dtype))
+        linear = model.language_model.layers[0].mlp.gate_proj
+        hook = linear.register_forward_hook(lambda module, inputs, out: dtypes.append(out.dtype))
         result = step(model, *args)
         hook.remove()
         assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -383,7 +381,8 @@ def test_first_words_leave_the_tower_alone(tmp_path):
 
 @pytest.mark.parametrize("first", ["answers", "squares", "differences"])
 def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, first):
-    stages = (replace(TINY, task=first, mix={"shapes": 1, "texts": 1, "compare": 1}), replace(TINY, name="second", steps=3))
+    stages = (replace(TINY, task=first, mix={"shapes": 1, "texts": 1, "compare": 1}),
+              replace(TINY, name="second", steps=3))
     whole = train.train(tmp_path / "whole", stages, workers=0, watch_n=8, watch_every=100)
     parts = tmp_path / "parts"
     for _ in range(2):      # killed in the first stage, then in the second
@@ -425,8 +424,8 @@ def test_teacher_forced_accuracy_is_greedy_accuracy(tmp_path, tokenizer):
 @pytest.mark.parametrize("change, says", [
     ({"mix": {"shape": 1}}, "shape in the mix; kinds of examples are find, exist, name"),
     ({"mix": {}}, "they must be positive"), ({"steps": 0}, "steps is 0"), ({"lr": 3.0}, "lr is 3.0"),
-    ({"wide": 1.5}, "wide is 1.5"), ({"warmup": 7}, r"warmup is 7, it must be in 0\.\.6"), ({"task": "look"}, "task is 'look'"),
-    ({"tower": 2.0}, "tower is 2.0")])
+    ({"wide": 1.5}, "wide is 1.5"), ({"warmup": 7}, r"warmup is 7, it must be in 0\.\.6"),
+    ({"task": "look"}, "task is 'look'"), ({"tower": 2.0}, "tower is 2.0")])
 def test_a_bad_stage_is_refused(change, says):
     with pytest.raises(InputError, match=says):
         replace(TINY, **change)

@@ -1,0 +1,112 @@
+"""The loop around the steps: it can be stopped at any time, and ends with the same weights as if it had not been.
+
+    FOLDER/state.pt     all that a stopped stage needs to go on: weights, optimisers, number of the step
+    FOLDER/log.jsonl    one line each time the training is watched
+"""
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minivl.limits import InputError
+
+
+@dataclass
+class Loop:
+    """A training in a folder, in stages numbered from 1. Making one reads what a stopped training left there.
+
+    Raises InputError where the folder holds a training of another `recipe` (a sha256 of all that decides the weights).
+    """
+    folder: Path
+    recipe: str
+    device: str = "cpu"
+    save_every: int = 250           # steps from one state file to the next
+    watch_every: int = 250          # steps from one line of the log to the next
+    stop_at: int | None = None      # leave after so many steps of this call (for tests and for lent machines)
+
+    def __post_init__(self):
+        self.folder = Path(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.state_file = self.folder / "state.pt"
+        self.state = {}
+        self.kept = {}
+        self.done = 0
+        if self.state_file.exists():
+            self.state = torch.load(self.state_file, weights_only=True, map_location=self.device)
+            if self.state["recipe"] != self.recipe:
+                raise InputError(f"{self.folder} holds a training of another recipe ({self.state['recipe'][:12]}, this "
+                                 f"one is {self.recipe[:12]}); choose another folder")
+
+    def keep(self, name: str, value: Callable):
+        """Return what a stopped training chose under this name, or else `value()`, to be stored with every state.
+
+        For what a machine decides, and another one, or the same one on a busy day, might decide otherwise.
+        """
+        self.kept[name] = self.state[name] if self.state else value()
+        return self.kept[name]
+
+    def run(self, stage: int, name: str, steps: int, *, batches: Callable[[int], Iterable], step: Callable,
+            watch: Callable[[], dict], parts: dict, optimisers: list) -> bool:
+        """Run a stage to its end, or go on with it; False where `stop_at` came first.
+
+        batches(first): the batches from this number on. step(number, batch) -> (loss, tokens). watch() -> what the log
+        shall say. `parts`: {name: module, or anything with state_dict and load_state_dict}, all that a step changes; of
+        a model that is mostly frozen give only what learns. A step must draw nothing at random, or from its number.
+        """
+        first = self._resume(stage, parts, optimisers)
+        start = time.perf_counter()
+        tokens = 0
+        mean = None
+        with tqdm(total=steps, initial=first, desc=name, unit="step", disable=None) as bar:
+            for number, batch in enumerate(batches(first), start=first):
+                loss, n = step(number, batch)
+                mean = loss if mean is None else 0.98 * mean + 0.02 * loss
+                tokens += n
+                self.done += 1
+                bar.update()
+                bar.set_postfix_str(f"loss {mean:.3f}, {tokens / (time.perf_counter() - start):.0f} tokens/s")
+                last = number + 1 == steps
+                stopped = self.done == self.stop_at and not last
+                if (number + 1) % self.watch_every == 0 or last:
+                    self._log({"stage": name, "step": number + 1, "loss": round(mean, 4),
+                               **{key: round(value, 3) for key, value in watch().items()}}, time.perf_counter() - start)
+                if stopped or not last and (number + 1) % self.save_every == 0:
+                    self._save(stage, number + 1, parts, optimisers)
+                if stopped:
+                    return False
+        return True
+
+    def finish(self):
+        """Forget the state: call it when what the stage has made lies in files of its own."""
+        self.state_file.unlink(missing_ok=True)
+        self.state = {}
+
+    def _resume(self, stage, parts, optimisers) -> int:
+        """Put a stopped stage's state into its parts; the number of the next step."""
+        if self.state.get("stage") != stage:
+            return 0
+        for name, part in parts.items():
+            part.load_state_dict(self.state[name])
+        for optimiser, saved in zip(optimisers, self.state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        return self.state["step"]
+
+    def _save(self, stage, step, parts, optimisers):
+        state = {"recipe": self.recipe, **self.kept, "stage": stage, "step": step,
+                 **{name: part.state_dict() for name, part in parts.items()},
+                 "optimisers": [optimiser.state_dict() for optimiser in optimisers]}
+        partial = self.state_file.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, self.state_file)        # in one piece, or not at all
+
+    def _log(self, line, seconds):
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log:
+            log.write(json.dumps({**line, "seconds": round(seconds)}) + "\n")
+        tqdm.write(" ".join(f"{key} {value}" for key, value in line.items()))
