@@ -11,7 +11,7 @@ One letter per dimension, everywhere:
     V  vocabulary (151674)                          I, O, g  AWQ in features, out features, group size (128)
 
 (numbers: InternVL2_5-4B). README.md gives the reading order of the source. The functions and classes below that share
-their module's name (generate, pipeline, trace) hide it: for the rest of such a module write `from minivl.trace import ...`.
+their module's name (generate, pipeline) hide it: for the rest of such a module write `from minivl.generate import ...`.
 """
 import warnings
 
@@ -29,4 +29,4 @@ from minivl.model import MiniVL  # noqa: E402
 from minivl.pipeline import (IMAGE_TOKEN, EngineConfig, Picture, Pipeline, Response, Session, pipeline,  # noqa: E402
                              video_prompt)
 from minivl.tokenizer import Tokenizer  # noqa: E402
-from minivl.trace import first_mismatch, relative_error, trace  # noqa: E402
+from minivl.tracing import first_mismatch, relative_error, trace  # noqa: E402

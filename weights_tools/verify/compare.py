@@ -23,7 +23,7 @@ from minivl.limits import InputError
 from minivl.prompt import encode, render
 from minivl.cache import KVCache
 from minivl.qwen2 import rope_tables
-from minivl.trace import relative_error
+from minivl.tracing import relative_error
 from weights_tools.files import raw_bytes, save_safetensors
 from weights_tools.verify import inputs
 
@@ -66,7 +66,7 @@ class Trace:
         trace = cls(path, facts, names)
         if "input_ids" not in names or not trace.stages:
             raise InputError(f"{path} holds {', '.join(names[:5]) or 'nothing'}; a trace has input_ids and stages such as "
-                             "llm.norm, see the names in minivl/trace.py")
+                             "llm.norm, see the names in minivl/tracing.py")
         return trace
 
     def __getitem__(self, name) -> torch.Tensor:

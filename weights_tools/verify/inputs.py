@@ -20,7 +20,7 @@ import minivl
 from minivl.limits import InputError
 from minivl.prompt import SYSTEM
 from minivl.tiling import choose_grid, tile, to_pixel_values
-from minivl.trace import relative_error
+from minivl.tracing import relative_error
 
 
 @dataclass

@@ -21,7 +21,7 @@ from weights_tools.files import save_checkpoint, save_safetensors
 from weights_tools.verify import __main__ as cli
 from weights_tools.verify import compare, inputs, mistakes, reference, report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TIGER = GOLDEN / "tiger.jpeg"
 
 

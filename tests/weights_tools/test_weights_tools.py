@@ -27,8 +27,8 @@ from minivl.prompt import SYSTEM, encode
 from weights_tools import download, files, inspect, synthesize
 from weights_tools.synthesize import SIZES, config_json, meta_tensors, random_tensor
 
-ROOT = Path(__file__).parents[1]
-SHARED = Path(__file__).parents[2] / "shared"
+ROOT = Path(__file__).parents[2]
+SHARED = Path(__file__).parents[3] / "shared"
 SMALL = {"config.json", "generation_config.json", "preprocessor_config.json", "vocab.json", "merges.txt",
          "added_tokens.json"}
 
