@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")    # no test may reach the hub
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 # More of it, the real vocabulary and the model card's pictures lie in a folder beside some checkouts.
@@ -17,6 +18,12 @@ def shared(path: str) -> Path:
     if not (SHARED / path).exists():
         pytest.skip(f"{path} of the full golden data is not here; MINIVL_GOLDEN names its folder")
     return SHARED / path
+
+
+def tensors_of(path) -> dict[str, torch.Tensor]:
+    """name -> tensor of one safetensors file."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 @pytest.fixture(autouse=True)
