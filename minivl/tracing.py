@@ -1,4 +1,4 @@
-"""Every intermediate tensor by name, through forward hooks: the model's own code stays clean.
+"""Record every intermediate tensor by name, through forward hooks: the model's own code stays clean.
 
     with trace(model) as t:
         model(input_ids, pixel_values)
@@ -14,6 +14,64 @@ import torch
 
 from minivl.limits import InputError
 
+# The kinds of stages in the order of the computation. A layer's name ends in its number.
+KINDS = ("vit.embeddings", "vit.layers", "pixel_unshuffle", "projector", "inputs_embeds", "llm.layers", "llm.norm",
+         "logits")
+
+
+def kind(name: str) -> tuple:
+    """Split the name of a stage: "llm.layers.3" -> ("llm.layers", 3), "llm.norm" -> ("llm.norm", None)."""
+    stem, _, last = name.rpartition(".")
+    return (stem, int(last)) if last.isdigit() else (name, None)
+
+
+def place(name: str) -> tuple | None:
+    """Find the place of a stage in the computation, a key to sort by; None for a name that is no stage.
+
+    For names without a model, such as those in a file. q, k and v have no place of their own.
+    """
+    stem, number = kind(name)
+    if stem not in KINDS or stem.endswith(".layers") != (number is not None):
+        return None
+    return KINDS.index(stem), number or 0
+
+
+def stages(model) -> list:
+    """List the stages of a model in the order of the computation: [(name, module, which), ...].
+
+    `which` of the module's tensors a stage is: "out", its result; "in", its first argument; or "q", "k", "v", the
+    arguments of an `attend`. Whoever hooks a stage, names one or compares one asks here.
+    """
+    vision, language = model.vision_model, model.language_model
+    found = [("vit.embeddings", vision.embeddings, "out")]
+    for i, layer in enumerate(vision.encoder.layers):
+        found += [(f"vit.layers.{i}.{which}", layer.attn.attend, which) for which in "qkv"]
+        found.append((f"vit.layers.{i}", layer, "out"))
+    found.append(("pixel_unshuffle", model.pixel_unshuffle, "out"))
+    found.append(("projector", model.mlp1, "out"))
+    found.append(("inputs_embeds", language.body, "in"))
+    for i, layer in enumerate(language.layers):
+        found += [(f"llm.layers.{i}.{which}", layer.attend, which) for which in "qkv"]
+        found.append((f"llm.layers.{i}", layer, "out"))
+    found.append(("llm.norm", language.norm, "out"))
+    found.append(("logits", language.head, "out"))
+    return found
+
+
+def hook(module, which: str, use):
+    """Call `use(tensor)` whenever the module computes: a handle to remove the hook with.
+
+    `which` as in `stages`. What `use` returns, unless it is None, takes the tensor's place.
+    """
+    if which == "out":
+        return module.register_forward_hook(lambda _, args, out: use(out))
+    at = {"in": 0, "q": 0, "k": 1, "v": 2}[which]
+
+    def before(_, args):
+        new = use(args[at])
+        return None if new is None else (*args[:at], new, *args[at + 1:])
+    return module.register_forward_pre_hook(before)
+
 
 class Trace(dict):
     """name -> the tensor of the latest call; `history[name]` -> those of all calls (each decode step is one)."""
@@ -22,8 +80,8 @@ class Trace(dict):
         super().__init__()
         self.history = {}
 
-    def record(self, name, tensor):
-        """Called by the hooks."""
+    def record(self, name: str, tensor):
+        """Keep the tensor of one call; the hooks call this."""
         self[name] = tensor
         self.history.setdefault(name, []).append(tensor)
 
@@ -33,70 +91,55 @@ class Trace(dict):
 
 
 class trace:
-    """Context manager. `patterns` choose stages (`*` allowed), default all but q, k, v. Kept as computed, detached,
-    on `device` if given. All stages of the 4B on 13 tiles are about 4.5 GB in float32, so choose. A pipeline runs each
-    prompt's tiles 13 at a time: with more, the stages of the tower come in several calls.
+    """Record the stages that `patterns` choose (`*` allowed; default: all but q, k, v) for the length of a `with`.
+
+    Tensors are kept as computed, detached, on `device` if given. All stages of the 4B on 13 tiles are about 4.5 GB in
+    float32, so choose. A pipeline runs each prompt's tiles 13 at a time: with more, the stages of the tower come in
+    several calls.
     """
 
-    def __init__(self, model, *patterns, device=None):
-        self.model, self.patterns, self.device = model, patterns, device
+    def __init__(self, model, *patterns: str, device=None):
+        self.model = model
+        self.patterns = patterns
+        self.device = device
 
     def __enter__(self) -> Trace:
-        result, self.handles, known = Trace(), [], []
+        known = stages(self.model)
+        unmatched = [p for p in self.patterns if not any(fnmatchcase(name, p) for name, *_ in known)]
+        if unmatched:
+            raise InputError(f"no stage matches {unmatched}; stages are {', '.join(name for name, *_ in known)}")
+        result = Trace()
 
-        def keep(name):
-            known.append(name)
-            if self.patterns:
-                return any(fnmatchcase(name, pattern) for pattern in self.patterns)
-            return not name.endswith((".q", ".k", ".v"))
-
-        def save(name, tensor):
+        def keep(name, tensor):
             tensor = tensor.detach()
             # clone: a view of the KV cache would change under the reader's eyes
             result.record(name, tensor.to(self.device) if self.device else tensor.clone())
 
-        def output(module, name):
-            if keep(name):
-                self.handles.append(module.register_forward_hook(lambda _, args, out: save(name, out)))
-
-        def inputs(module, names):
-            for i, name in enumerate(names):
-                if keep(name):
-                    self.handles.append(module.register_forward_pre_hook(lambda _, args, i=i, n=name: save(n, args[i])))
-
-        vision, language = self.model.vision_model, self.model.language_model
-        output(vision.embeddings, "vit.embeddings")
-        for i, layer in enumerate(vision.encoder.layers):
-            inputs(layer.attn.attend, [f"vit.layers.{i}.{t}" for t in "qkv"])
-            output(layer, f"vit.layers.{i}")
-        output(self.model.pixel_unshuffle, "pixel_unshuffle")
-        output(self.model.mlp1, "projector")
-        inputs(language.model, ["inputs_embeds"])
-        for i, layer in enumerate(language.model.layers):
-            inputs(layer.self_attn.attend, [f"llm.layers.{i}.{t}" for t in "qkv"])
-            output(layer, f"llm.layers.{i}")
-        output(language.model.norm, "llm.norm")
-        output(language.lm_head, "logits")
-        unmatched = [p for p in self.patterns if not any(fnmatchcase(name, p) for name in known)]
-        if unmatched:
-            self.__exit__()
-            raise InputError(f"no stage matches {unmatched}; stages are {', '.join(known)}")
+        self.handles = [hook(module, which, lambda tensor, name=name: keep(name, tensor))
+                        for name, module, which in known if self.chosen(name, which)]
         return result
+
+    def chosen(self, name: str, which: str) -> bool:
+        """Tell whether a stage is recorded."""
+        if self.patterns:
+            return any(fnmatchcase(name, pattern) for pattern in self.patterns)
+        return which in ("in", "out")
 
     def __exit__(self, *error):
         for handle in self.handles:
             handle.remove()
 
 
-def first_mismatch(got: dict, want: dict, tolerance: float = 1e-5):
-    """None if every stage of `want` agrees, else a sentence about the first that does not, in the order of `want`.
+def first_mismatch(got: dict, want: dict, tolerance: float = 1e-5) -> str | None:
+    """Compare the stages of `want` in their order: None if all agree, else a sentence about the first that does not.
 
     Agreement is a relative error |got - want| / |want| (2-norms over the whole tensor) of at most `tolerance`.
     """
     for name, b in want.items():
         if name not in got:
             return f"{name}: not computed"
-        a, b = got[name].detach().float().cpu(), b.float().cpu()
+        a = got[name].detach().float().cpu()
+        b = b.float().cpu()
         if a.shape != b.shape:
             return f"{name}: shape {tuple(a.shape)}, want {tuple(b.shape)}"
         error = relative_error(a, b)
@@ -109,6 +152,7 @@ def first_mismatch(got: dict, want: dict, tolerance: float = 1e-5):
 
 
 def relative_error(a, b) -> float:
-    """|a - b| / |b|, 2-norms over the whole tensors, computed in float64."""
-    a, b = a.double(), b.double()
+    """Measure |a - b| / |b|, 2-norms over the whole tensors, computed in float64."""
+    a = a.double()
+    b = b.double()
     return float((a - b).norm() / b.norm().clamp(min=1e-300))

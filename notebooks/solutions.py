@@ -239,7 +239,7 @@ def _recorded():
     """What notebook 08 compares with: (checkpoint, the recorded reference, its picture)."""
     from weights_tools.verify import compare
     folder = minivl.checkpoint.find("nano-awq")
-    return folder, compare.Trace.open(Path(compare.__file__).parent / "nano" / "awq" / "float32.safetensors"), SAMPLES / "small-print.png"
+    return folder, compare.Recording.open(Path(compare.__file__).parent / "nano" / "awq" / "float32.safetensors"), SAMPLES / "small-print.png"
 
 
 def caught_at(name, wrong):

@@ -19,6 +19,7 @@ from minivl.limits import InputError
 from weights_tools.files import save_safetensors
 from weights_tools.verify import __main__ as cli
 from weights_tools.verify import compare, inputs, report
+from weights_tools.verify.recording import Recording, picks, shrink, weights_digest
 
 ROOT = Path(__file__).parents[2]
 TIGER = GOLDEN / "tiger.jpeg"
@@ -31,7 +32,7 @@ def golden():
     facts = json.loads((folder / "case.json").read_text())
     model = minivl.load(folder)
     model.img_context_token_id = facts["image_token_id"]
-    return folder, compare.Trace.open(folder / "expected.safetensors"), model
+    return folder, Recording.open(folder / "expected.safetensors"), model
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def recorded(tiny, tmp_path_factory):
         full = pipe.model(torch.cat([ids, greedy[None]], 1), pixels)[0, ids.shape[1] - 1:-1]
     facts = {"reference": "minivl", "prompt": prompt, "tiles": [len(tiles)], "messages": messages, "max_num": 6, "logits_from": 0,
              "pictures": [compare.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()], "dtype": "float32",
-             "image_token_id": tokenizer.id("<IMG_CONTEXT>"), "stop": tokenizer.id("<|im_end|>"), "weights": compare.weights_digest(tiny)}
+             "image_token_id": tokenizer.id("<IMG_CONTEXT>"), "stop": tokenizer.id("<|im_end|>"), "weights": weights_digest(tiny)}
     path = tmp_path_factory.mktemp("trace") / "trace.safetensors"
     save_safetensors({**t, "input_ids": ids, "pixel_values": pixels, "greedy": greedy.clone(), "greedy_scores": full.max(-1).values}, path,
                      {"trace": json.dumps(facts)})
@@ -107,16 +108,16 @@ def test_whole_chain_on_a_recorded_trace(tiny, recorded, tmp_path, capsys):
 
 def test_a_shrunk_trace_says_the_same(tiny, recorded, tmp_path):
     path, _ = recorded
-    small = compare.shrink(compare.Trace.open(path), tmp_path / "small.safetensors")
+    small = shrink(Recording.open(path), tmp_path / "small.safetensors")
     assert small.stat().st_size < 40_000 < path.stat().st_size
-    result = compare.compare(tiny, compare.Trace.open(small), pictures=[TIGER])
+    result = compare.compare(tiny, Recording.open(small), pictures=[TIGER])
     assert result.agrees and len(result.rows) == 18 and result.rows[-2].shape == list(tensors_of(path)["logits"].shape)
     for bad, n in (("vit.layers.1", 3), ("logits", 7)):
         values = tensors_of(small)[bad].clone()
         values[n] += 1
-        wrong = compare.compare(tiny, compare.Trace.open(change(small, tmp_path / "w.safetensors", {bad: values})), pictures=[TIGER])
+        wrong = compare.compare(tiny, Recording.open(change(small, tmp_path / "w.safetensors", {bad: values})), pictures=[TIGER])
         assert wrong.first.stage == bad
-        flat = int(compare.picks(tensors_of(path)[bad].numel())[n])
+        flat = int(picks(tensors_of(path)[bad].numel())[n])
         assert wrong.first.at == [int(i) for i in torch.unravel_index(torch.tensor(flat), tensors_of(path)[bad].shape)]
 
 
@@ -124,7 +125,7 @@ def test_only_some_stages(tiny, recorded, monkeypatch):
     ran = []
     monkeypatch.setattr(minivl.qwen2 if hasattr(minivl, "qwen2") else sys.modules["minivl.qwen2"], "attention_mask",
                         lambda *a: ran.append(1))
-    result = compare.compare(tiny, compare.Trace.open(recorded[0]), stages=["vit.layers.*", "projector"])
+    result = compare.compare(tiny, Recording.open(recorded[0]), stages=["vit.layers.*", "projector"])
     assert [r.stage for r in result.rows if r.stage not in compare.INPUTS] == ["vit.layers.0", "vit.layers.1", "vit.layers.2", "projector"]
     assert not ran and result.tokens == []      # the decoder did not run
 
@@ -143,9 +144,9 @@ def test_local_errors_do_not_add_up(golden, tiny, recorded, tmp_path):
         norm.data /= 1.5
     assert [row.stage for row in result.rows if not row.agrees] == ["vit.layers.0"]
     assert compare.compare(folder, trace, model=model).agrees       # the hooks are gone
-    small = compare.shrink(compare.Trace.open(recorded[0]), tmp_path / "s.safetensors")
+    small = shrink(Recording.open(recorded[0]), tmp_path / "s.safetensors")
     with pytest.raises(InputError, match="is shrunk; only the stages of a whole trace can be passed on"):
-        compare.compare(tiny, compare.Trace.open(small), pictures=[TIGER], local=True)
+        compare.compare(tiny, Recording.open(small), pictures=[TIGER], local=True)
 
 
 def test_last_logits_only(tiny, recorded, tmp_path):
@@ -153,10 +154,10 @@ def test_last_logits_only(tiny, recorded, tmp_path):
     path, _ = recorded
     logits = tensors_of(path)["logits"]
     cut = change(path, tmp_path / "t.safetensors", {"logits": logits[:, -5:].clone()}, facts={"logits_from": logits.shape[1] - 5})
-    result = compare.compare(tiny, compare.Trace.open(cut), pictures=[TIGER])
+    result = compare.compare(tiny, Recording.open(cut), pictures=[TIGER])
     assert result.agrees and result.rows[-2].stage == "logits" and result.rows[-2].shape[1] == 5 and result.logits["rank"] == 1
     wrong = change(path, tmp_path / "w.safetensors", {"logits": logits[:, -6:-1].clone()}, facts={"logits_from": logits.shape[1] - 5})
-    assert compare.compare(tiny, compare.Trace.open(wrong), pictures=[TIGER]).first.stage == "logits"
+    assert compare.compare(tiny, Recording.open(wrong), pictures=[TIGER]).first.stage == "logits"
 
 
 @pytest.mark.skipif(not SHIPPED["nano"].is_dir(), reason="nano is not trained yet: minivl/nano/float16 is missing")
@@ -189,7 +190,7 @@ def test_a_token_that_differs_is_told_with_its_margin(golden, tmp_path):
     tensors = tensors_of(trace.path)
     tensors["greedy"][5] += 1
     save_safetensors(tensors, tmp_path / "t.safetensors")
-    result = compare.compare(folder, compare.Trace.open(tmp_path / "t.safetensors"), model=model)
+    result = compare.compare(folder, Recording.open(tmp_path / "t.safetensors"), model=model)
     assert result.first is None and result.parted == 5 and not result.agrees
     assert re.search(r"token 6 of the answer differs.*apart", report.verdict(result))
     assert "5 of 12 tokens agree" in report.text(result)
@@ -235,24 +236,24 @@ def test_one_token_among_many_large_ones(golden, tmp_path):
 
 
 def change_golden(trace, tmp_path, tensors):
-    return compare.Trace.open(save_safetensors({**tensors_of(trace.path), **tensors}, tmp_path / "changed.safetensors"))
+    return Recording.open(save_safetensors({**tensors_of(trace.path), **tensors}, tmp_path / "changed.safetensors"))
 
 
 def test_inputs_that_differ(tiny, recorded, tmp_path):
     path, facts = recorded
-    result = compare.compare(tiny, compare.Trace.open(change(path, tmp_path / "a.safetensors", facts={"tiles": [3]})), pictures=[TIGER])
+    result = compare.compare(tiny, Recording.open(change(path, tmp_path / "a.safetensors", facts={"tiles": [3]})), pictures=[TIGER])
     assert result.first.stage == "tiles"
-    result = compare.compare(tiny, compare.Trace.open(change(path, tmp_path / "b.safetensors", facts={"stop": 1})), pictures=[TIGER])
+    result = compare.compare(tiny, Recording.open(change(path, tmp_path / "b.safetensors", facts={"stop": 1})), pictures=[TIGER])
     assert result.first.stage == "stop tokens"
     model = minivl.load(tiny)
     model.eos_token_ids = (*model.eos_token_ids, 17)
-    assert compare.compare(tiny, compare.Trace.open(path), pictures=[TIGER], model=model).first.stage == "stop tokens"
+    assert compare.compare(tiny, Recording.open(path), pictures=[TIGER], model=model).first.stage == "stop tokens"
     ids = tensors_of(path)["input_ids"].clone()
     ids[0, 3] += 1
-    result = compare.compare(tiny, compare.Trace.open(change(path, tmp_path / "c.safetensors", {"input_ids": ids})), pictures=[TIGER])
+    result = compare.compare(tiny, Recording.open(change(path, tmp_path / "c.safetensors", {"input_ids": ids})), pictures=[TIGER])
     assert result.first.stage == "input_ids" and "from number 3" in result.first.note
     pixels = tensors_of(path)["pixel_values"].flip(0)       # the model is then compared on the reference's pixels
-    result = compare.compare(tiny, compare.Trace.open(change(path, tmp_path / "d.safetensors", {"pixel_values": pixels})), pictures=[TIGER])
+    result = compare.compare(tiny, Recording.open(change(path, tmp_path / "d.safetensors", {"pixel_values": pixels})), pictures=[TIGER])
     assert result.first.stage == "pixel_values" and "another order" in result.first.note
 
 
@@ -260,7 +261,7 @@ def test_known_differences_between_engines_are_named(tiny, recorded, tmp_path):
     path, facts = recorded
     fed = inputs.engines(Config.load(tiny), minivl.Tokenizer.load(tiny), [TIGER], "What is this?")
     theirs = re.sub(r"<IMG_CONTEXT x \d+>", "", fed[3].prompt)
-    result = compare.compare(tiny, compare.Trace.open(change(path, tmp_path / "e.safetensors", facts={"prompt": theirs})), pictures=[TIGER])
+    result = compare.compare(tiny, Recording.open(change(path, tmp_path / "e.safetensors", facts={"prompt": theirs})), pictures=[TIGER])
     assert result.first.stage == "prompt" and "prompt of transformers, a known difference" in result.first.note
 
 
@@ -271,7 +272,7 @@ def test_refusals(tiny, recorded, tmp_path, monkeypatch):
 
     def refused(match, trace=path, checkpoint=tiny, **how):
         with pytest.raises(InputError, match=match):
-            compare.compare(checkpoint, compare.Trace.open(trace), **how)
+            compare.compare(checkpoint, Recording.open(trace), **how)
 
     refused("other weights .*record again", change(path, tmp_path / "a.safetensors", facts={"weights": "0" * 64}))
     Image.new("RGB", (80, 60)).save(tmp_path / "other.png")
@@ -282,7 +283,7 @@ def test_refusals(tiny, recorded, tmp_path, monkeypatch):
     (tmp_path / "text").write_text("hello")
     refused("is no safetensors file", tmp_path / "text")
     refused("a trace has input_ids and stages", save_safetensors({"x": torch.zeros(1)}, tmp_path / "x.safetensors"))
-    small = compare.shrink(compare.Trace.open(path), tmp_path / "small.safetensors")
+    small = shrink(Recording.open(path), tmp_path / "small.safetensors")
     refused("is shrunk: give the 1 pictures", small)
     monkeypatch.setenv("MINIVL_REFERENCE", str(tmp_path / "no" / "python"))
     with pytest.raises(InputError, match="there is no reference environment .*make reference"):
@@ -309,7 +310,7 @@ def test_a_stage_that_is_missing(golden, tmp_path):
     tensors["vit.layers.7"] = tensors["vit.layers.2"]
     save_safetensors(tensors, tmp_path / "t.safetensors")
     with pytest.raises(InputError, match="no stage matches .*vit.layers.7"):
-        compare.compare(folder, compare.Trace.open(tmp_path / "t.safetensors"), model=model)
+        compare.compare(folder, Recording.open(tmp_path / "t.safetensors"), model=model)
 
 
 def test_exit_codes(tiny, recorded, tmp_path):

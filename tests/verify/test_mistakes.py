@@ -9,6 +9,7 @@ import pytest
 from conftest import GOLDEN
 
 from minivl.checkpoint import SHIPPED
+from minivl.tracing import place
 from weights_tools.verify import compare, mistakes
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +24,7 @@ def test_every_mistake_still_fits_the_source():
     assert len(mistakes.MISTAKES) >= 20 and len({m.name for m in mistakes.MISTAKES}) == len(mistakes.MISTAKES)
     for mistake in mistakes.MISTAKES:
         assert (mistakes.PACKAGE / mistake.file).read_text().count(mistake.old) == 1, mistake.name
-        assert mistake.stage in (*compare.INPUTS, "greedy_scores") or compare._order(mistake.stage)
+        assert mistake.stage in (*compare.INPUTS, "greedy_scores") or place(mistake.stage)
         assert mistake.shown in ("float32", "bfloat16", "quiet")
 
 

@@ -13,6 +13,7 @@ from minivl.limits import InputError
 from weights_tools.files import save_checkpoint
 from weights_tools.verify import __main__ as cli
 from weights_tools.verify import compare, reference
+from weights_tools.verify.recording import Recording, weights_digest
 
 ROOT = Path(__file__).parents[2]
 TIGER = GOLDEN / "tiger.jpeg"
@@ -24,7 +25,7 @@ def test_reference_reads_weights_by_itself(tiny):
     source = Path(reference.__file__).read_text()
     assert not re.search(r"^\s*(from|import) (minivl|weights_tools)", source, re.M)
     weights = reference.Weights(Path(tiny))
-    assert weights.digest() == compare.weights_digest(tiny)
+    assert weights.digest() == weights_digest(tiny)
     model = minivl.load(tiny)
     for name in ("self_attn.q_proj", "mlp.down_proj"):
         layer = model.get_submodule(f"language_model.model.layers.1.{name}")
@@ -65,7 +66,7 @@ def test_transformers_agrees(case, tmp_path):
         got, want = tensors_of(path), tensors_of(folder / "expected.safetensors")
         assert minivl.first_mismatch(got, want, 1e-5) is None
         assert got["greedy"].tolist() == want["greedy"].tolist()
-    assert compare.compare(folder, compare.Trace.open(path)).agrees
+    assert compare.compare(folder, Recording.open(path)).agrees
 
 
 @needs_reference
@@ -151,7 +152,7 @@ def test_code_inside_a_checkpoint_runs_only_when_trusted(tiny, tmp_path, capsys)
 def test_half_precision_is_equal_bit_for_bit(tiny, tmp_path):
     """bfloat16, each stage alone: transformers rounds where minivl rounds."""
     path = cli.record(tiny, [TIGER], "What is this?", tmp_path / "t.safetensors", max_num=6, max_new_tokens=0, dtype="bfloat16")
-    result = compare.compare(tiny, compare.Trace.open(path), pictures=[TIGER], dtype="bfloat16", local=True)
+    result = compare.compare(tiny, Recording.open(path), pictures=[TIGER], dtype="bfloat16", local=True)
     assert result.agrees and len(result.rows) == 17
     assert {row.stage for row in result.rows if row.error} == set()
 

@@ -157,7 +157,7 @@ def caught(mistake: Mistake | None, checkpoint, trace, pictures, dtype: str) -> 
             from weights_tools.verify import compare
             if mistake and Path(sys.modules["minivl"].__file__).parent.parent != Path(folder):
                 raise RuntimeError("the copy was not imported")
-            report = compare.compare(checkpoint, compare.Trace.open(trace), pictures=pictures, dtype=dtype,
+            report = compare.compare(checkpoint, compare.Recording.open(trace), pictures=pictures, dtype=dtype,
                                      local=dtype != "float32")
             row = report.first
             result = {"stage": row.stage if row else None, "note": row.note if row else "",
