@@ -31,7 +31,7 @@ def place(name: str) -> tuple | None:
     For names without a model, such as those in a file. q, k and v have no place of their own.
     """
     stem, number = kind(name)
-    if stem not in KINDS or stem.endswith(".layers") != (number is not None):
+    if stem not in KINDS or stem.endswith(".layers") != (number is not None):      # only layers are counted
         return None
     return KINDS.index(stem), number or 0
 

@@ -62,6 +62,8 @@ ADDED_TOKENS = (    # their order is their ids, after the vocabulary: 151643..15
     "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>",
     "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
+# The linears that add to the residual stream, by the names in the files: Qwen2's, InternLM2's, the tower's.
+BRANCH_ENDS = re.compile(r"\.(o_proj|down_proj|wo|w2|attn\.proj|fc2)\.")
 CHUNK = 2**22           # random numbers at a time: they stay in the CPU's cache on their way to half precision
 # Zero points 6..9 have the mean 7.5 of q in 0..15. With 7..9 every weight is a little negative on average, and a common
 # mean of the activations then grows from layer to layer: to 60 times their size in 36 layers.
@@ -246,7 +248,7 @@ def random_tensor(name: str, like: torch.Tensor, *, seed: int, layers: int, grou
     if name.endswith(".qzeros"):
         return pack(torch.randint(ZEROS.start, ZEROS.stop, (like.shape[0], 8 * like.shape[1]), generator=generator))
     # 2 * layers branches are added to the residual stream; so scaled, they all together add about one
-    branch = (2 * layers) ** -0.5 if re.search(r"\.(o_proj|down_proj|attn\.proj|fc2)\.", name) else 1.0
+    branch = (2 * layers) ** -0.5 if BRANCH_ENDS.search(name) else 1.0
     if name.endswith(".scales"):        # [I/g, O]
         std = branch * (like.shape[0] * group_size) ** -0.5
         return out.copy_(std / INT4_STD * torch.empty(like.shape).uniform_(0.8, 1.2, generator=generator))
@@ -257,7 +259,7 @@ def random_tensor(name: str, like: torch.Tensor, *, seed: int, layers: int, grou
         mean, std = 1.0, 0.1
     elif name.endswith("_embedding"):   # of positions and CLS: small next to the patches, large enough to matter
         std = 0.2
-    elif name.endswith("embed_tokens.weight"):
+    elif name.endswith(("embed_tokens.weight", "tok_embeddings.weight")):
         std = 0.65                      # as the visual tokens: the projector's GELU leaves 0.65 of a unit normal
     elif like.ndim > 1:
         std = branch * math.prod(like.shape[1:]) ** -0.5
