@@ -6,7 +6,7 @@
     python -m weights_tools.quantize FOLDER OUT             AWQ int4 from a float checkpoint
     python -m weights_tools.verify CHECKPOINT PICTURE       does minivl compute what transformers computes? where not?
     python -m weights_tools.bench CHECKPOINT                how fast, beside what the machine could do
-    python -m weights_tools.nano.train OUT                  nano, the small model inside the package (also .evaluate, .ship)
+    python -m weights_tools.nano.train OUT                  nano, the small model in the package (also .evaluate, .ship)
 
 `files` writes them: weights_tools.files.save_checkpoint.
 """
@@ -19,7 +19,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
 def run(main) -> int:
-    """`main()` as a command: what the user can correct is one line on stderr and exit code 2, Ctrl-C is code 130."""
+    """Run `main()` as a command: what the user can correct is one line on stderr and exit code 2; Ctrl-C is 130."""
     from minivl.limits import InputError
     try:
         return main()

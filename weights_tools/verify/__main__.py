@@ -42,8 +42,9 @@ def reference_python(given: str | None = None) -> Path:
     """Find the interpreter of the environment with transformers."""
     python = Path(given or os.environ.get("MINIVL_REFERENCE") or ROOT / ".reference" / "bin" / "python")
     if not python.exists():
-        raise InputError(f"there is no reference environment ({python} does not exist); build it with `make reference`, "
-                         "name its python with --python, or compare with a recorded trace (--trace FILE)")
+        raise InputError(f"there is no reference environment ({python} does not exist); build it with "
+                         "`make reference`, name its python with --python, or compare with a recorded trace (--trace "
+                         "FILE)")
     return python
 
 

@@ -33,7 +33,8 @@ LOCAL = {"float32": (2e-5, TOLERANCE["float32"][1]),
          "bfloat16": (1e-3, "stages are equal bit for bit where one machine computes both; another processor flips a "
                             "rounding here and there"),
          "float16": (2e-4, "as in bfloat16, but int4 layers multiply in another order: 1.3e-4")}
-ONE_TOKEN = 20      # times the tolerance: most of one token, where a few large activations would outweigh it in the whole
+# Times the tolerance: most of one token, where a few large activations would outweigh it in the whole.
+ONE_TOKEN = 20
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
@@ -145,7 +146,8 @@ def look(a, b) -> str:
             if what == "token" and len(per) > 8 and per[0] < 0.02 * per.max():
                 half = len(per) // 2
                 later = float(per[half:].mean() / per[1:half].mean().clamp(min=1e-12))
-                remarks.append("the first token agrees" + (", the error grows with the position" if later > 1.3 else ""))
+                grows = ", the error grows with the position" if later > 1.3 else ""
+                remarks.append("the first token agrees" + grows)
     return "; ".join(remarks)
 
 
@@ -204,13 +206,14 @@ class Enough(Exception):
 
 @torch.no_grad()
 def run(report: Report, model, recording: Recording, wanted: list, pixels, limits: dict, local: bool, part: bool):
-    """Run the model on the trace's ids: a row for each stage as it passes by; then the answer, unless `part` or `local`.
+    """Run the model on the trace's ids: a row for each stage as it passes by; the answer too unless `part` or `local`.
 
     `limits`: stage -> its tolerance, where that is not the report's.
     """
     greedy = recording["greedy"].tolist() if "greedy" in recording.names else []
     if greedy and (part or local):
-        report.skipped.append("the answer (only stages of the prompt were asked for)" if part else "the answer (--local)")
+        why = "only stages of the prompt were asked for" if part else "--local"
+        report.skipped.append(f"the answer ({why})")
         greedy = []
     missing = set(wanted)
     bar = tqdm(total=len(wanted), desc="comparing", unit="stage", disable=None)
@@ -350,7 +353,8 @@ def compare_pixels(report: Report, config, recording: Recording, pictures: list,
     tiles = [inputs.cut(image, config, facts["max_num"]) for image in images]
     counts = [len(t) for t in tiles]
     agrees = counts == facts["tiles"]
-    report.rows.append(Row("tiles", counts, agrees=agrees, note="" if agrees else f"the reference cut {facts['tiles']}"))
+    note = "" if agrees else f"the reference cut {facts['tiles']}"
+    report.rows.append(Row("tiles", counts, agrees=agrees, note=note))
     if not images:
         return counts, None
     pixels = minivl.tiling.to_pixel_values([tile for picture in tiles for tile in picture])
@@ -376,11 +380,6 @@ def compare_pixels(report: Report, config, recording: Recording, pictures: list,
     return counts, theirs
 
 
-def parting(a, b) -> int:
-    """Find the first place where two texts or lists differ; the length of the shorter if one begins the other."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
 def prompt_row(config, tokenizer, facts: dict, counts: list, pictures) -> Row:
     """Compare the rendered prompt, without its placeholders."""
     messages = facts["messages"]
@@ -389,7 +388,7 @@ def prompt_row(config, tokenizer, facts: dict, counts: list, pictures) -> Row:
     text = text.replace("<IMG_CONTEXT>", "")
     if text == theirs:
         return Row("prompt", [len(text)])
-    i = parting(text, theirs)
+    i = inputs.parting(text, theirs)
     note = f"from character {i}: {text[i:i + 30]!r}, the reference has {theirs[i:i + 30]!r}"
     if pictures is not None and len(messages) == 1:
         question = messages[0]["content"].replace("<image>\n", "")
@@ -405,7 +404,7 @@ def ids_row(config, tokenizer, recording: Recording, counts: list) -> Row:
     theirs = recording["input_ids"][0].tolist()
     if ids == theirs:
         return Row("input_ids", [len(ids)])
-    i = parting(ids, theirs)
+    i = inputs.parting(ids, theirs)
     return Row("input_ids", [len(ids)], agrees=False,
                note=f"{len(ids)} and {len(theirs)} ids, from number {i}: {ids[i:i + 5]}, the reference has "
                     f"{theirs[i:i + 5]}")

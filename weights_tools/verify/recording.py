@@ -98,7 +98,7 @@ def shrink(recording: Recording, path, whole=()) -> Path:
 
 
 def weights_digest(folder: Path) -> str:
-    """Compute a sha256 over all tensors by name, as the reference does: of the numbers, not of the files they are in."""
+    """Compute a sha256 over all tensors by name, as the reference does: of the numbers, not of their files."""
     total = sha256()
     tensors = open_weights(folder)
     for name in sorted(tensors):

@@ -101,7 +101,9 @@ class Weights:
 
 def tiles_of(image, size: int, least: int, most: int, thumbnail: bool):
     """Cut one RGB picture by transformers' processor on Pillow: float32[tiles, 3, size, size]."""
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
+        GotOcr2ImageProcessorPil,
+    )
     processor = GotOcr2ImageProcessorPil(size={"height": size, "width": size}, image_mean=list(MEAN),
                                          image_std=list(STD), crop_to_patches=most > 1, min_patches=least,
                                          max_patches=most)
