@@ -1,4 +1,4 @@
-"""reference: it reads files by itself, so that it cannot share minivl's mistakes; and where it is installed, it is run."""
+"""reference: it reads files by itself, so that it cannot share minivl's mistakes; where it is installed, it is run."""
 import json
 import re
 import shutil
@@ -39,20 +39,22 @@ def test_reference_renders_by_itself():
     messages = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A cat."},
                 {"role": "user", "content": "Sure? 你好"}]
     for system in (None, "Be brief."):
-        assert reference.rendered(messages, [3], 4, system) == minivl.prompt.render(messages, [3], system, tokens_per_tile=4)
+        ours = minivl.prompt.render(messages, [3], system, tokens_per_tile=4)
+        assert reference.rendered(messages, [3], 4, system) == ours
 
 
 def test_names_of_transformers():
     assert reference.released_name("model.vision_tower.encoder.layer.3.attention.k_proj.bias") == (
         "vision_model.encoder.layers.3.attn.qkv.bias", 1)
-    assert reference.released_name("model.vision_tower.encoder.layer.0.lambda_2") == ("vision_model.encoder.layers.0.ls2", None)
+    assert reference.released_name("model.vision_tower.encoder.layer.0.lambda_2") == (
+        "vision_model.encoder.layers.0.ls2", None)
     assert reference.released_name("model.language_model.layers.2.mlp.up_proj.weight") == (
         "language_model.model.layers.2.mlp.up_proj.weight", None)
     assert reference.released_name("lm_head.weight") == ("language_model.lm_head.weight", None)
     assert reference.released_name("model.multi_modal_projector.linear_2.bias") == ("mlp1.3.bias", None)
 
 
-# ---- transformers itself ----------------------------------------------------------------------------------------------
+# ---- transformers itself --------------------------------------------------------------------------------------------
 
 @needs_reference
 @pytest.mark.parametrize("case", ["qwen2-awq", "qwen2"])
@@ -61,8 +63,9 @@ def test_transformers_agrees(case, tmp_path):
     folder = GOLDEN / case if (GOLDEN / case).exists() else shared(f"golden/{case}")
     facts = json.loads((folder / "case.json").read_text())
     for resident in (4.0, 0.0):     # kept, and layer by layer
-        path = cli.record(folder, [], "", tmp_path / "t.safetensors", max_num=6, max_new_tokens=12, like=folder / "expected.safetensors",
-                          image_token_id=facts["image_token_id"], resident=resident)
+        path = cli.record(folder, [], "", tmp_path / "t.safetensors", max_num=6, max_new_tokens=12,
+                          like=folder / "expected.safetensors", image_token_id=facts["image_token_id"],
+                          resident=resident)
         got, want = tensors_of(path), tensors_of(folder / "expected.safetensors")
         assert minivl.first_mismatch(got, want, 1e-5) is None
         assert got["greedy"].tolist() == want["greedy"].tolist()
@@ -121,7 +124,8 @@ class Model(PreTrainedModel):
         self.vision_model = nn.Module()
         self.vision_model.embeddings, self.vision_model.encoder = Embeddings(c), nn.Module()
         self.vision_model.encoder.layers = nn.ModuleList(Layer(c) for _ in range(c["num_hidden_layers"]))
-        self.mlp1 = nn.Sequential(nn.LayerNorm(4 * c["hidden_size"]), nn.Linear(4 * c["hidden_size"], D), nn.GELU(), nn.Linear(D, D))
+        C = 4 * c["hidden_size"]
+        self.mlp1 = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, D), nn.GELU(), nn.Linear(D, D))
         self.language_model = Qwen2ForCausalLM(config.llm_config)
         self.post_init()
     def extract_feature(self, x):
@@ -151,7 +155,8 @@ def test_code_inside_a_checkpoint_runs_only_when_trusted(tiny, tmp_path, capsys)
 @needs_reference
 def test_half_precision_is_equal_bit_for_bit(tiny, tmp_path):
     """bfloat16, each stage alone: transformers rounds where minivl rounds."""
-    path = cli.record(tiny, [TIGER], "What is this?", tmp_path / "t.safetensors", max_num=6, max_new_tokens=0, dtype="bfloat16")
+    path = cli.record(tiny, [TIGER], "What is this?", tmp_path / "t.safetensors", max_num=6, max_new_tokens=0,
+                      dtype="bfloat16")
     result = compare.compare(tiny, Recording.open(path), pictures=[TIGER], dtype="bfloat16", local=True)
     assert result.agrees and len(result.rows) == 17
     assert {row.stage for row in result.rows if row.error} == set()
@@ -161,10 +166,13 @@ def test_half_precision_is_equal_bit_for_bit(tiny, tmp_path):
 def test_recording_in_other_forms(tiny, tmp_path, capsys):
     """Text only, two pictures, a part, shards of .bin."""
     for words, rows in ((["-p", "Hello"], 3 + 6), ([str(TIGER), str(TIGER), "--max-tiles", "1"], 5 + 12),
-                        ([str(TIGER), "--stages", "vit.layers.1", "logits"], 5 + 2), ([str(TIGER), "--stages", "vit.layers.*", "--local"], 5 + 3),
-                        (["-p", "Hello", "--layers", "2"], 3 + 3), ([str(TIGER), "--local", "--dtype", "bfloat16"], 5 + 12)):
+                        ([str(TIGER), "--stages", "vit.layers.1", "logits"], 5 + 2),
+                        ([str(TIGER), "--stages", "vit.layers.*", "--local"], 5 + 3),
+                        (["-p", "Hello", "--layers", "2"], 3 + 3),
+                        ([str(TIGER), "--local", "--dtype", "bfloat16"], 5 + 12)):
         assert cli.main([str(tiny), *words, "--json", str(tmp_path / "r.json")]) == 0, words
-        found = [row["stage"] for row in json.loads((tmp_path / "r.json").read_text())["rows"] if row["stage"] != "greedy_scores"]
+        found = [row["stage"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]
+                 if row["stage"] != "greedy_scores"]
         assert len(found) == rows, (words, found)
     tensors = {name: stored.read() for name, stored in minivl.checkpoint.open_weights(tiny).items()}
     shutil.copytree(tiny, tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors*"))

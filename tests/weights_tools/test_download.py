@@ -133,9 +133,9 @@ def test_real_client_against_a_local_hub(made, tmp_path):
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=env, capture_output=True,
                               text=True, timeout=120, check=False)
         server.shutdown()
-    again = subprocess.run([sys.executable, "-W", "ignore", "-c", "import minivl; minivl.load('Org/name'); print('loaded')"],
-                           cwd=ROOT, env={**env, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=60,
-                           check=False)
+    code = "import minivl; minivl.load('Org/name'); print('loaded')"
+    again = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT,
+                           env={**env, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=60, check=False)
     assert again.stdout == "loaded\n", again.stderr      # offline, though README and code were never fetched
     assert done.returncode == 2, done.stderr
     assert "error: there is no Org/other on the hub" in done.stderr and "Traceback" not in done.stderr
