@@ -8,9 +8,11 @@ Stages: vit.embeddings, vit.layers.i, pixel_unshuffle, projector, inputs_embeds,
 Asked for by name also: vit.layers.i.q/.k/.v and llm.layers.i.q/.k/.v, as attention sees them (after RoPE, with the
 keys of the cache): `trace(model, "llm.layers.*.q", "llm.layers.*.k")`.
 """
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 import torch
+from torch import nn
 
 from minivl.limits import InputError
 
@@ -36,7 +38,7 @@ def place(name: str) -> tuple | None:
     return KINDS.index(stem), number or 0
 
 
-def stages(model) -> list:
+def stages(model: nn.Module) -> list:
     """List the stages of a model in the order of the computation: [(name, module, which), ...].
 
     `which` of the module's tensors a stage is: "out", its result; "in", its first argument; or "q", "k", "v", the
@@ -58,7 +60,7 @@ def stages(model) -> list:
     return found
 
 
-def hook(module, which: str, use):
+def hook(module: nn.Module, which: str, use: Callable):
     """Call `use(tensor)` whenever the module computes: a handle to remove the hook with.
 
     `which` as in `stages`. What `use` returns, unless it is None, takes the tensor's place.
@@ -98,7 +100,7 @@ class trace:
     several calls.
     """
 
-    def __init__(self, model, *patterns: str, device=None):
+    def __init__(self, model: nn.Module, *patterns: str, device=None):
         self.model = model
         self.patterns = patterns
         self.device = device

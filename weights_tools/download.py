@@ -32,7 +32,8 @@ class RemoteFile:
     here: bool              # already complete at the destination
 
 
-def download(hub_id: str, *, revision: str | None = None, to=None, dry_run: bool = False) -> Path | None:
+def download(hub_id: str, *, revision: str | None = None, to: str | Path | None = None,
+             dry_run: bool = False) -> Path | None:
     """Fetch the files that minivl reads into the hub's cache, or into the folder `to`; prints what it does.
 
     Returns the folder to load, None after a dry run. A file whose sha256 is not the hub's is an InputError.
@@ -61,7 +62,7 @@ def download(hub_id: str, *, revision: str | None = None, to=None, dry_run: bool
     return folder
 
 
-def remote_files(hub_id: str, revision: str | None = None, to=None) -> list[RemoteFile]:
+def remote_files(hub_id: str, revision: str | None = None, to: str | Path | None = None) -> list[RemoteFile]:
     """List what `download` would fetch. `to`: where to look for files that are there already; None: the hub's cache."""
     with hub_errors(hub_id, revision):
         info = huggingface_hub.HfApi().model_info(hub_id, revision=revision, files_metadata=True)
@@ -96,7 +97,7 @@ def verify(folder: Path, files: list[RemoteFile]):
         print(f"  {found}  {file.name}  as on the hub")
 
 
-def sha256(path) -> str:
+def sha256(path: str | Path) -> str:
     """Compute the hex digest of a file of any size."""
     digest = hashlib.sha256()
     with open(path, "rb") as f, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, leave=False,
@@ -130,7 +131,7 @@ def _existing(path: Path) -> Path:
     return next(p for p in [path, *path.parents] if p.exists())
 
 
-def main(argv=None) -> int:
+def main(argv: list | None = None) -> int:
     """Run the command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.download", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ STEM = {"safetensors": "model", "bin": "pytorch_model"}     # format, which is t
 WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
-def save_safetensors(tensors: dict[str, torch.Tensor], path, metadata: dict[str, str] | None = None) -> Path:
+def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path,
+                     metadata: dict[str, str] | None = None) -> Path:
     """Write one .safetensors file, whole or not at all: under a temporary name, then moved over `path`.
 
     Equal tensors give equal digests, not always equal files: the library writes the metadata in any order.
@@ -50,7 +52,8 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path, metadata: dict[str,
     return path
 
 
-def save_checkpoint(tensors: dict[str, torch.Tensor], folder, *, make=None, format: str = "safetensors",
+def save_checkpoint(tensors: dict[str, torch.Tensor], folder: str | Path, *,
+                    make: Callable[[str], torch.Tensor] | None = None, format: str = "safetensors",
                     shard_bytes: int = 2 * 10**9, overwrite: bool = False,
                     metadata: dict[str, str] | None = None) -> list[Path]:
     """Write weights, e.g. `model.state_dict()`, as the weight files of `folder`; return their paths.
@@ -118,13 +121,13 @@ def plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def weight_files(folder) -> list[Path]:
+def weight_files(folder: str | Path) -> list[Path]:
     """List the weight files of a folder, of either format, shards and indexes included."""
     folder = Path(folder)
     return sorted(p for p in folder.iterdir() if WEIGHT_FILE.fullmatch(p.name)) if folder.is_dir() else []
 
 
-def check_free_of_weights(folder, overwrite: bool):
+def check_free_of_weights(folder: str | Path, overwrite: bool):
     """Refuse a folder with weights that must not be overwritten."""
     found = [] if overwrite else weight_files(folder)
     if found:

@@ -76,7 +76,7 @@ class Report:
     note: str | None = None
 
 
-def inspect(path_or_id, *, revision: str | None = None) -> Report:
+def inspect(path_or_id: str | Path, *, revision: str | None = None) -> Report:
     """Read the headers of a folder, a .safetensors file or a hub id and compare them with config.json."""
     path = Path(os.path.expanduser(path_or_id))
     if path.is_file():
@@ -223,7 +223,7 @@ def _table(rows, right=()) -> list[str]:
             for row in rows]
 
 
-def main(argv=None) -> int:
+def main(argv: list | None = None) -> int:
     """Run the command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.inspect", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -71,9 +71,9 @@ ZEROS = range(6, 10)
 INT4_STD = math.sqrt((16**2 - 1) / 12 + (len(ZEROS)**2 - 1) / 12)       # of q - z, both uniform
 
 
-def synthesize(out, size: str = "tiny", *, awq: bool = False, format: str = "safetensors", shard_gb: float = 2.0,
-               tokenizer=None, seed: int = 0, dtype: str | None = None, group_size: int = 128,
-               config_quirk: str = "llm", overwrite: bool = False) -> Path:
+def synthesize(out: str | Path, size: str = "tiny", *, awq: bool = False, format: str = "safetensors",
+               shard_gb: float = 2.0, tokenizer: str | Path | None = None, seed: int = 0, dtype: str | None = None,
+               group_size: int = 128, config_quirk: str = "llm", overwrite: bool = False) -> Path:
     """Write a whole checkpoint of random weights to the folder `out` and return it.
 
     `tokenizer`: folder with the Qwen2 vocabulary, needed by every size but tiny. `shard_gb`: most 10^9 bytes in a file.
@@ -277,7 +277,7 @@ def random_tensor(name: str, like: torch.Tensor, *, seed: int, layers: int, grou
     return out
 
 
-def main(argv=None) -> int:
+def main(argv: list | None = None) -> int:
     """Run the command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.synthesize", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

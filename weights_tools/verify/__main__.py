@@ -48,9 +48,10 @@ def reference_python(given: str | None = None) -> Path:
     return python
 
 
-def record(checkpoint, pictures: list, prompt: str, path, *, max_num: int, max_new_tokens: int = TOKENS,
-           dtype: str = "float32", stages=None, trust_remote_code: bool = False, like=None,
-           image_token_id: int | None = None, python: str | None = None, resident: float = 4.0) -> Path:
+def record(checkpoint: str | Path, pictures: list, prompt: str, path: str | Path, *, max_num: int,
+           max_new_tokens: int = TOKENS, dtype: str = "float32", stages: list | None = None,
+           trust_remote_code: bool = False, like: str | Path | None = None, image_token_id: int | None = None,
+           python: str | None = None, resident: float = 4.0) -> Path:
     """Run the reference in a process of its own and return the trace's path.
 
     `like`: take ids and pixels from this trace instead of pictures and prompt. `resident`: models up to this many GB
@@ -76,7 +77,7 @@ def record(checkpoint, pictures: list, prompt: str, path, *, max_num: int, max_n
     return Path(path)
 
 
-def run_reference(python: Path, folder: Path, request: dict, path, options: list):
+def run_reference(python: Path, folder: Path, request: dict, path: str | Path, options: list):
     """Start reference.py on a request; InputError if it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "request.json"
@@ -93,7 +94,7 @@ def run_reference(python: Path, folder: Path, request: dict, path, options: list
         raise InputError(f"the reference could not run (exit code {code}); its message stands above")
 
 
-def check_folder(path):
+def check_folder(path: str | Path):
     """Refuse a file to write whose folder does not exist, before minutes of work."""
     if not Path(path).parent.is_dir():
         raise InputError(f"there is no folder {Path(path).parent}; make it first")
@@ -155,7 +156,7 @@ def first_layers(folder: Path, n: int) -> list:
     return [name for name, number in numbers.items() if number is None or number < n]
 
 
-def check(args, folder: Path):
+def check(args: argparse.Namespace, folder: Path):
     """Refuse options that contradict each other or the checkpoint."""
     for file in (args.json, args.html):
         if file:
@@ -173,7 +174,7 @@ def check(args, folder: Path):
         raise InputError("give --layers or --stages, not both")
 
 
-def show_inputs(args, folder: Path) -> int:
+def show_inputs(args: argparse.Namespace, folder: Path) -> int:
     """Print what four engines feed the model."""
     config = Config.load(folder)
     if args.max_tiles:
@@ -183,7 +184,7 @@ def show_inputs(args, folder: Path) -> int:
     return 0
 
 
-def record_asked(args, folder: Path, path, only) -> Path:
+def record_asked(args: argparse.Namespace, folder: Path, path: str | Path, only: list | None) -> Path:
     """Record what the options ask for."""
     tokens = TOKENS if args.max_new_tokens is None else args.max_new_tokens
     if only or args.local:
@@ -194,7 +195,7 @@ def record_asked(args, folder: Path, path, only) -> Path:
                   python=args.python, resident=args.resident)
 
 
-def record_and_compare(args, folder: Path) -> int:
+def record_and_compare(args: argparse.Namespace, folder: Path) -> int:
     """Record, compare, or both; print the report and write its files. The exit code."""
     only = args.stages if args.layers is None else first_layers(folder, args.layers)
     if args.record:
@@ -251,7 +252,7 @@ def parser_of_options() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv=None) -> int:
+def main(argv: list | None = None) -> int:
     """Run the command; its exit code."""
     args = parser_of_options().parse_intermixed_args(argv)
     if args.shrink:

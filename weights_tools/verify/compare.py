@@ -14,8 +14,10 @@ import torch
 from tqdm import tqdm
 
 import minivl
+from minivl import MiniVL, Tokenizer
 from minivl.cache import KVCache
 from minivl.checkpoint import find
+from minivl.config import Config
 from minivl.limits import InputError
 from minivl.prompt import encode, render
 from minivl.tracing import hook, kind, relative_error, stages
@@ -151,8 +153,9 @@ def look(a, b) -> str:
     return "; ".join(remarks)
 
 
-def compare(checkpoint, recording: Recording, *, pictures=None, stages=None, dtype: str | None = None, model=None,
-            tolerance: float | None = None, local: bool = False) -> Report:
+def compare(checkpoint: str | Path, recording: Recording, *, pictures: list | None = None, stages: list | None = None,
+            dtype: str | None = None, model: MiniVL | None = None, tolerance: float | None = None,
+            local: bool = False) -> Report:
     """Run minivl on a trace's input. `pictures`: the files it was recorded with, to compare the inputs too.
 
     `stages`: patterns; only these are compared, the rest of the model runs as far as it must. `local`: after every
@@ -205,7 +208,8 @@ class Enough(Exception):
 
 
 @torch.no_grad()
-def run(report: Report, model, recording: Recording, wanted: list, pixels, limits: dict, local: bool, part: bool):
+def run(report: Report, model: MiniVL, recording: Recording, wanted: list, pixels, limits: dict, local: bool,
+        part: bool):
     """Run the model on the trace's ids: a row for each stage as it passes by; the answer too unless `part` or `local`.
 
     `limits`: stage -> its tolerance, where that is not the report's.
@@ -248,7 +252,7 @@ def run(report: Report, model, recording: Recording, wanted: list, pixels, limit
                     for name in wanted if name in missing]
 
 
-def read_prompt(model, recording: Recording, pixels) -> tuple:
+def read_prompt(model: MiniVL, recording: Recording, pixels) -> tuple:
     """Run the prompt: (logits float32[T or fewer, V] of the positions whose logits the trace has, the filled cache)."""
     visual = None if pixels is None else model.visual_tokens(pixels)
     cache = KVCache()
@@ -258,7 +262,7 @@ def read_prompt(model, recording: Recording, pixels) -> tuple:
     return logits, cache
 
 
-def answer(report: Report, model, recording: Recording, greedy: list, logits, cache):
+def answer(report: Report, model: MiniVL, recording: Recording, greedy: list, logits, cache: KVCache):
     """Compare the answer by teacher forcing: the reference's tokens before each. The first comes with the prompt."""
     scores = []
     for n, token in enumerate(greedy):
@@ -272,7 +276,7 @@ def answer(report: Report, model, recording: Recording, greedy: list, logits, ca
         report.rows.append(compare_stage(report, recording, "greedy_scores", torch.stack(scores)))
 
 
-def pass_on(model, recording: Recording) -> list:
+def pass_on(model: MiniVL, recording: Recording) -> list:
     """Replace what a stage gives by what the reference's stage gave; the handles of the hooks that do it."""
     def theirs(name, which):
         def use(mine):
@@ -284,7 +288,7 @@ def pass_on(model, recording: Recording) -> list:
             if name in recording.names and name != "logits"]
 
 
-def summed_limits(report: Report, model, recording: Recording, wanted: list, pixels) -> dict:
+def summed_limits(report: Report, model: MiniVL, recording: Recording, wanted: list, pixels) -> dict:
     """Find the stages that `local` cannot compare alone, since the trace lacks the stage before: name -> tolerance.
 
     The roundings of all stages since the last that was passed on add up in them, as everywhere without `local`.
@@ -306,7 +310,7 @@ def summed_limits(report: Report, model, recording: Recording, wanted: list, pix
 NOTHING = object()      # in place of pixels: the model cannot be run
 
 
-def compare_inputs(report: Report, model, folder: Path, recording: Recording, pictures):
+def compare_inputs(report: Report, model: MiniVL, folder: Path, recording: Recording, pictures: list | None):
     """Add rows for prompt, tiles, pixels and ids where the trace tells how it made them; the pixels to go on with."""
     facts = recording.facts
     if facts.get("messages") is None:       # ids and pixels were given to the reference
@@ -331,7 +335,7 @@ def compare_inputs(report: Report, model, folder: Path, recording: Recording, pi
     return pixels
 
 
-def open_pictures(recording: Recording, pictures) -> list:
+def open_pictures(recording: Recording, pictures: list | None) -> list:
     """Open the pictures, or refuse those that the trace was not recorded with."""
     recorded = recording.facts["pictures"]
     if pictures is None:
@@ -347,7 +351,7 @@ def open_pictures(recording: Recording, pictures) -> list:
     return images
 
 
-def compare_pixels(report: Report, config, recording: Recording, pictures: list, images: list) -> tuple:
+def compare_pixels(report: Report, config: Config, recording: Recording, pictures: list, images: list) -> tuple:
     """Cut the pictures and add the rows for tiles and pixels: (tiles of each, the pixels to go on with)."""
     facts = recording.facts
     tiles = [inputs.cut(image, config, facts["max_num"]) for image in images]
@@ -380,7 +384,7 @@ def compare_pixels(report: Report, config, recording: Recording, pictures: list,
     return counts, theirs
 
 
-def prompt_row(config, tokenizer, facts: dict, counts: list, pictures) -> Row:
+def prompt_row(config: Config, tokenizer: Tokenizer, facts: dict, counts: list, pictures: list | None) -> Row:
     """Compare the rendered prompt, without its placeholders."""
     messages = facts["messages"]
     theirs = facts["prompt"]
@@ -397,7 +401,7 @@ def prompt_row(config, tokenizer, facts: dict, counts: list, pictures) -> Row:
     return Row("prompt", [len(text)], agrees=False, note=note)
 
 
-def ids_row(config, tokenizer, recording: Recording, counts: list) -> Row:
+def ids_row(config: Config, tokenizer: Tokenizer, recording: Recording, counts: list) -> Row:
     """Compare the token ids of the prompt."""
     ids = encode(tokenizer, recording.facts["messages"], counts, config.system_message,
                  tokens_per_tile=config.num_image_token)
@@ -410,7 +414,7 @@ def ids_row(config, tokenizer, recording: Recording, counts: list) -> Row:
                     f"{theirs[i:i + 5]}")
 
 
-def stop_row(model, tokenizer, stop: int) -> Row:
+def stop_row(model: MiniVL, tokenizer: Tokenizer, stop: int) -> Row:
     """Compare the tokens that end an answer: the reference's must be one, and no other that an answer can hold."""
     harmless = {tokenizer.id(token) for token in ("<|im_end|>", "<|im_start|>", "<|endoftext|>")}
     ends = model.eos_token_ids

@@ -13,12 +13,14 @@ source, not run:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, ImageOps
 
 import minivl
+from minivl.config import Config
 from minivl.limits import InputError
 from minivl.prompt import SYSTEM
 from minivl.tiling import choose_grid, tile, to_pixel_values
@@ -40,7 +42,7 @@ class Fed:
     remarks: list
 
 
-def as_stored(path) -> Image.Image:
+def as_stored(path: str | Path) -> Image.Image:
     """Open the picture with its transparency and its EXIF marks."""
     minivl.load_image(path)     # refuses what is no picture, or too large
     with Image.open(path) as image:
@@ -71,7 +73,7 @@ def on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def cut(image: Image.Image, config, max_num: int) -> list:
+def cut(image: Image.Image, config: Config, max_num: int) -> list:
     """Cut an RGB picture into tiles for a checkpoint."""
     return tile(image, min_num=config.min_dynamic_patch, max_num=max_num, tile_size=config.force_image_size,
                 use_thumbnail=config.use_thumbnail)
@@ -129,7 +131,7 @@ ENGINES = (
 )
 
 
-def engines(config, tokenizer, paths: list, question: str) -> list:
+def engines(config: Config, tokenizer: minivl.Tokenizer, paths: list, question: str) -> list:
     """Write down what each engine feeds the model: [Fed, ...]; the original first."""
     if "<image>" in question:
         raise InputError("the question has <image> in it; give the bare question, each engine puts the pictures where "
@@ -140,12 +142,12 @@ def engines(config, tokenizer, paths: list, question: str) -> list:
             for engine, mine in zip(ENGINES, pixels)]
 
 
-def limits(engine: Engine, config) -> tuple:
+def limits(engine: Engine, config: Config) -> tuple:
     """Give the fewest and most tiles of a picture."""
     return engine.tiles or (config.min_dynamic_patch, config.max_dynamic_patch)
 
 
-def tiles_of(engine: Engine, config, images: list) -> list:
+def tiles_of(engine: Engine, config: Config, images: list) -> list:
     """Cut the pictures as an engine does: a float32[tiles, 3, R, R] for each."""
     least, most = limits(engine, config)
     thumbnail = config.use_thumbnail if engine.thumbnail is None else engine.thumbnail
@@ -153,8 +155,8 @@ def tiles_of(engine: Engine, config, images: list) -> list:
                                  use_thumbnail=thumbnail)) for image in images]
 
 
-def feed(engine: Engine, config, tokenizer, paths: list, images: list, question: str, pixels: list,
-         original: list) -> Fed:
+def feed(engine: Engine, config: Config, tokenizer: minivl.Tokenizer, paths: list, images: list, question: str,
+         pixels: list, original: list) -> Fed:
     """Write down what one engine feeds the model. `pixels`: its tiles of each picture; `original`: the original's."""
     per_tile = config.num_image_token
     counts = [len(tiles) for tiles in pixels]
@@ -177,7 +179,7 @@ def feed(engine: Engine, config, tokenizer, paths: list, images: list, question:
     return Fed(engine.name, shown, tokenizer.encode(full), sizes, grids, counts, errors, remarks)
 
 
-def parting(a, b) -> int:
+def parting(a: Sequence, b: Sequence) -> int:
     """Find the first place where two texts or lists differ; the length of the shorter if one begins the other."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
@@ -214,7 +216,7 @@ def known(prompt: str, fed: list) -> str:
     return ""
 
 
-def known_opening(path, pixels, config, max_num: int) -> str:
+def known_opening(path: str | Path, pixels, config: Config, max_num: int) -> str:
     """Say why a picture's pixels may differ without a mistake: rotation mark, transparency, another resize.
 
     "" if none of these explains it.

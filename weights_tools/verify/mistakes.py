@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,7 +149,7 @@ class Run:
     precision: str | None = None        # of minivl.load; with one, a model of any size counts as large
 
 
-def quiet(checkpoint, folder) -> Path:
+def quiet(checkpoint: str | Path, folder: str | Path) -> Path:
     """Copy a checkpoint with embeddings 256 times smaller. A power of two: the copy is the same on every machine."""
     from minivl.checkpoint import find, open_weights
     from weights_tools.files import save_checkpoint
@@ -162,7 +163,7 @@ def quiet(checkpoint, folder) -> Path:
     return Path(folder)
 
 
-def plant(mistake: Mistake, folder) -> Path:
+def plant(mistake: Mistake, folder: str | Path) -> Path:
     """Copy the package with the mistake in it; the folder to put on the path."""
     source = (PACKAGE / mistake.file).read_text("utf-8")
     if source.count(mistake.old) != 1:
@@ -223,7 +224,7 @@ def caught(mistake: Mistake | None, run: Run) -> dict:
     os._exit(0)
 
 
-def planted(shown, precision: str | None = None) -> list:
+def planted(shown: Iterable[str], precision: str | None = None) -> list:
     """List what is tried: [(mistake, or None for the package as it is, run that must show it), ...].
 
     With a precision only the mistakes in files that it has faster versions of.
@@ -232,7 +233,7 @@ def planted(shown, precision: str | None = None) -> list:
     return [(None, name) for name in shown] + [(mistake, mistake.shown) for mistake in chosen]
 
 
-def prepare(args, scratch: Path) -> dict:
+def prepare(args: argparse.Namespace, scratch: Path) -> dict:
     """Make the runs, {"float32": Run, ...}: copies and traces come from processes of their own, which import minivl."""
     folder = Path(args.traces or args.record or scratch)
     shown = [name for name in RUNS if not args.traces or (folder / f"{name}.safetensors").exists()]
@@ -310,7 +311,7 @@ def page(rows: list) -> str:
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
-def options(argv) -> tuple:
+def options(argv: list | None) -> tuple:
     """Read the command line: (the options, the parser, for its errors)."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.verify.mistakes", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -336,7 +337,7 @@ def options(argv) -> tuple:
     return args, parser
 
 
-def main(argv=None) -> int:
+def main(argv: list | None = None) -> int:
     """Run the command; its exit code."""
     args, parser = options(argv)
     import PIL.Image  # noqa: F401  once for all forks

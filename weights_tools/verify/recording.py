@@ -8,6 +8,7 @@ A trace holds whole stages, or, where it was shrunk for the repository, a few hu
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import sha256
@@ -32,7 +33,7 @@ class Recording:
     names: list
 
     @classmethod
-    def open(cls, path) -> Recording:
+    def open(cls, path: str | Path) -> Recording:
         """Read the names and facts of a trace; InputError if the file is none."""
         path = Path(path)
         if not path.is_file():
@@ -80,7 +81,7 @@ def picks(numel: int) -> torch.Tensor:
     return torch.arange(min(SLICE, numel)) * numel // min(SLICE, numel)
 
 
-def shrink(recording: Recording, path, whole=()) -> Path:
+def shrink(recording: Recording, path: str | Path, whole: Iterable[str] = ()) -> Path:
     """Write the trace with SLICE values of each stage: kilobytes, for a repository.
 
     `whole`: patterns of the names that are kept as they are.

@@ -21,6 +21,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -111,7 +112,7 @@ def tiles_of(image, size: int, least: int, most: int, thumbnail: bool):
     return tiles if thumbnail or len(tiles) == 1 else tiles[:-1]      # the processor knows no use_thumbnail
 
 
-def rendered(messages: list, tiles: list, per_tile: int, system=None) -> str:
+def rendered(messages: list, tiles: list, per_tile: int, system: str | None = None) -> str:
     """Write the prompt as text.
 
     Source: InternVL conversation.py:238-247, 393-402, modeling_internvl_chat.py:343-398 @2410d1d.
@@ -187,7 +188,7 @@ NAMES = (   # transformers' -> released; those with a dot in front stand inside 
     ("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))
 
 
-def released_name(name: str):
+def released_name(name: str) -> tuple:
     """Translate transformers' name of a parameter: (released name, which third of it or None). Source: as hf_config."""
     third = None
     for i, part in enumerate("qkv"):
@@ -198,7 +199,8 @@ def released_name(name: str):
     return name, third
 
 
-def transformers_model(folder: Path, config: dict, dtype, resident: float, long: bool, image_token: int) -> tuple:
+def transformers_model(folder: Path, config: dict, dtype: torch.dtype, resident: float, long: bool,
+                       image_token: int) -> tuple:
     """Build transformers' InternVL, empty; its parts are filled when needed. (stages, forward) as in `run`."""
     from transformers import InternVLForConditionalGeneration
     hf = hf_config(config)
@@ -227,7 +229,7 @@ def transformers_model(folder: Path, config: dict, dtype, resident: float, long:
     return stages, forward
 
 
-def fill_when_needed(model, parts: list, weights: Weights, dtype, resident: float):
+def fill_when_needed(model: torch.nn.Module, parts: list, weights: Weights, dtype: torch.dtype, resident: float):
     """Give empty parts their weights: now, or if they are more than `resident` GB, each when it runs, and only then."""
     names = {id(p): name for name, p in model.named_parameters()}
     missing = set(names.values()) - {names[id(p)] for part in parts for p in part.parameters()}
@@ -267,7 +269,7 @@ def fill_when_needed(model, parts: list, weights: Weights, dtype, resident: floa
             part.register_forward_hook(free)
 
 
-def remote_model(folder: Path, dtype, image_token: int) -> tuple:
+def remote_model(folder: Path, dtype: torch.dtype, image_token: int) -> tuple:
     """Build the model from the code inside the checkpoint's folder: (stages, forward) as in `run`.
 
     Its modules have the released names.
@@ -317,7 +319,7 @@ class Inputs:
     facts: dict
 
 
-def inputs_like(path, image_token: int) -> Inputs:
+def inputs_like(path: str | Path, image_token: int) -> Inputs:
     """Take ids and pixels from another trace."""
     with safe_open(path, "pt") as file:
         return Inputs(file.get_tensor("input_ids"), file.get_tensor("pixel_values"), image_token, {"stop": None})
@@ -341,7 +343,7 @@ def inputs_of(folder: Path, config: dict, request: dict) -> Inputs:
                   torch.cat(tiles) if tiles else None, tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), facts)
 
 
-def wanted_stages(stages: dict, patterns, pixels) -> list:
+def wanted_stages(stages: dict, patterns: list | None, pixels) -> list:
     """Choose the stages that the patterns name and that are computed at all."""
     idle = [pattern for pattern in patterns or () if not any(fnmatchcase(name, pattern) for name in stages)]
     if idle:
@@ -381,7 +383,7 @@ def record_stages(stages: dict, wanted: list, tensors: dict, logits: int, stop: 
 
 
 @torch.no_grad()
-def greedy(forward, given: Inputs, dtype, keep: int, tokens: int, handles: list) -> dict:
+def greedy(forward: Callable, given: Inputs, dtype: torch.dtype, keep: int, tokens: int, handles: list) -> dict:
     """Read the prompt and write the most probable tokens after it: greedy int64[n], greedy_scores float32[n].
 
     Only the prompt's stages are recorded: `handles` are removed after it.
@@ -453,7 +455,7 @@ def facts_of(folder: Path, request: dict, trust_remote_code: bool) -> dict:
             "threads": torch.get_num_threads()}
 
 
-def main(argv=None) -> int:
+def main(argv: list | None = None) -> int:
     """Run the command; its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)

@@ -8,6 +8,7 @@ import base64
 import html as escape_html
 import io
 import math
+from collections.abc import Callable
 
 import torch
 from PIL import Image
@@ -39,7 +40,7 @@ def verdict(report: Report) -> str:
             f"{t['reference']}; the two best scores were {t['margin']:.2g} apart")
 
 
-def text(report: Report, words=str) -> str:
+def text(report: Report, words: Callable[[int], str] = str) -> str:
     """Write the table for a terminal. `words`: token id -> how it reads."""
     lines = [f"{'stage':<18}{'shape':<22}{'rel. error':>11}{'max |a-b|':>11}  {'at':<18}{'1 - cosine':>11}"]
     for row in report.rows:
@@ -131,14 +132,14 @@ def picture(error, top: float) -> str:
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def html(report: Report, words=str) -> str:
+def html(report: Report, words: Callable[[int], str] = str) -> str:
     """Write one self-contained page. `words`: token id -> how it reads."""
     body = heading(report) + table(report) + maps(report) + first_token(report, words) + answer(report, words)
     return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>verify</title><style>{STYLE}</style>"
             f"</head><body>{body}</body></html>")
 
 
-def cell(x) -> str:
+def cell(x: object) -> str:
     """Write something as it may stand in HTML."""
     return escape_html.escape(str(x))
 
@@ -185,7 +186,7 @@ def maps(report: Report) -> str:
             f"{'' if first else ' (All agree: this is rounding.)'}</figcaption>{tiles}</figure>")
 
 
-def first_token(report: Report, words) -> str:
+def first_token(report: Report, words: Callable[[int], str]) -> str:
     """Put the five best tokens at the end of the prompt side by side."""
     if not report.logits:
         return ""
@@ -198,7 +199,7 @@ def first_token(report: Report, words) -> str:
             f"<th class='n'>log p</th></tr>{rows}</table>")
 
 
-def answer(report: Report, words) -> str:
+def answer(report: Report, words: Callable[[int], str]) -> str:
     """List the tokens of the answer."""
     if not report.tokens:
         return ""
