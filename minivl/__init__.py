@@ -10,8 +10,7 @@ One letter per dimension, everywhere:
     L  visual tokens per tile (256)                 F  FFN width (11008)
     V  vocabulary (151674)                          I, O, g  AWQ in features, out features, group size (128)
 
-(numbers: InternVL2_5-4B). README.md gives the reading order of the source. The class `trace` hides its module: for the
-rest of it write `from minivl.trace import ...`.
+(numbers: InternVL2_5-4B). README.md gives the reading order of the source.
 """
 import warnings
 
@@ -31,4 +30,4 @@ from minivl.media import load_image, load_video  # noqa: E402
 from minivl.model import MiniVL  # noqa: E402
 from minivl.sampling import GenerationConfig  # noqa: E402
 from minivl.tokenizer import Tokenizer  # noqa: E402
-from minivl.trace import first_mismatch, relative_error, trace  # noqa: E402
+from minivl.tracing import first_mismatch, relative_error, trace  # noqa: E402

@@ -187,7 +187,7 @@ mistake = shown[int(sys.argv[1]) % len(shown)]
 with tempfile.TemporaryDirectory() as folder:
     sys.path.insert(0, str(mistakes.plant(mistake, folder)))
     from weights_tools.verify import compare
-    found = compare.compare(sys.argv[2], compare.Trace.open(sys.argv[3]), pictures=[sys.argv[4]]).json()
+    found = compare.compare(sys.argv[2], compare.Recording.open(sys.argv[3]), pictures=[sys.argv[4]]).json()
 print(json.dumps({"name": mistake.name, "file": mistake.file, "old": mistake.old, "new": mistake.new, **found}))
 """
 

@@ -1,7 +1,7 @@
 """The exercises of the notebooks: what is asked (spec), the cases it is tried on, a hint, and our own solution.
 
-Try first. `lab.grade` compares an attempt with the spec and shows the hint at the second failure; the tests send each solution
-through the same checker.
+Try first. `lab.grade` compares an attempt with the spec and shows the hint at the second failure; the tests send each
+solution through the same checker.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAMPLES = Path(minivl.__file__).parent / "nano" / "samples"
 
 @dataclass(frozen=True)
 class Exercise:
-    """`spec` says slowly what is right, `solution` is how one might write it. `tolerance` is relative to the largest value.
+    """`spec` says slowly what is right, `solution` is how one might write it; `tolerance` is relative to the largest.
 
     `cases`: the arguments to try, or a function that makes them, for exercises that change nano.
     """
@@ -47,7 +47,10 @@ def nano(name="nano"):
 
 @contextmanager
 def instead(owner, name, value):
-    """Another value for an attribute, for the length of a `with`. On a module: beside its method, which comes back after."""
+    """Give an attribute another value for the length of a `with`.
+
+    On a module: beside its method, which comes back after.
+    """
     before = vars(owner).get(name)
     setattr(owner, name, value)
     try:
@@ -74,11 +77,15 @@ def fingerprint():
 
 
 def by_hand(pipe, question, pixel_values, visual=None):
-    """The greedy answer to a question about one picture, from its tiles and, if given, other visual tokens."""
+    """Write the greedy answer to a question about one picture, from its tiles and, if given, other visual tokens."""
     model, tokenizer = pipe.model, pipe.tokenizer
-    ids = prompt.encode(tokenizer, [(f"<image>\n{question}", None)], [len(pixel_values)], tokens_per_tile=model.config.num_image_token)
+    ids = prompt.encode(tokenizer, [(f"<image>\n{question}", None)], [len(pixel_values)],
+                        tokens_per_tile=model.config.num_image_token)
+    cache = KVCache()
+    written = []
     with torch.no_grad():
-        x, cache, written = model.embed(torch.tensor([ids]), model.visual_tokens(pixel_values) if visual is None else visual), KVCache(), []
+        visual = model.visual_tokens(pixel_values) if visual is None else visual
+        x = model.embed(torch.tensor([ids]), visual)
         while len(written) < 512:
             written.append(int(model.language_model(x, cache)[0, -1].argmax()))
             if written[-1] in model.eos_token_ids:
@@ -96,7 +103,8 @@ def blind(pipe, question, picture):
 def _blind_spec(pipe, question, picture):
     pixel_values = pixels_of(pipe, picture)
     c = pipe.model.config
-    return by_hand(pipe, question, pixel_values, torch.zeros(len(pixel_values), c.num_image_token, c.llm_config.hidden_size))
+    nothing = torch.zeros(len(pixel_values), c.num_image_token, c.llm_config.hidden_size)
+    return by_hand(pipe, question, pixel_values, nothing)
 
 
 def without_thumbnail(pipe, question, picture):
@@ -139,7 +147,7 @@ def _averaged_spec(pipe, question, picture):
 
 def exchanged(pipe, a, b, question, picture):
     rows = [pipe.tokenizer.encode(word)[0] for word in (a, b)]
-    table = pipe.model.language_model.model.embed_tokens.weight.data
+    table = pipe.model.language_model.embeddings.weight.data
     table[rows] = table[rows[::-1]]
     try:
         return pipe((question, picture)).text
@@ -151,7 +159,10 @@ def _exchanged_spec(pipe, a, b, question, picture):
     """Reads each of the two words as the other; the head is not touched."""
     a, b = (pipe.tokenizer.encode(word)[0] for word in (a, b))
     right, swap = pipe.model.embed, {a: b, b: a}
-    with instead(pipe.model, "embed", lambda ids, *visual: right(torch.tensor([[swap.get(i, i) for i in row] for row in ids.tolist()]), *visual)):
+
+    def embed(ids, *visual):
+        return right(torch.tensor([[swap.get(i, i) for i in row] for row in ids.tolist()]), *visual)
+    with instead(pipe.model, "embed", embed):
         return by_hand(pipe, question, pixels_of(pipe, picture))
 
 
@@ -168,14 +179,15 @@ def layer_errors(pipe, ids, rotate):
 
 def _layer_errors_spec(pipe, ids, rotate):
     def run():
-        decoder, out = pipe.model.language_model.model, []
+        decoder = pipe.model.language_model
+        out = []
         with torch.no_grad():
             x = pipe.model.embed(torch.tensor([ids]))
-            tables = qwen2.rope_tables(torch.arange(len(ids))[None], decoder.head_dim, decoder.theta)
+            tables = qwen2.rope_tables(torch.arange(len(ids))[None], decoder.body.head_dim, decoder.body.theta)
             for layer in decoder.layers:
                 x = layer(x, *tables, None, None)
                 out.append(x)
-            return [*out, pipe.model.language_model.lm_head(decoder.norm(x))]
+            return [*out, decoder.head(decoder.norm(x))]
     right = run()
     with instead(qwen2, "rotate", rotate):
         wrong = run()
@@ -237,28 +249,29 @@ def _fewer_bits_spec(model, ids, pixel_values):
 
 
 def _recorded():
-    """What notebook 08 compares with: (checkpoint, the recorded reference, its picture)."""
+    """Find what notebook 08 compares with: (checkpoint, the recorded reference, its picture)."""
     from weights_tools.verify import compare
     folder = SHIPPED["nano-awq"]
-    return folder, compare.Trace.open(Path(compare.__file__).parent / "nano" / "awq" / "float32.safetensors"), SAMPLES / "small-print.png"
+    file = Path(compare.__file__).parent / "nano" / "awq" / "float32.safetensors"
+    return folder, compare.Recording.open(file), SAMPLES / "small-print.png"
 
 
 def caught_at(name, wrong):
     from weights_tools.verify import compare
-    folder, trace, picture = _recorded()
+    folder, recording, picture = _recorded()
     model = minivl.load(folder)
     with instead(model, name, functools.partial(wrong, model)):
-        report = compare.compare(folder, trace, pictures=[picture], model=model)
+        report = compare.compare(folder, recording, pictures=[picture], model=model)
     return report.first and report.first.stage
 
 
 def _caught_at_spec(name, wrong):
     from weights_tools.verify import compare
-    folder, trace, picture = _recorded()
+    folder, recording, picture = _recorded()
     kept = getattr(minivl.MiniVL, name)
     setattr(minivl.MiniVL, name, wrong)
     try:
-        report = compare.compare(folder, trace, pictures=[picture])
+        report = compare.compare(folder, recording, pictures=[picture])
     finally:
         setattr(minivl.MiniVL, name, kept)
     return next((row.stage for row in report.rows if not row.agrees), None)
@@ -389,7 +402,8 @@ def stitch(pixel_values, columns, rows):
 
 def _patches_spec(picture, p):
     side = picture.shape[1] // p
-    return torch.stack([picture[:, r * p:(r + 1) * p, c * p:(c + 1) * p].flatten() for r in range(side) for c in range(side)])
+    return torch.stack([picture[:, r * p:(r + 1) * p, c * p:(c + 1) * p].flatten()
+                        for r in range(side) for c in range(side)])
 
 
 def patches(picture, p):
@@ -509,7 +523,8 @@ def top_p(probs, p):
 
 
 def _repetition_spec(scores, seen, r):
-    return torch.tensor([float(v) if i not in seen else float(v) / r if v > 0 else float(v) * r for i, v in enumerate(scores)])
+    return torch.tensor([float(v) if i not in seen else float(v) / r if v > 0 else float(v) * r
+                         for i, v in enumerate(scores)])
 
 
 def repetition(scores, seen, r):
@@ -551,7 +566,8 @@ def _damaged(*shape, tokens):
 
 def _weights_of_spec(q, k):
     H, K = len(q), len(k)
-    return torch.stack([torch.stack([q[h] @ k[h * K // H, s] for s in range(k.shape[1])]).div(q.shape[1] ** 0.5).softmax(0) for h in range(H)])
+    scores = [torch.stack([q[h] @ k[h * K // H, s] for s in range(k.shape[1])]) for h in range(H)]
+    return torch.stack([one.div(q.shape[1] ** 0.5).softmax(0) for one in scores])
 
 
 def weights_of(q, k):
@@ -640,123 +656,402 @@ def labels_of(ids, answers):
 
 
 EXERCISES = {
-    "blind": Exercise(_blind_spec, lambda: ((nano(), "describe this image", SAMPLES / "shapes.png"), (nano(), "What does it say?", SAMPLES / "wide.png")),
-                      "right = pipe.model.visual_tokens; pipe.model.visual_tokens = lambda x: torch.zeros_like(right(x)); del pipe.model.visual_tokens "
-                      "puts it back.", blind),
-    "without_thumbnail": Exercise(lambda pipe, question, picture: by_hand(pipe, question, pixels_of(pipe, picture, use_thumbnail=False)),
-                                  lambda: tuple((nano(), q, SAMPLES / p) for p in ("wide.png", "tall.png") for q in ("How many shapes are there?",)),
-                                  "dataclasses.replace(pipe.model.config, use_thumbnail=False) is the other config; pipe.model.config takes it.",
-                                  without_thumbnail),
-    "without_layer": Exercise(_without_layer_spec, lambda: tuple((nano(), pixels_of(nano(), SAMPLES / "shapes.png"), i) for i in (0, 3, 5)),
-                              "layer.ls1.data.zero_() and the same for ls2; keep clones first.", without_layer, 1e-5),
-    "averaged": Exercise(_averaged_spec, lambda: tuple((nano(), q, SAMPLES / "shapes.png") for q in ("What colour is the heart?", "describe this image")),
-                         "visual.mean(1, keepdim=True).expand_as(visual).", averaged),
-    "exchanged": Exercise(_exchanged_spec, lambda: tuple((nano(), " red", " yellow", q, SAMPLES / "shapes.png") for q in (
-        "Where is the red star?", "What shape is purple?")), "table = model.language_model.model.embed_tokens.weight.data; table[[a, b]] = table[[b, a]] "
-        "exchanges two rows, and exchanges them back.", exchanged),
-    "layer_errors": Exercise(_layer_errors_spec, lambda: tuple((nano(), ids, interleaved) for ids in ([300, 301, 302, 303], list(range(300, 320)))),
-                             "Trace \"llm.layers.*\" and \"logits\" twice; the stages of whole layers end in a number.", layer_errors, 1e-3),
-    "never_twice": Exercise(_never_twice_spec, lambda: ((nano().model, [300, 301], 6), (nano().model, nano().tokenizer.encode("Who are you?"), 12)),
-                            "scores.clone(), -inf at what is written, argmax.", never_twice),
-    "fewer_bits": Exercise(_fewer_bits_spec, lambda: tuple((nano("nano-awq").model, prompt.encode(
-        nano("nano-awq").tokenizer, [("<image>\nWhere is it?", None)], [1], tokens_per_tile=16), pixels_of(nano("nano-awq"), SAMPLES / p, max_num=1))
-        for p in ("shapes.png", "count.png")), "unpack = awq.unpack first; then awq.unpack = lambda packed: unpack(packed) // 2 * 2. Do all linears hold "
-        "int4?", fewer_bits, 1e-3),
-    "caught_at": Exercise(_caught_at_spec, lambda: (("visual_tokens", last_patch_dropped), ("visual_tokens", two_percent_more)),
-                          "setattr(type(model), name, wrong), compare.compare(...), put back; the report's `first` has the stage.", caught_at),
-    "patched": Exercise(_patched_spec, lambda: tuple((nano(), "What colour is the heart?", *_green_heart()[::-1], k) for k in (0, 15)),
-                        "Compute the other picture's visual tokens first; then let model.visual_tokens give a clone with one row replaced.", patched),
-    "mixed_lessons": Exercise(_mixed_lessons_spec, ((lambda i: f"new {i}", lambda i: f"old {i}", 2, 5), (lambda i: i, lambda i: -i, 4, 9),
-                                                    (lambda i: i, lambda i: -i, 1, 3)), "Every `every`-th: i % every == every - 1.", mixed_lessons),
-    "tokens_at_factor": Exercise(lambda text, tiles, s, f: text + tiles * len([1 for r in range(0, s, f) for c in range(0, s, f)]),
-                                 ((60, 7, 32, 2), (60, 7, 32, 4), (20, 1, 8, 2), (5, 0, 8, 1)), "A tile has (s / f) squared visual tokens.",
-                                 lambda text, tiles, s, f: text + tiles * (s // f) ** 2),
-    "thrifty_grid": Exercise(_thrifty_grid_spec, ((800, 600, 12, 448), (1920, 1080, 12, 448), (100, 2000, 12, 448), (900, 900, 12, 448),
-                                                  (2000, 2000, 6, 448)), "First the number of tiles there is room for, then the nearest ratio.",
-                             thrifty_grid),
-    "labels_of": Exercise(lambda ids, answers: [i if any(a <= k < b for a, b in answers) else -100 for k, i in enumerate(ids)],
-                          (([5, 6, 7, 8, 9], [(1, 3)]), ([5, 6, 7, 8, 9], [(0, 1), (3, 5)]), ([1], []), ([1, 2], [(0, 2)])),
-                          "Start from a list of -100 and copy the slices.", labels_of),
-    "prompt_length": Exercise(lambda text_tokens, tiles, L: len(["text"] * text_tokens + ["<img>"] + ["token"] * tiles * L + ["</img>"]),
-                              ((20, 1, 16), (60, 7, 256), (5, 13, 256)), "Two more than text and visual tokens.",
-                              lambda text_tokens, tiles, L: text_tokens + tiles * L + 2),
-    "best_tokens": Exercise(lambda scores, n: sorted(range(len(scores)), key=lambda i: -float(scores[i]))[:n],
-                            ((_random(9), 3), (_random(5, seed=1), 1), (_random(4, seed=2), 4)), "topk, and tolist().",
-                            lambda scores, n: scores.topk(n).indices.tolist()),
-    "write": Exercise(_write_spec, ((_counting, [0, 1], 5, 20), (_counting, [2], 5, 2), (_counting, [5], 5, 9)),
-                      "Ask the model for ids plus what is written so far; stop after the stop token or after `most`.", write),
-    "relative_error": Exercise(lambda a, b: float((a - b).double().pow(2).sum() / b.double().pow(2).sum()) ** 0.5,
-                               ((_random(3, 4), _random(3, 4, seed=1)), (_random(5), _random(5)), (2 * _random(2, 3, 4), _random(2, 3, 4))),
-                               "norm() takes all numbers of a tensor, whatever its shape.", lambda a, b: float((a - b).norm() / b.norm()), 1e-5),
-    "first_difference": Exercise(_first_difference_spec, (([("a", 1e-7), ("b", 3e-5), ("c", 1.0)], 2e-5), ([("a", 0.0)], 2e-5),
-                                                          ([("a", 0.0), ("b", float("nan"))], 1.0), ([], 1.0)),
-                                 "nan > x is False. Ask for `not error <= tolerance`.", first_difference),
-    "wrong_tokens": Exercise(_wrong_tokens_spec, ((_damaged(2, 6, 4, tokens=[1, 4]), _random(2, 6, 4), 0.1), (_random(1, 3, 2), _random(1, 3, 2), 1e-6),
-                                                  (_damaged(3, 5, 2, tokens=[0]), _random(3, 5, 2), 0.4)),
-                             "Sum the squares over axes 0 and 2, of the difference and of b.", wrong_tokens),
-    "weights_of": Exercise(_weights_of_spec, ((_random(4, 6), _random(2, 5, 6, seed=1)), (_random(3, 2), _random(3, 1, 2, seed=1)),
-                                              (_random(6, 4), _random(2, 3, 4, seed=1))),
-                           "repeat_interleave the keys to H heads; divide by the root of E before the softmax.", weights_of, 1e-5),
-    "normalised": Exercise(lambda drops: torch.tensor([[max(0.0, float(v)) / max(float(drops.max()), 1e-30) if drops.max() > 0 else 0.0
-                                                        for v in row] for row in drops]),
-                           ((_random(3, 3),), (-_random(2, 4).abs(),), (torch.zeros(2, 2),)), "clamp first; divide only by something positive.",
-                           lambda drops: drops.clamp(min=0) / drops.max() if drops.max() > 0 else torch.zeros_like(drops), 1e-6),
-    "lens_ids": Exercise(_lens_ids_spec, ((_random(3, 8), _random(8, seed=1), 1e-6, _random(20, 8, seed=2)),
-                                          (_random(1, 4), torch.ones(4), 1e-6, _random(5, 4, seed=3))),
-                         "Norm each layer's vector, multiply by head.T, argmax.", lens_ids),
-    "attention_numbers": Exercise(lambda layers, heads, patches: sum(heads * (patches + 1) ** 2 for _ in range(layers)),
-                                  ((6, 5, 64), (24, 16, 1024), (1, 1, 1)), "Each of the 1 + P tokens has a weight for each of them.",
-                                  lambda layers, heads, patches: layers * heads * (1 + patches) ** 2),
-    "patches": Exercise(_patches_spec, ((_random(3, 6, 6), 2), (_random(3, 6, 6), 3), (_random(3, 5, 5), 5), (_random(3, 4, 4), 1)),
-                        "View as [3, rows, p, columns, p]; the axes rows and columns come first, then channel, y, x.", patches),
-    "layer_norm": Exercise(_layer_norm_spec, tuple((_random(*shape), _random(shape[-1], seed=1), _random(shape[-1], seed=2), 1e-6)
-                                                   for shape in ((3, 8), (2, 3, 5), (4, 160))),
-                           "The variance divides by n, not by n - 1; eps goes under the root.", layer_norm, 1e-5),
-    "visual_tokens": Exercise(lambda R, p, f: ((R // p) // f) ** 2, ((448, 14, 2), (112, 14, 2), (448, 14, 4), (56, 14, 2)),
-                              "Patches in a row, divided by f, squared.", lambda R, p, f: (R // p // f) ** 2),
-    "unshuffle": Exercise(_unshuffle_spec, ((_random(16, 3), 2), (_random(36, 2), 3), (_random(16, 1), 4), (_random(9, 5), 1)),
-                          "View as [rows, f, columns, f, C] and bring rows and columns to the front.", unshuffle),
-    "shuffle": Exercise(_shuffle_spec, ((_random(4, 8),), (_random(9, 4),), (_random(1, 12),)),
-                        "The five axes of a token grid are (row, column, dy, dx, c); a patch grid has (row, dy, column, dx, c).", shuffle),
-    "placeholders": Exercise(lambda tiles, L: prompt.render([("<image>" * len(tiles), None)], tiles, tokens_per_tile=L).count("<IMG_CONTEXT>"),
-                             (([1], 16), ([7], 256), ([3, 1, 5], 16), ([], 256)), "Every tile of every picture.",
-                             lambda tiles, L: sum(tiles) * L),
-    "bpe_step": Exercise(_bpe_step_spec, tuple((list(text), merges) for text, merges in (
-        ("banana", [("a", "n"), ("an", "a")]), ("abcbc", [("b", "c"), ("a", "b")]), ("xyz", [("a", "b")]), ("lolol", [("o", "l"), ("l", "o")]))),
-        "First find the pair that stands first in the list of merges, then glue every place of it.", bpe_step),
-    "user_turn": Exercise(_user_turn_spec, (("Who are you?",), ("A\nB",)),
-                          "Print prompt.render([(question, None)]) with repr(): each line end counts.",
-                          lambda question: f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"),
-    "cache_numbers": Exercise(lambda layers, H, K, D: layers * 2 * K * (D // H), ((36, 16, 2, 2048), (4, 8, 4, 256), (1, 2, 2, 8)),
-                              "Keys and values, of K heads with D / H numbers, in every layer.",
-                              lambda layers, H, K, D: 2 * layers * K * D // H),
-    "window_mask": Exercise(_window_mask_spec, ((4, 2), (5, 1), (3, 9), (6, 3)),
-                            "With row and column numbers t and s: visible where 0 <= t - s < w.",
-                            lambda T, w: torch.ones(T, T, dtype=torch.bool).tril() & torch.ones(T, T, dtype=torch.bool).triu(1 - w)),
-    "attention": Exercise(_attention_spec, tuple((_random(H, T, 4), _random(K, T, 4, seed=1), _random(K, T, 4, seed=2)) for H, K, T in (
-        (2, 2, 3), (4, 2, 5), (6, 3, 4), (3, 1, 1))), "repeat_interleave makes H heads of K: 0 0 1 1, not 0 1 0 1. Mask before the softmax.",
-        attention, 1e-5),
-    "cached_passes": Exercise(lambda T, n: T + sum(1 for _ in range(n - 1)), ((200, 20), (5, 1), (1, 9)),
-                              "The last token of the answer is never read.", lambda T, n: T + n - 1),
-    "top_p": Exercise(_top_p_spec, tuple((torch.tensor(v), p) for v, p in (
-        ([0.5, 0.3, 0.15, 0.05], 0.7), ([0.1, 0.2, 0.7], 0.5), ([0.25, 0.35, 0.4], 1.0), ([0.4, 0.35, 0.25], 0.4))),
-        "Sort, and keep a token while those before it hold less than p.", top_p, 1e-5),
-    "repetition": Exercise(_repetition_spec, ((torch.tensor([1.0, -2.0, 3.0, -4.0]), [0, 1, 1], 2.0), (_random(6), [5, 2], 1.3), (_random(4), [], 9.0)),
-                           "Divide positive scores, multiply negative ones; set(seen) has every token once.", repetition, 1e-6),
-    "pack_word": Exercise(_pack_word_spec, (([0, 1, 2, 3, 4, 5, 6, 7],), ([15, 0, 0, 0, 0, 0, 0, 0],), ([0, 0, 0, 0, 0, 0, 0, 15],),
-                                            ([3, 14, 1, 5, 9, 2, 6, 5],)),
-                          "Digit n, counted from the right, holds column (0, 2, 4, 6, 1, 3, 5, 7)[n].", pack_word),
-    "dequantise": Exercise(_dequantise_spec, tuple((_numbers(I, O).byte(), _numbers(G, O, seed=1).byte(), _random(G, O).abs()) for I, O, G in (
-        (8, 3, 2), (12, 5, 4), (6, 2, 1), (6, 2, 6))), "View q as [groups, g, O]; z and s become [groups, 1, O].", dequantise, 1e-6),
-    "round_group": Exercise(_round_group_spec, tuple((_random(16, seed=n) * 0.1 + shift,) for n, shift in enumerate((0, 0.05, 1, -1))),
-                            "0 must be one of the levels, also where all weights are positive: that is what the max and min with 0 are for.",
-                            round_group, 1e-5),
-    "tiles_of": Exercise(_tiles_of_spec, ((800, 600, 12), (600, 600, 12), (448, 448, 12), (1000, 1000, 6), (30, 900, 4)),
-                         "choose_grid gives (columns, rows). When is there no thumbnail?", tiles_of),
-    "largest_square": Exercise(_largest_square_spec, ((256,), (1280,), (3328,), (255,), (2000,)),
-                               "The cost does not fall when the side grows, but walk through all sides to be sure; a budget that "
-                               "nothing fits gives 0.", largest_square),
-    "stitch": Exercise(_stitch_spec, ((_random(7, 3, 4, 4), 3, 2), (_random(4, 3, 2, 2), 1, 3), (_random(1, 3, 5, 5), 1, 1)),
-                       "Drop the thumbnail, view as [rows, columns, 3, R, R], bring the five axes into the order (3, rows, R, columns, R).",
-                       stitch),
+    "blind": Exercise(
+        spec=_blind_spec,
+        cases=lambda: (
+            (nano(), "describe this image", SAMPLES / "shapes.png"),
+            (nano(), "What does it say?", SAMPLES / "wide.png"),
+        ),
+        hint=(
+            "right = pipe.model.visual_tokens; pipe.model.visual_tokens = lambda x: "
+            "torch.zeros_like(right(x)); del pipe.model.visual_tokens puts it back."
+        ),
+        solution=blind,
+    ),
+    "without_thumbnail": Exercise(
+        spec=lambda pipe, question, picture: by_hand(pipe, question, pixels_of(pipe, picture, use_thumbnail=False)),
+        cases=lambda: tuple(
+            (nano(), q, SAMPLES / p) for p in ("wide.png", "tall.png") for q in ("How many shapes are there?",)
+        ),
+        hint=(
+            "dataclasses.replace(pipe.model.config, use_thumbnail=False) is the other config; "
+            "pipe.model.config takes it."
+        ),
+        solution=without_thumbnail,
+    ),
+    "without_layer": Exercise(
+        spec=_without_layer_spec,
+        cases=lambda: tuple((nano(), pixels_of(nano(), SAMPLES / "shapes.png"), i) for i in (0, 3, 5)),
+        hint="layer.ls1.data.zero_() and the same for ls2; keep clones first.",
+        solution=without_layer,
+        tolerance=1e-05,
+    ),
+    "averaged": Exercise(
+        spec=_averaged_spec,
+        cases=lambda: tuple(
+            (nano(), q, SAMPLES / "shapes.png") for q in ("What colour is the heart?", "describe this image")
+        ),
+        hint="visual.mean(1, keepdim=True).expand_as(visual).",
+        solution=averaged,
+    ),
+    "exchanged": Exercise(
+        spec=_exchanged_spec,
+        cases=lambda: tuple(
+            (nano(), " red", " yellow", q, SAMPLES / "shapes.png")
+            for q in ("Where is the red star?", "What shape is purple?")
+        ),
+        hint=(
+            "table = model.language_model.embeddings.weight.data; table[[a, b]] = table[[b, a]] exchanges two"
+            " rows, and exchanges them back."
+        ),
+        solution=exchanged,
+    ),
+    "layer_errors": Exercise(
+        spec=_layer_errors_spec,
+        cases=lambda: tuple((nano(), ids, interleaved) for ids in ([300, 301, 302, 303], list(range(300, 320)))),
+        hint='Trace "llm.layers.*" and "logits" twice; the stages of whole layers end in a number.',
+        solution=layer_errors,
+        tolerance=0.001,
+    ),
+    "never_twice": Exercise(
+        spec=_never_twice_spec,
+        cases=lambda: ((nano().model, [300, 301], 6), (nano().model, nano().tokenizer.encode("Who are you?"), 12)),
+        hint="scores.clone(), -inf at what is written, argmax.",
+        solution=never_twice,
+    ),
+    "fewer_bits": Exercise(
+        spec=_fewer_bits_spec,
+        cases=lambda: tuple(
+            (
+                nano("nano-awq").model,
+                prompt.encode(nano("nano-awq").tokenizer, [("<image>\nWhere is it?", None)], [1], tokens_per_tile=16),
+                pixels_of(nano("nano-awq"), SAMPLES / p, max_num=1),
+            )
+            for p in ("shapes.png", "count.png")
+        ),
+        hint=(
+            "unpack = awq.unpack first; then awq.unpack = lambda packed: unpack(packed) // 2 * 2. Do all "
+            "linears hold int4?"
+        ),
+        solution=fewer_bits,
+        tolerance=0.001,
+    ),
+    "caught_at": Exercise(
+        spec=_caught_at_spec,
+        cases=lambda: (("visual_tokens", last_patch_dropped), ("visual_tokens", two_percent_more)),
+        hint=("setattr(type(model), name, wrong), compare.compare(...), put back; the report's `first` has the stage."),
+        solution=caught_at,
+    ),
+    "patched": Exercise(
+        spec=_patched_spec,
+        cases=lambda: tuple((nano(), "What colour is the heart?", *_green_heart()[::-1], k) for k in (0, 15)),
+        hint=(
+            "Compute the other picture's visual tokens first; then let model.visual_tokens give a clone with "
+            "one row replaced."
+        ),
+        solution=patched,
+    ),
+    "mixed_lessons": Exercise(
+        spec=_mixed_lessons_spec,
+        cases=(
+            (lambda i: f"new {i}", lambda i: f"old {i}", 2, 5),
+            (lambda i: i, lambda i: -i, 4, 9),
+            (lambda i: i, lambda i: -i, 1, 3),
+        ),
+        hint="Every `every`-th: i % every == every - 1.",
+        solution=mixed_lessons,
+    ),
+    "tokens_at_factor": Exercise(
+        spec=lambda text, tiles, s, f: text + tiles * len([1 for r in range(0, s, f) for c in range(0, s, f)]),
+        cases=((60, 7, 32, 2), (60, 7, 32, 4), (20, 1, 8, 2), (5, 0, 8, 1)),
+        hint="A tile has (s / f) squared visual tokens.",
+        solution=lambda text, tiles, s, f: text + tiles * (s // f) ** 2,
+    ),
+    "thrifty_grid": Exercise(
+        spec=_thrifty_grid_spec,
+        cases=(
+            (800, 600, 12, 448),
+            (1920, 1080, 12, 448),
+            (100, 2000, 12, 448),
+            (900, 900, 12, 448),
+            (2000, 2000, 6, 448),
+        ),
+        hint="First the number of tiles there is room for, then the nearest ratio.",
+        solution=thrifty_grid,
+    ),
+    "labels_of": Exercise(
+        spec=lambda ids, answers: [i if any((a <= k < b for a, b in answers)) else -100 for k, i in enumerate(ids)],
+        cases=(([5, 6, 7, 8, 9], [(1, 3)]), ([5, 6, 7, 8, 9], [(0, 1), (3, 5)]), ([1], []), ([1, 2], [(0, 2)])),
+        hint="Start from a list of -100 and copy the slices.",
+        solution=labels_of,
+    ),
+    "prompt_length": Exercise(
+        spec=lambda text_tokens, tiles, L: len(["text"] * text_tokens + ["<img>"] + ["token"] * tiles * L + ["</img>"]),
+        cases=((20, 1, 16), (60, 7, 256), (5, 13, 256)),
+        hint="Two more than text and visual tokens.",
+        solution=lambda text_tokens, tiles, L: text_tokens + tiles * L + 2,
+    ),
+    "best_tokens": Exercise(
+        spec=lambda scores, n: sorted(range(len(scores)), key=lambda i: -float(scores[i]))[:n],
+        cases=((_random(9), 3), (_random(5, seed=1), 1), (_random(4, seed=2), 4)),
+        hint="topk, and tolist().",
+        solution=lambda scores, n: scores.topk(n).indices.tolist(),
+    ),
+    "write": Exercise(
+        spec=_write_spec,
+        cases=((_counting, [0, 1], 5, 20), (_counting, [2], 5, 2), (_counting, [5], 5, 9)),
+        hint="Ask the model for ids plus what is written so far; stop after the stop token or after `most`.",
+        solution=write,
+    ),
+    "relative_error": Exercise(
+        spec=lambda a, b: float((a - b).double().pow(2).sum() / b.double().pow(2).sum()) ** 0.5,
+        cases=(
+            (_random(3, 4), _random(3, 4, seed=1)),
+            (_random(5), _random(5)),
+            (2 * _random(2, 3, 4), _random(2, 3, 4)),
+        ),
+        hint="norm() takes all numbers of a tensor, whatever its shape.",
+        solution=lambda a, b: float((a - b).norm() / b.norm()),
+        tolerance=1e-05,
+    ),
+    "first_difference": Exercise(
+        spec=_first_difference_spec,
+        cases=(
+            ([("a", 1e-07), ("b", 3e-05), ("c", 1.0)], 2e-05),
+            ([("a", 0.0)], 2e-05),
+            ([("a", 0.0), ("b", float("nan"))], 1.0),
+            ([], 1.0),
+        ),
+        hint="nan > x is False. Ask for `not error <= tolerance`.",
+        solution=first_difference,
+    ),
+    "wrong_tokens": Exercise(
+        spec=_wrong_tokens_spec,
+        cases=(
+            (_damaged(2, 6, 4, tokens=[1, 4]), _random(2, 6, 4), 0.1),
+            (_random(1, 3, 2), _random(1, 3, 2), 1e-06),
+            (_damaged(3, 5, 2, tokens=[0]), _random(3, 5, 2), 0.4),
+        ),
+        hint="Sum the squares over axes 0 and 2, of the difference and of b.",
+        solution=wrong_tokens,
+    ),
+    "weights_of": Exercise(
+        spec=_weights_of_spec,
+        cases=(
+            (_random(4, 6), _random(2, 5, 6, seed=1)),
+            (_random(3, 2), _random(3, 1, 2, seed=1)),
+            (_random(6, 4), _random(2, 3, 4, seed=1)),
+        ),
+        hint="repeat_interleave the keys to H heads; divide by the root of E before the softmax.",
+        solution=weights_of,
+        tolerance=1e-05,
+    ),
+    "normalised": Exercise(
+        spec=lambda drops: torch.tensor(
+            [
+                [max(0.0, float(v)) / max(float(drops.max()), 1e-30) if drops.max() > 0 else 0.0 for v in row]
+                for row in drops
+            ]
+        ),
+        cases=((_random(3, 3),), (-_random(2, 4).abs(),), (torch.zeros(2, 2),)),
+        hint="clamp first; divide only by something positive.",
+        solution=lambda drops: drops.clamp(min=0) / drops.max() if drops.max() > 0 else torch.zeros_like(drops),
+        tolerance=1e-06,
+    ),
+    "lens_ids": Exercise(
+        spec=_lens_ids_spec,
+        cases=(
+            (_random(3, 8), _random(8, seed=1), 1e-06, _random(20, 8, seed=2)),
+            (_random(1, 4), torch.ones(4), 1e-06, _random(5, 4, seed=3)),
+        ),
+        hint="Norm each layer's vector, multiply by head.T, argmax.",
+        solution=lens_ids,
+    ),
+    "attention_numbers": Exercise(
+        spec=lambda layers, heads, patches: sum(heads * (patches + 1) ** 2 for _ in range(layers)),
+        cases=((6, 5, 64), (24, 16, 1024), (1, 1, 1)),
+        hint="Each of the 1 + P tokens has a weight for each of them.",
+        solution=lambda layers, heads, patches: layers * heads * (1 + patches) ** 2,
+    ),
+    "patches": Exercise(
+        spec=_patches_spec,
+        cases=((_random(3, 6, 6), 2), (_random(3, 6, 6), 3), (_random(3, 5, 5), 5), (_random(3, 4, 4), 1)),
+        hint="View as [3, rows, p, columns, p]; the axes rows and columns come first, then channel, y, x.",
+        solution=patches,
+    ),
+    "layer_norm": Exercise(
+        spec=_layer_norm_spec,
+        cases=tuple(
+            (_random(*shape), _random(shape[-1], seed=1), _random(shape[-1], seed=2), 1e-06)
+            for shape in ((3, 8), (2, 3, 5), (4, 160))
+        ),
+        hint="The variance divides by n, not by n - 1; eps goes under the root.",
+        solution=layer_norm,
+        tolerance=1e-05,
+    ),
+    "visual_tokens": Exercise(
+        spec=lambda R, p, f: (R // p // f) ** 2,
+        cases=((448, 14, 2), (112, 14, 2), (448, 14, 4), (56, 14, 2)),
+        hint="Patches in a row, divided by f, squared.",
+        solution=lambda R, p, f: (R // p // f) ** 2,
+    ),
+    "unshuffle": Exercise(
+        spec=_unshuffle_spec,
+        cases=((_random(16, 3), 2), (_random(36, 2), 3), (_random(16, 1), 4), (_random(9, 5), 1)),
+        hint="View as [rows, f, columns, f, C] and bring rows and columns to the front.",
+        solution=unshuffle,
+    ),
+    "shuffle": Exercise(
+        spec=_shuffle_spec,
+        cases=((_random(4, 8),), (_random(9, 4),), (_random(1, 12),)),
+        hint=("The five axes of a token grid are (row, column, dy, dx, c); a patch grid has (row, dy, column, dx, c)."),
+        solution=shuffle,
+    ),
+    "placeholders": Exercise(
+        spec=lambda tiles, L: prompt.render([("<image>" * len(tiles), None)], tiles, tokens_per_tile=L).count(
+            "<IMG_CONTEXT>"
+        ),
+        cases=(([1], 16), ([7], 256), ([3, 1, 5], 16), ([], 256)),
+        hint="Every tile of every picture.",
+        solution=lambda tiles, L: sum(tiles) * L,
+    ),
+    "bpe_step": Exercise(
+        spec=_bpe_step_spec,
+        cases=tuple(
+            (
+                (list(text), merges)
+                for text, merges in (
+                    ("banana", [("a", "n"), ("an", "a")]),
+                    ("abcbc", [("b", "c"), ("a", "b")]),
+                    ("xyz", [("a", "b")]),
+                    ("lolol", [("o", "l"), ("l", "o")]),
+                )
+            )
+        ),
+        hint="First find the pair that stands first in the list of merges, then glue every place of it.",
+        solution=bpe_step,
+    ),
+    "user_turn": Exercise(
+        spec=_user_turn_spec,
+        cases=(("Who are you?",), ("A\nB",)),
+        hint="Print prompt.render([(question, None)]) with repr(): each line end counts.",
+        solution=lambda question: f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "cache_numbers": Exercise(
+        spec=lambda layers, H, K, D: layers * 2 * K * (D // H),
+        cases=((36, 16, 2, 2048), (4, 8, 4, 256), (1, 2, 2, 8)),
+        hint="Keys and values, of K heads with D / H numbers, in every layer.",
+        solution=lambda layers, H, K, D: 2 * layers * K * D // H,
+    ),
+    "window_mask": Exercise(
+        spec=_window_mask_spec,
+        cases=((4, 2), (5, 1), (3, 9), (6, 3)),
+        hint="With row and column numbers t and s: visible where 0 <= t - s < w.",
+        solution=lambda T, w: (
+            torch.ones(T, T, dtype=torch.bool).tril() & torch.ones(T, T, dtype=torch.bool).triu(1 - w)
+        ),
+    ),
+    "attention": Exercise(
+        spec=_attention_spec,
+        cases=tuple(
+            (
+                (_random(H, T, 4), _random(K, T, 4, seed=1), _random(K, T, 4, seed=2))
+                for H, K, T in ((2, 2, 3), (4, 2, 5), (6, 3, 4), (3, 1, 1))
+            )
+        ),
+        hint="repeat_interleave makes H heads of K: 0 0 1 1, not 0 1 0 1. Mask before the softmax.",
+        solution=attention,
+        tolerance=1e-05,
+    ),
+    "cached_passes": Exercise(
+        spec=lambda T, n: T + sum(1 for _ in range(n - 1)),
+        cases=((200, 20), (5, 1), (1, 9)),
+        hint="The last token of the answer is never read.",
+        solution=lambda T, n: T + n - 1,
+    ),
+    "top_p": Exercise(
+        spec=_top_p_spec,
+        cases=tuple(
+            (
+                (torch.tensor(v), p)
+                for v, p in (
+                    ([0.5, 0.3, 0.15, 0.05], 0.7),
+                    ([0.1, 0.2, 0.7], 0.5),
+                    ([0.25, 0.35, 0.4], 1.0),
+                    ([0.4, 0.35, 0.25], 0.4),
+                )
+            )
+        ),
+        hint="Sort, and keep a token while those before it hold less than p.",
+        solution=top_p,
+        tolerance=1e-05,
+    ),
+    "repetition": Exercise(
+        spec=_repetition_spec,
+        cases=(
+            (torch.tensor([1.0, -2.0, 3.0, -4.0]), [0, 1, 1], 2.0),
+            (_random(6), [5, 2], 1.3),
+            (_random(4), [], 9.0),
+        ),
+        hint="Divide positive scores, multiply negative ones; set(seen) has every token once.",
+        solution=repetition,
+        tolerance=1e-06,
+    ),
+    "pack_word": Exercise(
+        spec=_pack_word_spec,
+        cases=(
+            ([0, 1, 2, 3, 4, 5, 6, 7],),
+            ([15, 0, 0, 0, 0, 0, 0, 0],),
+            ([0, 0, 0, 0, 0, 0, 0, 15],),
+            ([3, 14, 1, 5, 9, 2, 6, 5],),
+        ),
+        hint="Digit n, counted from the right, holds column (0, 2, 4, 6, 1, 3, 5, 7)[n].",
+        solution=pack_word,
+    ),
+    "dequantise": Exercise(
+        spec=_dequantise_spec,
+        cases=tuple(
+            (
+                (_numbers(I, O).byte(), _numbers(G, O, seed=1).byte(), _random(G, O).abs())
+                for I, O, G in ((8, 3, 2), (12, 5, 4), (6, 2, 1), (6, 2, 6))
+            )
+        ),
+        hint="View q as [groups, g, O]; z and s become [groups, 1, O].",
+        solution=dequantise,
+        tolerance=1e-06,
+    ),
+    "round_group": Exercise(
+        spec=_round_group_spec,
+        cases=tuple(((_random(16, seed=n) * 0.1 + shift,) for n, shift in enumerate((0, 0.05, 1, -1)))),
+        hint=(
+            "0 must be one of the levels, also where all weights are positive: that is what the max and min "
+            "with 0 are for."
+        ),
+        solution=round_group,
+        tolerance=1e-05,
+    ),
+    "tiles_of": Exercise(
+        spec=_tiles_of_spec,
+        cases=((800, 600, 12), (600, 600, 12), (448, 448, 12), (1000, 1000, 6), (30, 900, 4)),
+        hint="choose_grid gives (columns, rows). When is there no thumbnail?",
+        solution=tiles_of,
+    ),
+    "largest_square": Exercise(
+        spec=_largest_square_spec,
+        cases=((256,), (1280,), (3328,), (255,), (2000,)),
+        hint=(
+            "The cost does not fall when the side grows, but walk through all sides to be sure; a budget that"
+            " nothing fits gives 0."
+        ),
+        solution=largest_square,
+    ),
+    "stitch": Exercise(
+        spec=_stitch_spec,
+        cases=((_random(7, 3, 4, 4), 3, 2), (_random(4, 3, 2, 2), 1, 3), (_random(1, 3, 5, 5), 1, 1)),
+        hint=(
+            "Drop the thumbnail, view as [rows, columns, 3, R, R], bring the five axes into the order (3, "
+            "rows, R, columns, R)."
+        ),
+        solution=stitch,
+    ),
 }

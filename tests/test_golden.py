@@ -11,7 +11,7 @@ from minivl.config import VisionConfig
 from minivl.pixel_unshuffle import PixelUnshuffle
 from minivl.projector import projector
 from minivl.cache import KVCache
-from minivl.trace import first_mismatch
+from minivl.tracing import first_mismatch
 from minivl.vit import InternVisionModel
 
 TOLERANCE = 1e-5        # relative, see golden/README.md

@@ -6,16 +6,18 @@ import pytest
 import torch
 
 import minivl
-from minivl.config import Config
 from minivl.cache import KVCache
+from minivl.config import Config
+from minivl.tracing import kind, place, stages
 
 # B 2, N 3, S 28, P 16, L 4, C 12 (3 heads of 4), D 40 (5 heads of 8, 1 kv head), F 56, V 71; T 13
 CONFIG = {
-    "force_image_size": 28, "downsample_ratio": 0.5, "min_dynamic_patch": 1, "max_dynamic_patch": 6, "use_thumbnail": True,
-    "dynamic_image_size": True, "template": "internvl2_5", "ps_version": "v2", "select_layer": -1, "pad2square": False,
+    "force_image_size": 28, "downsample_ratio": 0.5, "min_dynamic_patch": 1, "max_dynamic_patch": 6,
+    "use_thumbnail": True, "dynamic_image_size": True, "template": "internvl2_5", "ps_version": "v2",
+    "select_layer": -1, "pad2square": False,
     "vision_config": {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3,
-                      "num_channels": 3, "patch_size": 7, "image_size": 28, "layer_norm_eps": 1e-6, "hidden_act": "gelu",
-                      "norm_type": "layer_norm", "qkv_bias": True, "qk_normalization": False},
+                      "num_channels": 3, "patch_size": 7, "image_size": 28, "layer_norm_eps": 1e-6,
+                      "hidden_act": "gelu", "norm_type": "layer_norm", "qkv_bias": True, "qk_normalization": False},
     "llm_config": {"architectures": ["Qwen2ForCausalLM"], "vocab_size": 71, "hidden_size": 40, "intermediate_size": 56,
                    "num_hidden_layers": 2, "num_attention_heads": 5, "num_key_value_heads": 1, "hidden_act": "silu",
                    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 99}}
@@ -87,6 +89,22 @@ def test_trace_keeps_every_call_and_refuses_unknown_stages():
         with minivl.trace(model, "llm.layer.0"):
             pass
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_stages_come_in_the_order_of_the_computation():
+    """`stages` asks the model, `place` knows only names: both tell the order that happens."""
+    model = build()
+    ids = torch.randint(0, 69, (1, 9))
+    ids[0, 2:6] = 70
+    with torch.no_grad(), minivl.trace(model, "*") as t:
+        model(ids, torch.randn(1, 3, 28, 28))
+    names = [name for name, *_ in stages(model)]
+    assert list(t) == names
+    whole = [name for name, _, which in stages(model) if which in ("in", "out")]
+    assert sorted(reversed(whole), key=place) == whole
+    others = ("vit.layers.0.q", "vit.layers", "llm.norm.3", "pixel_values", "greedy")
+    assert [place(name) for name in others] == [None] * 5
+    assert kind("llm.layers.12") == ("llm.layers", 12) and kind("llm.norm") == ("llm.norm", None)
 
 
 def test_a_recorded_tensor_does_not_change_afterwards():

@@ -13,13 +13,14 @@
 import os
 import sys
 import warnings
+from collections.abc import Callable
 
 # As minivl/__init__.py does, for modules that import torch before minivl.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
-def run(main) -> int:
-    """`main()` as a command: what the user can correct is one line on stderr and exit code 2, Ctrl-C is code 130."""
+def run(main: Callable[[], int]) -> int:
+    """Run `main()` as a command: what the user can correct is one line on stderr and exit code 2; Ctrl-C is 130."""
     from minivl.limits import InputError
     try:
         return main()

@@ -32,7 +32,8 @@ class RemoteFile:
     here: bool              # already complete at the destination
 
 
-def download(hub_id: str, *, revision: str | None = None, to=None, dry_run: bool = False) -> Path | None:
+def download(hub_id: str, *, revision: str | None = None, to: str | Path | None = None,
+             dry_run: bool = False) -> Path | None:
     """Fetch the files that minivl reads into the hub's cache, or into the folder `to`; prints what it does.
 
     Returns the folder to load, None after a dry run. A file whose sha256 is not the hub's is an InputError.
@@ -44,7 +45,8 @@ def download(hub_id: str, *, revision: str | None = None, to=None, dry_run: bool
     place = Path(huggingface_hub.constants.HF_HUB_CACHE if to is None else to)
     _list(files, place, "the hub's cache" if to is None else "--to")
     _refuse_mixture(files, to)
-    missing, free = sum(f.size for f in files if not f.here), shutil.disk_usage(_existing(place)).free
+    missing = sum(f.size for f in files if not f.here)
+    free = shutil.disk_usage(_existing(place)).free
     if missing > free:
         raise InputError(f"{hub_id} needs {missing / 1e9:.3f} GB more, {place} has {free / 1e9:.3f} GB free; free some "
                          "space or give a folder on another disk with --to")
@@ -60,8 +62,8 @@ def download(hub_id: str, *, revision: str | None = None, to=None, dry_run: bool
     return folder
 
 
-def remote_files(hub_id: str, revision: str | None = None, to=None) -> list[RemoteFile]:
-    """What `download` would fetch. `to`: where to look for files that are there already; None: the hub's cache."""
+def remote_files(hub_id: str, revision: str | None = None, to: str | Path | None = None) -> list[RemoteFile]:
+    """List what `download` would fetch. `to`: where to look for files that are there already; None: the hub's cache."""
     with hub_errors(hub_id, revision):
         info = huggingface_hub.HfApi().model_info(hub_id, revision=revision, files_metadata=True)
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
@@ -77,7 +79,7 @@ def remote_files(hub_id: str, revision: str | None = None, to=None) -> list[Remo
 
 
 def verify(folder: Path, files: list[RemoteFile]):
-    """Every file is there in its full size, and has the sha256 of the hub where it knows one; prints the digests."""
+    """Check that every file is there in full and has the sha256 of the hub where it knows one; prints the digests."""
     print("sha256")
     for file in files:
         path = Path(folder) / file.name
@@ -95,8 +97,8 @@ def verify(folder: Path, files: list[RemoteFile]):
         print(f"  {found}  {file.name}  as on the hub")
 
 
-def sha256(path) -> str:
-    """Hex digest of a file of any size."""
+def sha256(path: str | Path) -> str:
+    """Compute the hex digest of a file of any size."""
     digest = hashlib.sha256()
     with open(path, "rb") as f, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, leave=False,
                                      desc=f"sha256 {Path(path).name}", disable=None) as bar:
@@ -116,7 +118,7 @@ def _list(files: list[RemoteFile], place: Path, what: str):
 
 
 def _refuse_mixture(files: list[RemoteFile], to):
-    """A folder that holds another checkpoint's weights too would load those, or none."""
+    """Refuse a folder that holds another checkpoint's weights too: it would load those, or none."""
     strange = [p.name for p in weight_files(to) if p.name not in {f.name for f in files}] if to is not None else []
     if strange:
         raise InputError(f"{to} holds other weights ({strange[0]}, {len(strange)} files), which would mix with the "
@@ -124,12 +126,13 @@ def _refuse_mixture(files: list[RemoteFile], to):
 
 
 def _existing(path: Path) -> Path:
-    """The path itself or the nearest folder above it that exists, on whose disk it will lie."""
+    """Find the nearest folder that exists, the path itself or above it, on whose disk it will lie."""
     path = path.absolute()
     return next(p for p in [path, *path.parents] if p.exists())
 
 
-def main(argv=None) -> int:
+def main(argv: list | None = None) -> int:
+    """Run the command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.download", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hub_id", metavar="HUB_ID", help="for example OpenGVLab/InternVL2_5-4B-MPO-AWQ (3.3 GB)")

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,8 +28,9 @@ STEM = {"safetensors": "model", "bin": "pytorch_model"}     # format, which is t
 WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
-def save_safetensors(tensors: dict[str, torch.Tensor], path, metadata: dict[str, str] | None = None) -> Path:
-    """One .safetensors file, whole or not at all: written under a temporary name, then moved over `path`.
+def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path,
+                     metadata: dict[str, str] | None = None) -> Path:
+    """Write one .safetensors file, whole or not at all: under a temporary name, then moved over `path`.
 
     Equal tensors give equal digests, not always equal files: the library writes the metadata in any order.
     """
@@ -50,10 +52,11 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path, metadata: dict[str,
     return path
 
 
-def save_checkpoint(tensors: dict[str, torch.Tensor], folder, *, make=None, format: str = "safetensors",
+def save_checkpoint(tensors: dict[str, torch.Tensor], folder: str | Path, *,
+                    make: Callable[[str], torch.Tensor] | None = None, format: str = "safetensors",
                     shard_bytes: int = 2 * 10**9, overwrite: bool = False,
                     metadata: dict[str, str] | None = None) -> list[Path]:
-    """Weights of a model, e.g. `model.state_dict()`, as the weight files of `folder`: the paths written.
+    """Write weights, e.g. `model.state_dict()`, as the weight files of `folder`; return their paths.
 
     `make(name) -> Tensor`: for more tensors than memory holds. `tensors` then only says names, shapes and dtypes (on
     the `meta` device, say) and about one shard is in memory at a time. `shard_bytes`: most bytes of tensors in a file.
@@ -101,29 +104,31 @@ def save_checkpoint(tensors: dict[str, torch.Tensor], folder, *, make=None, form
 
 
 def plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
-    """Names in their order, cut into shards of at most `shard_bytes`; only a tensor alone may be larger.
+    """Cut the names, in their order, into shards of at most `shard_bytes`; only a tensor alone may be larger.
 
     Sizes 3 3 2 5 1 and 6 bytes a shard: 3 3 | 2 | 5 1.
     """
     if shard_bytes < 1:
         raise InputError(f"a shard of {shard_bytes} bytes holds no tensor; the released files have at most 2000000000")
-    shards, room = [[]], shard_bytes
+    shards = [[]]
+    room = shard_bytes
     for name, size in sizes.items():
         if size > room and shards[-1]:
-            shards, room = [*shards, []], shard_bytes
+            shards.append([])
+            room = shard_bytes
         shards[-1].append(name)
         room -= size
     return shards
 
 
-def weight_files(folder) -> list[Path]:
-    """The weight files of a folder, of either format, shards and indexes included."""
+def weight_files(folder: str | Path) -> list[Path]:
+    """List the weight files of a folder, of either format, shards and indexes included."""
     folder = Path(folder)
     return sorted(p for p in folder.iterdir() if WEIGHT_FILE.fullmatch(p.name)) if folder.is_dir() else []
 
 
-def check_free_of_weights(folder, overwrite: bool):
-    """InputError if `folder` holds weights that must not be overwritten."""
+def check_free_of_weights(folder: str | Path, overwrite: bool):
+    """Refuse a folder with weights that must not be overwritten."""
     found = [] if overwrite else weight_files(folder)
     if found:
         raise InputError(f"{folder} already holds weights ({found[0].name}, {len(found)} files); choose another folder "
@@ -133,12 +138,12 @@ def check_free_of_weights(folder, overwrite: bool):
 
 
 def raw_bytes(tensor: torch.Tensor):
-    """The memory of a contiguous CPU tensor as a bytes-like object: no copy. Valid while the tensor lives."""
+    """View the memory of a contiguous CPU tensor as a bytes-like object: no copy. Valid while the tensor lives."""
     return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else b""
 
 
 def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous, on the CPU, without a gradient; the same memory where it is so already."""
+    """Make a tensor contiguous, on the CPU, without a gradient; the same memory where it is so already."""
     if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in DTYPES.values():
         raise InputError(f"{name} ({tensor.dtype}, {tensor.layout}, on {tensor.device}) cannot be stored; it must be a "
                          "dense tensor with values, of a dtype that minivl reads")
@@ -146,8 +151,9 @@ def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _save_bin(tensors: dict[str, torch.Tensor], path: Path):
-    """pytorch_model.bin: torch.save stores whole storages, so a view of a larger or shared one must become its own."""
-    used, own = set(), {}
+    """Write pytorch_model.bin. torch.save stores whole storages: a view of a larger or shared one becomes its own."""
+    used = set()
+    own = {}
     for name, tensor in tensors.items():
         shared = tensor.data_ptr() in used or tensor.untyped_storage().nbytes() != tensor.nbytes
         own[name] = tensor.clone() if shared else tensor

@@ -52,17 +52,19 @@ class Tensor:
 
     @property
     def stored(self) -> int:
+        """Numbers as they lie in the file."""
         return math.prod(self.shape)
 
     @property
     def weights(self) -> int:
-        """See the module's docstring."""
+        """Numbers the model was trained with, see the module's docstring."""
         if self.name.endswith((".qzeros", ".scales")):
             return 0
         return self.stored * (8 if self.name.endswith(".qweight") else 1)
 
     @property
     def part(self) -> str:
+        """The part of the model it belongs to, a key of PARTS."""
         return next(part for part, starts in PARTS.items() if self.name.startswith(starts))
 
 
@@ -75,8 +77,8 @@ class Report:
     note: str | None = None
 
 
-def inspect(path_or_id, *, revision: str | None = None) -> Report:
-    """Headers of a folder, a .safetensors file or a hub id, compared with the model that config.json describes."""
+def inspect(path_or_id: str | Path, *, revision: str | None = None) -> Report:
+    """Read the headers of a folder, a .safetensors file or a hub id and compare them with config.json."""
     path = Path(os.path.expanduser(path_or_id))
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -115,7 +117,7 @@ def inspect(path_or_id, *, revision: str | None = None) -> Report:
 
 
 def compare(wanted: dict[str, torch.Tensor], tensors: dict[str, tuple], whole: bool = True) -> dict[str, list[str]]:
-    """What minivl.load would refuse. `wanted`: the model's tensors, `tensors`: name -> (dtype, shape, file)."""
+    """List what minivl.load would refuse. `wanted`: the model's tensors, `tensors`: name -> (dtype, shape, file)."""
     both = [name for name in wanted if name in tensors]
     return {
         "missing": [f"{n} {list(wanted[n].shape)}" for n in wanted if n not in tensors and whole],
@@ -130,7 +132,7 @@ def compare(wanted: dict[str, torch.Tensor], tensors: dict[str, tuple], whole: b
 
 
 def _headers(folder: Path, files: list[str]) -> dict[str, tuple]:
-    """name -> (dtype, shape, file) from the headers of safetensors files; no tensor is read."""
+    """Read the headers of safetensors files, and no tensor: name -> (dtype, shape, file)."""
     tensors = {}
     for file in files:
         for name, (dtype, shape, *_) in safetensors_header(folder / file)[0].items():
@@ -139,7 +141,7 @@ def _headers(folder: Path, files: list[str]) -> dict[str, tuple]:
 
 
 def _remote(hub_id: str, revision: str | None) -> tuple[dict[str, tuple], Path]:
-    """The same of a repository on the hub, by range requests; and its config.json, which is small and is fetched."""
+    """Read the same from a repository on the hub, by range requests; and fetch its config.json, which is small."""
     if hub_id.count("/") != 1 or hub_id.startswith((".", "/")):
         raise InputError(f"{hub_id} does not exist; give a folder, a .safetensors file, or a hub id like "
                          "OpenGVLab/InternVL2_5-4B-MPO-AWQ")
@@ -172,7 +174,7 @@ def _add(tensors: dict, name: str, dtype: str, shape, file: str):
 # ---- output ---------------------------------------------------------------------------------------------------------
 
 def totals(tensors: list[Tensor]) -> dict[str, dict[str, int]]:
-    """Per part and in total: tensors, stored, weights, of these int4, and bytes."""
+    """Sum up per part and in total: tensors, stored, weights, of these int4, and bytes."""
     groups = {part: [t for t in tensors if t.part == part] for part in PARTS}
     return {part: {"tensors": len(group),
                    "stored": sum(t.stored for t in group),
@@ -183,6 +185,7 @@ def totals(tensors: list[Tensor]) -> dict[str, dict[str, int]]:
 
 
 def as_json(report: Report, shown: list[Tensor], summary: bool) -> str:
+    """Write the report for programs. `summary`: without the tensors."""
     data = {"source": report.source, "note": report.note, "fits": _fits(report), "problems": report.problems,
             "shown": len(shown), "of": len(report.tensors), "totals": totals(shown)}
     if not summary:
@@ -191,6 +194,7 @@ def as_json(report: Report, shown: list[Tensor], summary: bool) -> str:
 
 
 def as_text(report: Report, shown: list[Tensor], summary: bool) -> str:
+    """Write the report as tables. `summary`: without the tensors."""
     lines = []
     if not summary:
         rows = [(t.name, t.dtype, str(list(t.shape)), f"{t.bytes:,}", t.module or "-", t.file) for t in shown]
@@ -220,7 +224,8 @@ def _table(rows, right=()) -> list[str]:
             for row in rows]
 
 
-def main(argv=None) -> int:
+def main(argv: list | None = None) -> int:
+    """Run the command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.inspect", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="PATH_OR_HUB_ID", help="folder, .safetensors file, or hub id")

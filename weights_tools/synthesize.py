@@ -62,6 +62,8 @@ ADDED_TOKENS = (    # their order is their ids, after the vocabulary: 151643..15
     "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>",
     "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
+# The linears that add to the residual stream, by the names in the files: Qwen2's, InternLM2's, the tower's.
+BRANCH_ENDS = re.compile(r"\.(o_proj|down_proj|wo|w2|attn\.proj|fc2)\.")
 CHUNK = 2**22           # random numbers at a time: they stay in the CPU's cache on their way to half precision
 # Zero points 6..9 have the mean 7.5 of q in 0..15. With 7..9 every weight is a little negative on average, and a common
 # mean of the activations then grows from layer to layer: to 60 times their size in 36 layers.
@@ -69,9 +71,9 @@ ZEROS = range(6, 10)
 INT4_STD = math.sqrt((16**2 - 1) / 12 + (len(ZEROS)**2 - 1) / 12)       # of q - z, both uniform
 
 
-def synthesize(out, size: str = "tiny", *, awq: bool = False, format: str = "safetensors", shard_gb: float = 2.0,
-               tokenizer=None, seed: int = 0, dtype: str | None = None, group_size: int = 128,
-               config_quirk: str = "llm", overwrite: bool = False) -> Path:
+def synthesize(out: str | Path, size: str = "tiny", *, awq: bool = False, format: str = "safetensors",
+               shard_gb: float = 2.0, tokenizer: str | Path | None = None, seed: int = 0, dtype: str | None = None,
+               group_size: int = 128, config_quirk: str = "llm", overwrite: bool = False) -> Path:
     """Write a whole checkpoint of random weights to the folder `out` and return it.
 
     `tokenizer`: folder with the Qwen2 vocabulary, needed by every size but tiny; False: none, such a model can be measured
@@ -106,7 +108,7 @@ def synthesize(out, size: str = "tiny", *, awq: bool = False, format: str = "saf
 
 def config_json(size: str, *, awq: bool = False, dtype: str | None = None, group_size: int = 128,
                 config_quirk: str = "llm") -> dict:
-    """config.json of one size as a dict, with the keys of the released files."""
+    """Make config.json of one size as a dict, with the keys of the released files."""
     if size not in SIZES:
         raise InputError(f"size {size!r} is not one of {', '.join(SIZES)}")
     dtype = dtype or ("float16" if awq else "bfloat16")
@@ -148,7 +150,7 @@ def config_json(size: str, *, awq: bool = False, dtype: str | None = None, group
 
 
 def generation_and_preprocessor(size: str, config: dict) -> dict[str, str]:
-    """generation_config.json and preprocessor_config.json."""
+    """Write generation_config.json and preprocessor_config.json."""
     first = config["llm_config"]["vocab_size"] - len(ADDED_TOKENS)
     ends = [first + 1, first + 2] + [first] * (size != "38B")      # the released 38B file does not list <|endoftext|>
     side = config["force_image_size"]
@@ -162,12 +164,12 @@ def generation_and_preprocessor(size: str, config: dict) -> dict[str, str]:
 
 
 def quantization_block(group_size: int) -> dict:
-    """`quantization_config` as LMDeploy writes it."""
+    """Make `quantization_config` as LMDeploy writes it."""
     return {"bits": 4, "group_size": group_size, "quant_method": "awq", "version": "gemm", "zero_point": True}
 
 
 def json_text(data: dict) -> str:
-    """A JSON file of a checkpoint."""
+    """Write the text of a JSON file of a checkpoint."""
     return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -187,13 +189,16 @@ ball in front of it.
 
 
 def tiny_tokenizer() -> dict[str, str]:
-    """vocab.json, merges.txt, added_tokens.json of a byte-level BPE trained here: 256 bytes, 313 merges, 31 added."""
+    """Train a byte-level BPE of 256 bytes, 313 merges, 31 added tokens: its three files."""
     return train_tokenizer([TRAINING_TEXT, "system\nuser\nassistant\nImage-1: Frame1: ", SYSTEM],
                            SIZES["tiny"][1]["vocab_size"])
 
 
-def train_tokenizer(texts, vocab_size: int) -> dict[str, str]:
-    """The files of a byte-level BPE of the Qwen2 recipe, trained on `texts`; `vocab_size` counts the 31 added tokens."""
+def train_tokenizer(texts: list[str], vocab_size: int) -> dict[str, str]:
+    """Train a byte-level BPE of the Qwen2 recipe: vocab.json, merges.txt, added_tokens.json, each as text.
+
+    `vocab_size` counts the 31 added tokens.
+    """
     backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([
@@ -222,7 +227,8 @@ def _copied_tokenizer(size: str, folder, config: dict) -> dict[str, str]:
     if missing:
         raise InputError(f"{folder} lacks {', '.join(missing)}; --tokenizer takes a folder with "
                          f"{', '.join(TOKENIZER_FILES)}")
-    found, wanted = Tokenizer.load(folder).vocab_size, config["llm_config"]["vocab_size"]
+    found = Tokenizer.load(folder).vocab_size
+    wanted = config["llm_config"]["vocab_size"]
     if found != wanted:
         raise InputError(f"the tokenizer in {folder} has {found} tokens, size {size} has {wanted}; take the one of an "
                          "InternVL2.5 checkpoint with a Qwen2 decoder")
@@ -232,14 +238,14 @@ def _copied_tokenizer(size: str, folder, config: dict) -> dict[str, str]:
 # ---- tensors --------------------------------------------------------------------------------------------------------
 
 def meta_tensors(config: dict) -> dict[str, torch.Tensor]:
-    """name -> tensor without values, but with the shape and dtype it has in the files: what config.json implies."""
+    """Derive from config.json the shape and dtype of every tensor in the files: name -> tensor without values."""
     dtype = DTYPES[config["torch_dtype"]]
     with torch.device("meta"):
         return MiniVL(Config.from_json(config)).to(dtype).state_dict()      # .to leaves the int32 words as they are
 
 
 def random_tensor(name: str, like: torch.Tensor, *, seed: int, layers: int, group_size: int = 128) -> torch.Tensor:
-    """Random values in the shape and dtype of `like`. `layers`: of its part, which scale down the residual branches."""
+    """Draw random values in the shape and dtype of `like`. `layers`: of its part; more make branches smaller."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     out = torch.empty(like.shape, dtype=like.dtype)
@@ -248,29 +254,33 @@ def random_tensor(name: str, like: torch.Tensor, *, seed: int, layers: int, grou
     if name.endswith(".qzeros"):
         return pack(torch.randint(ZEROS.start, ZEROS.stop, (like.shape[0], 8 * like.shape[1]), generator=generator))
     # 2 * layers branches are added to the residual stream; so scaled, they all together add about one
-    branch = (2 * layers) ** -0.5 if re.search(r"\.(o_proj|down_proj|attn\.proj|fc2)\.", name) else 1.0
+    branch = (2 * layers) ** -0.5 if BRANCH_ENDS.search(name) else 1.0
     if name.endswith(".scales"):        # [I/g, O]
         std = branch * (like.shape[0] * group_size) ** -0.5
         return out.copy_(std / INT4_STD * torch.empty(like.shape).uniform_(0.8, 1.2, generator=generator))
     if re.search(r"\.ls[12]$", name):
         return out.copy_(torch.empty(like.shape).uniform_(0.1, 1.0, generator=generator))
-    mean, std = 0.0, 0.02               # biases
+    mean = 0.0
+    std = 0.02                          # biases
     if re.search(r"norm\d?\.weight$|^mlp1\.0\.weight$", name):
-        mean, std = 1.0, 0.1
+        mean = 1.0
+        std = 0.1
     elif name.endswith("_embedding"):   # of positions and CLS: small next to the patches, large enough to matter
         std = 0.2
-    elif name.endswith("embed_tokens.weight"):
+    elif name.endswith(("embed_tokens.weight", "tok_embeddings.weight")):
         std = 0.65                      # as the visual tokens: the projector's GELU leaves 0.65 of a unit normal
     elif like.ndim > 1:
         std = branch * math.prod(like.shape[1:]) ** -0.5
-    flat, buffer = out.view(-1), torch.empty(min(CHUNK, out.numel()))
+    flat = out.view(-1)
+    buffer = torch.empty(min(CHUNK, out.numel()))
     for start in range(0, len(flat), CHUNK):
         part = flat[start:start + CHUNK]
         part.copy_(buffer[:len(part)].normal_(mean, std, generator=generator))
     return out
 
 
-def main(argv=None) -> int:
+def main(argv: list | None = None) -> int:
+    """Run the command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.synthesize", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", help="folder to write; made if it does not exist")

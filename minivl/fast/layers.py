@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minivl import awq, qwen2, vit
+from minivl import qwen2, vit
 from minivl.awq import AWQLinear, unpack
 from minivl.fast import compiled, machine
 from minivl.fast.compiled import ROWS
@@ -204,7 +204,8 @@ class Words(nn.Module):
 
     def many(self, x, words, scales, zeros, y, first):
         """Write x @ W into y, or add it."""
-        (O, groups, J), I = words.shape, x.shape[1]
+        _, groups, J = words.shape
+        I = x.shape[1]
         dtype = torch.bfloat16 if self.rounded else torch.float32
         product = F.linear if self.rounded else machine.products()[0]
         x = x.to(dtype).contiguous()

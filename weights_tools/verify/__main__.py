@@ -12,42 +12,59 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from minivl import Tokenizer, load_image
+import torch
+
+from minivl import MiniVL, Tokenizer, load_image
 from minivl.files.find import SHIPPED, find
 from minivl.config import Config
 from minivl.limits import InputError, Limits
+from minivl.tracing import kind, stages
 from weights_tools import run
 from weights_tools.verify import compare, inputs, report
+from weights_tools.verify.recording import Recording, shrink
 
 ROOT = Path(__file__).resolve().parents[2]
 # Traces of the shipped models, recorded from transformers and committed, and what they were asked.
 NANO = Path(__file__).with_name("nano")
-NANO_PICTURE, NANO_PROMPT = SHIPPED["nano"].parent / "samples" / "small-print.png", "What does the small print say?"
+NANO_PICTURE = SHIPPED["nano"].parent / "samples" / "small-print.png"
+NANO_PROMPT = "What does the small print say?"
+QUESTION = "describe this image"
+TOKENS = 8          # of the answer, unless more or fewer are asked for
 
 
-def reference_python(given=None) -> Path:
-    """The interpreter of the environment with transformers."""
+# ---- running the reference ------------------------------------------------------------------------------------------
+
+def reference_python(given: str | None = None) -> Path:
+    """Find the interpreter of the environment with transformers."""
     python = Path(given or os.environ.get("MINIVL_REFERENCE") or ROOT / ".reference" / "bin" / "python")
     if not python.exists():
-        raise InputError(f"there is no reference environment ({python} does not exist); build it with `make reference`, "
-                         "name its python with --python, or compare with a recorded trace (--trace FILE)")
+        raise InputError(f"there is no reference environment ({python} does not exist); build it with "
+                         "`make reference`, name its python with --python, or compare with a recorded trace (--trace "
+                         "FILE)")
     return python
 
 
-def record(checkpoint, pictures: list, prompt: str, path, *, max_num: int, max_new_tokens: int = 8, dtype: str = "float32",
-           stages=None, trust_remote_code: bool = False, like=None, image_token_id=None, python=None, resident: float = 4.0) -> Path:
-    """Run the reference in a process of its own; the trace's path. `like`: take ids and pixels from this trace instead."""
+def record(checkpoint: str | Path, pictures: list, prompt: str, path: str | Path, *, max_num: int,
+           max_new_tokens: int = TOKENS, dtype: str = "float32", stages: list | None = None,
+           trust_remote_code: bool = False, like: str | Path | None = None, image_token_id: int | None = None,
+           python: str | None = None, resident: float = 4.0) -> Path:
+    """Run the reference in a process of its own and return the trace's path.
+
+    `like`: take ids and pixels from this trace instead of pictures and prompt. `resident`: models up to this many GB
+    stay in memory.
+    """
     folder = find(checkpoint)
     marks = prompt.count("<image>")
     if marks not in (0, len(pictures)):
-        raise InputError(f"the prompt has {marks} <image> marks but {len(pictures)} pictures are given; write one for each, or none")
+        raise InputError(f"the prompt has {marks} <image> marks but {len(pictures)} pictures are given; write one for "
+                         "each, or none")
     for picture in pictures:
         load_image(picture)     # what minivl refuses need not be recorded
-    if not Path(path).parent.is_dir():
-        raise InputError(f"there is no folder {Path(path).parent}; make it first")
+    check_folder(path)
     python = reference_python(python)
     if like:
         request = {"like": str(Path(like).resolve()), "image_token_id": image_token_id}
@@ -55,27 +72,43 @@ def record(checkpoint, pictures: list, prompt: str, path, *, max_num: int, max_n
         messages = [{"role": "user", "content": "<image>\n" * (len(pictures) - marks) + prompt}]
         request = {"pictures": [str(Path(p).resolve()) for p in pictures], "messages": messages, "max_num": max_num}
     request |= {"max_new_tokens": max_new_tokens, "dtype": dtype, "stages": stages}
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "request.json"
-        file.write_text(json.dumps(request), encoding="utf-8")
-        command = [str(python), str(Path(__file__).with_name("reference.py")), str(folder), str(file), str(path),
-                   "--resident", str(resident), *(["--trust-remote-code"] if trust_remote_code else [])]
-        # Its own packages only, no access to accounts, and no downloads by the hub's client.
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.endswith("TOKEN")}
-        code = subprocess.run(command, env={**environment, "HF_HUB_OFFLINE": "1"}).returncode
-    if code < 0:
-        raise InputError(f"the reference was killed by signal {-code}, if 9 perhaps for lack of memory; try fewer pictures or --max-tiles")
-    if code:
-        raise InputError(f"the reference could not run (exit code {code}); its message stands above")
+    options = ["--resident", str(resident), *(["--trust-remote-code"] if trust_remote_code else [])]
+    run_reference(python, folder, request, path, options)
     return Path(path)
 
 
+def run_reference(python: Path, folder: Path, request: dict, path: str | Path, options: list):
+    """Start reference.py on a request; InputError if it fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "request.json"
+        file.write_text(json.dumps(request), encoding="utf-8")
+        script = Path(__file__).with_name("reference.py")
+        # Its own packages only, no access to accounts, and no downloads by the hub's client.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.endswith("TOKEN")}
+        code = subprocess.run([str(python), str(script), str(folder), str(file), str(path), *options],
+                              env={**environment, "HF_HUB_OFFLINE": "1"}).returncode
+    if code < 0:
+        raise InputError(f"the reference was killed by signal {-code}, if 9 perhaps for lack of memory; try fewer "
+                         "pictures or --max-tiles")
+    if code:
+        raise InputError(f"the reference could not run (exit code {code}); its message stands above")
+
+
+def check_folder(path: str | Path):
+    """Refuse a file to write whose folder does not exist, before minutes of work."""
+    if not Path(path).parent.is_dir():
+        raise InputError(f"there is no folder {Path(path).parent}; make it first")
+
+
+# ---- the shipped models ---------------------------------------------------------------------------------------------
+
 def nano() -> int:
-    """The shipped models against their committed traces; 0 or 1."""
+    """Compare the shipped models with their committed traces; 0 or 1."""
     agree = True
     for name in ("nano", "nano-awq"):
         folder = find(name)
-        result = compare.compare(folder, compare.Trace.open(NANO / folder.name / "float32.safetensors"), pictures=[NANO_PICTURE])
+        recording = Recording.open(NANO / folder.name / "float32.safetensors")
+        result = compare.compare(folder, recording, pictures=[NANO_PICTURE])
         print(f"== {name}\n{report.text(result, words_of(folder))}\n")
         agree &= result.agrees
     return 0 if agree else 1
@@ -84,24 +117,29 @@ def nano() -> int:
 def record_nano(**how) -> Path:
     """Record those traces anew, after a training: kilobytes each. The folder.
 
-    awq/ has also what weights_tools.verify.mistakes compares with. In bfloat16 every stage needs its whole input, so only the
-    four that the planted mistakes need are kept.
+    awq/ has also what weights_tools.verify.mistakes compares with. In bfloat16 every stage needs its whole input, so
+    only the four that the planted mistakes need are kept.
     """
     from weights_tools.verify.mistakes import quiet
+    half = ["vit.embeddings", "vit.layers.0", "inputs_embeds", "llm.layers.0"]
     with tempfile.TemporaryDirectory() as scratch:
-        path, half = Path(scratch) / "trace.safetensors", ["vit.embeddings", "vit.layers.0", "inputs_embeds", "llm.layers.0"]
-        for checkpoint, to, dtype, stages in (
-                ("nano", "float16/float32", "float32", None), ("nano-awq", "awq/float32", "float32", None),
-                (quiet("nano-awq", Path(scratch) / "quiet"), "awq/quiet", "float32", None), ("nano-awq", "awq/bfloat16", "bfloat16", half)):
-            record(checkpoint, [NANO_PICTURE], NANO_PROMPT, path, max_num=6, max_new_tokens=0 if stages else 12, dtype=dtype,
-                   stages=stages, **how)
+        path = Path(scratch) / "trace.safetensors"
+        runs = (("nano", "float16/float32", "float32", None),
+                ("nano-awq", "awq/float32", "float32", None),
+                (quiet("nano-awq", Path(scratch) / "quiet"), "awq/quiet", "float32", None),
+                ("nano-awq", "awq/bfloat16", "bfloat16", half))
+        for checkpoint, to, dtype, only in runs:
+            record(checkpoint, [NANO_PICTURE], NANO_PROMPT, path, max_num=6, max_new_tokens=0 if only else 12,
+                   dtype=dtype, stages=only, **how)
             (NANO / to).parent.mkdir(parents=True, exist_ok=True)
-            compare.shrink(compare.Trace.open(path), NANO / f"{to}.safetensors", stages or ())
+            shrink(Recording.open(path), NANO / f"{to}.safetensors", only or ())
     return NANO
 
 
-def words_of(folder: Path):
-    """Token id -> how it reads."""
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+def words_of(folder: Path) -> Callable[[int], str]:
+    """Make the function that says how a token id reads."""
     try:
         tokenizer = Tokenizer.load(folder)
         return lambda id: tokenizer.decode([id], skip_special_tokens=False)
@@ -109,37 +147,117 @@ def words_of(folder: Path):
         return str
 
 
-def main(argv=None) -> int:
+def first_layers(folder: Path, n: int) -> list:
+    """Name the stages before the decoder's norm without the layers from number `n` on."""
+    with torch.device("meta"):
+        model = MiniVL(Config.load(folder))
+    names = [name for name, _, which in stages(model) if which in ("in", "out")]
+    numbers = {name: kind(name)[1] for name in names[:names.index("llm.norm")]}
+    return [name for name, number in numbers.items() if number is None or number < n]
+
+
+def check(args: argparse.Namespace, folder: Path):
+    """Refuse options that contradict each other or the checkpoint."""
+    for file in (args.json, args.html):
+        if file:
+            check_folder(file)
+    recording = {"--prompt": args.prompt, "--max-tiles": args.max_tiles, "--max-new-tokens": args.max_new_tokens,
+                 "--trust-remote-code": args.trust_remote_code or None}
+    given = [flag for flag, value in recording.items() if value is not None]
+    if args.trace and given:
+        raise InputError(f"{', '.join(given)} belong to recording; the trace {args.trace} has its own")
+    least = Config.load(folder).min_dynamic_patch
+    most = Limits.tiles_per_picture
+    if args.max_tiles is not None and not least <= args.max_tiles <= most:
+        raise InputError(f"--max-tiles is {args.max_tiles}, it must be in {least}..{most}")
+    if args.layers is not None and args.stages:
+        raise InputError("give --layers or --stages, not both")
+
+
+def show_inputs(args: argparse.Namespace, folder: Path) -> int:
+    """Print what four engines feed the model."""
+    config = Config.load(folder)
+    if args.max_tiles:
+        config = replace(config, max_dynamic_patch=args.max_tiles)
+    fed = inputs.engines(config, Tokenizer.load(folder), args.pictures, args.prompt or QUESTION)
+    print(inputs.text(fed))
+    return 0
+
+
+def record_asked(args: argparse.Namespace, folder: Path, path: str | Path, only: list | None) -> Path:
+    """Record what the options ask for."""
+    tokens = TOKENS if args.max_new_tokens is None else args.max_new_tokens
+    if only or args.local:
+        tokens = 0          # the answer is not compared then
+    return record(folder, args.pictures, QUESTION if args.prompt is None else args.prompt, path,
+                  max_num=args.max_tiles or Config.load(folder).max_dynamic_patch, max_new_tokens=tokens,
+                  dtype=args.dtype or "float32", stages=only, trust_remote_code=args.trust_remote_code,
+                  python=args.python, resident=args.resident)
+
+
+def record_and_compare(args: argparse.Namespace, folder: Path) -> int:
+    """Record, compare, or both; print the report and write its files. The exit code."""
+    only = args.stages if args.layers is None else first_layers(folder, args.layers)
+    if args.record:
+        print(record_asked(args, folder, args.record, only))
+        return 0
+    with tempfile.TemporaryDirectory() as scratch:
+        path = args.trace or record_asked(args, folder, Path(scratch) / "trace.safetensors", only)
+        result = compare.compare(folder, Recording.open(path), pictures=args.pictures or None, stages=only,
+                                 dtype=args.dtype, tolerance=args.tolerance, local=args.local)
+    words = words_of(folder)
+    print(report.text(result, words))
+    if args.json:
+        text = json.dumps(result.json(), indent=1, allow_nan=False)
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
+    if args.html:
+        Path(args.html).write_text(report.html(result, words), encoding="utf-8")
+    return 0 if result.agrees else 1
+
+
+def parser_of_options() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.verify", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="folder or hub id")
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="files")
-    parser.add_argument("-p", "--prompt", help="the question (default: describe this image)")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", metavar="CHECKPOINT", help="folder or hub id")
+    add("pictures", nargs="*", metavar="PICTURE", help="files")
+    add("-p", "--prompt", help=f"the question (default: {QUESTION})")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--record", metavar="FILE", help="only run the reference and write its trace")
     what.add_argument("--trace", metavar="FILE", help="only compare, with a trace recorded before")
-    what.add_argument("--shrink", nargs=2, metavar=("TRACE", "FILE"), help="write a trace with a few hundred values of each stage")
-    what.add_argument("--nano", action="store_true", help="the shipped models against the traces that lie beside this tool")
+    what.add_argument("--shrink", nargs=2, metavar=("TRACE", "FILE"),
+                      help="write a trace with a few hundred values of each stage")
+    what.add_argument("--nano", action="store_true",
+                      help="the shipped models against the traces that lie beside this tool")
     what.add_argument("--record-nano", action="store_true", help="record those traces anew")
-    what.add_argument("--inputs", action="store_true", help="what four engines feed the model for this question, side by side")
-    parser.add_argument("--stages", nargs="+", metavar="PATTERN", help='only these, e.g. "vit.*" logits')
-    parser.add_argument("--layers", type=int, metavar="N", help="only the first N layers of tower and decoder; no answer")
-    parser.add_argument("--max-tiles", type=int, metavar="N", help="most tiles of a picture (default: the checkpoint's)")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of the greedy answer (default 8)")
-    parser.add_argument("--dtype", choices=list(compare.TOLERANCE), help="of both (default float32, or that of the trace)")
-    parser.add_argument("--local", action="store_true",
-                        help="every stage on the reference's own input to it: errors do not add up, as half precision needs")
-    parser.add_argument("--tolerance", type=float, help="relative error of a stage that is still agreement")
-    parser.add_argument("--trust-remote-code", action="store_true",
-                        help="the reference is the Python code inside CHECKPOINT, which can do anything on this machine")
-    parser.add_argument("--python", metavar="PATH", help="of the reference environment (default: .reference/bin/python)")
-    parser.add_argument("--resident", type=float, default=4.0, metavar="GB",
-                        help="the reference keeps models up to this size in memory, larger ones go layer by layer (default %(default)s; code inside a checkpoint runs whole)")
-    parser.add_argument("--json", metavar="FILE", help="the result for programs")
-    parser.add_argument("--html", metavar="FILE", help="the result as one page with pictures")
-    args = parser.parse_intermixed_args(argv)
+    what.add_argument("--inputs", action="store_true",
+                      help="what four engines feed the model for this question, side by side")
+    add("--stages", nargs="+", metavar="PATTERN", help='only these, e.g. "vit.*" logits')
+    add("--layers", type=int, metavar="N", help="only the first N layers of tower and decoder; no answer")
+    add("--max-tiles", type=int, metavar="N", help="most tiles of a picture (default: the checkpoint's)")
+    add("--max-new-tokens", type=int, metavar="N", help=f"of the greedy answer (default {TOKENS})")
+    add("--dtype", choices=list(compare.TOLERANCE), help="of both (default float32, or that of the trace)")
+    add("--local", action="store_true",
+        help="every stage on the reference's own input to it: errors do not add up, as half precision needs")
+    add("--tolerance", type=float, help="relative error of a stage that is still agreement")
+    add("--trust-remote-code", action="store_true",
+        help="the reference is the Python code inside CHECKPOINT, which can do anything on this machine")
+    add("--python", metavar="PATH", help="of the reference environment (default: .reference/bin/python)")
+    add("--resident", type=float, default=4.0, metavar="GB",
+        help="the reference keeps models up to this size in memory, larger ones go layer by layer (default "
+             "%(default)s; code inside a checkpoint runs whole)")
+    add("--json", metavar="FILE", help="the result for programs")
+    add("--html", metavar="FILE", help="the result as one page with pictures")
+    return parser
+
+
+def main(argv: list | None = None) -> int:
+    """Run the command; its exit code."""
+    args = parser_of_options().parse_intermixed_args(argv)
     if args.shrink:
-        print(compare.shrink(compare.Trace.open(args.shrink[0]), args.shrink[1]))
+        trace, small = args.shrink
+        print(shrink(Recording.open(trace), small))
         return 0
     if args.nano:
         return nano()
@@ -150,49 +268,9 @@ def main(argv=None) -> int:
         raise InputError("give a checkpoint: a folder, or a hub id such as OpenGVLab/InternVL2_5-4B-MPO-AWQ")
     folder = find(args.checkpoint)
     if args.inputs:
-        config = Config.load(folder)
-        if args.max_tiles:
-            config = replace(config, max_dynamic_patch=args.max_tiles)
-        print(inputs.text(inputs.engines(config, Tokenizer.load(folder), args.pictures, args.prompt or "describe this image")))
-        return 0
-    for file in (args.json, args.html):
-        if file and not Path(file).parent.is_dir():
-            raise InputError(f"there is no folder {Path(file).parent}; make it first")
-    given = [flag for flag, value in (("--prompt", args.prompt), ("--max-tiles", args.max_tiles), ("--max-new-tokens", args.max_new_tokens),
-                                      ("--trust-remote-code", args.trust_remote_code or None)) if value is not None]
-    if args.trace and given:
-        raise InputError(f"{', '.join(given)} belong to recording; the trace {args.trace} has its own")
-    least, most = Config.load(folder).min_dynamic_patch, Limits.tiles_per_picture
-    if args.max_tiles is not None and not least <= args.max_tiles <= most:
-        raise InputError(f"--max-tiles is {args.max_tiles}, it must be in {least}..{most}")
-    if args.layers is not None and args.stages:
-        raise InputError("give --layers or --stages, not both")
-    stages, tokens = args.stages, 8 if args.max_new_tokens is None else args.max_new_tokens
-    if args.stages or args.local:
-        tokens = 0          # the answer is not compared then
-    if args.layers is not None:
-        stages = [f"{part}.layers.{i}" for part in ("vit", "llm") for i in range(args.layers)]
-        stages += ["vit.embeddings", "pixel_unshuffle", "projector", "inputs_embeds"]
-        tokens = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        path = args.trace
-        if not path:
-            path = args.record or Path(scratch) / "trace.safetensors"
-            record(folder, args.pictures, "describe this image" if args.prompt is None else args.prompt, path, max_num=args.max_tiles or Config.load(folder).max_dynamic_patch,
-                   max_new_tokens=tokens, dtype=args.dtype or "float32", stages=stages, trust_remote_code=args.trust_remote_code,
-                   python=args.python, resident=args.resident)
-            if args.record:
-                print(path)
-                return 0
-        result = compare.compare(folder, compare.Trace.open(path), pictures=args.pictures or None, stages=stages, dtype=args.dtype,
-                                 tolerance=args.tolerance, local=args.local)
-    words = words_of(folder)
-    print(report.text(result, words))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result.json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    if args.html:
-        Path(args.html).write_text(report.html(result, words), encoding="utf-8")
-    return 0 if result.agrees else 1
+        return show_inputs(args, folder)
+    check(args, folder)
+    return record_and_compare(args, folder)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
 """minivl against a recorded trace: inputs, then every stage, then the tokens.
 
     trace (safetensors) + checkpoint -> rows: stage, shape, relative error, where, what it looks like -> Report
-
-A trace holds whole stages, or, where it was shrunk for the repository, a few hundred values of each (`picks`).
 """
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -14,100 +11,32 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
 
 import minivl
+from minivl import MiniVL, Tokenizer
+from minivl.cache import KVCache
 from minivl.files.find import find
-from minivl.files.formats import open_weights
+from minivl.config import Config
 from minivl.limits import InputError
 from minivl.prompt import encode, render
-from minivl.cache import KVCache
-from minivl.qwen2 import rope_tables
-from minivl.trace import relative_error
-from weights_tools.files import raw_bytes, save_safetensors
+from minivl.tracing import hook, kind, relative_error, stages
 from weights_tools.verify import inputs
+from weights_tools.verify.recording import Recording, picks, weights_digest
 
-PARTS = ("vit", "pixel_unshuffle", "projector", "inputs_embeds", "llm", "logits")
 INPUTS = ("prompt", "tiles", "pixel_values", "input_ids", "stop tokens")
 # Relative error |a - b| / |b| of a stage that still is agreement, by the dtype of the computation.
-TOLERANCE = {"float32": (2e-5, "orders of summation differ by about 1e-6; of the planted mistakes that float32 shows, the smallest "
-                               "(tanh for erf in GELU) makes 3e-5 at its first layer"),
+TOLERANCE = {"float32": (2e-5, "orders of summation differ by about 1e-6; of the planted mistakes that float32 shows, "
+                               "the smallest (tanh for erf in GELU) makes 3e-5 at its first layer"),
              "bfloat16": (6e-2, "8 bits: each rounding is up to 4e-3, and dozens of layers add theirs"),
              "float16": (1e-2, "11 bits: each rounding is up to 5e-4, and dozens of layers add theirs")}
 # The same where every stage gets the reference's own input: nothing adds up, and the kernels are the same.
 LOCAL = {"float32": (2e-5, TOLERANCE["float32"][1]),
-         "bfloat16": (1e-3, "stages are equal bit for bit where one machine computes both; another processor flips a rounding here and "
-                            "there"),
+         "bfloat16": (1e-3, "stages are equal bit for bit where one machine computes both; another processor flips a "
+                            "rounding here and there"),
          "float16": (2e-4, "as in bfloat16, but int4 layers multiply in another order: 1.3e-4")}
-ONE_TOKEN = 20      # times the tolerance: most of one token, where a few large activations would outweigh it in the whole
-SLICE = 509     # values kept of a stage in a shrunk trace: a prime, so that the picks meet every row and channel
-
-
-# ---- traces ---------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Trace:
-    """A recorded run: tensors by stage, read when asked for, and the facts about it."""
-    path: Path
-    facts: dict
-    names: list
-
-    @classmethod
-    def open(cls, path) -> Trace:
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"{path} is no file; record a trace first (--record {path})")
-        try:
-            with safe_open(path, "pt") as file:
-                names, metadata = list(file.keys()), file.metadata() or {}
-        except Exception as error:
-            raise InputError(f"{path} is no safetensors file ({error}); a trace is written by --record") from None
-        facts = json.loads(metadata.get("trace", "{}"))
-        trace = cls(path, facts, names)
-        if "input_ids" not in names or not trace.stages:
-            raise InputError(f"{path} holds {', '.join(names[:5]) or 'nothing'}; a trace has input_ids and stages such as "
-                             "llm.norm, see the names in minivl/trace.py")
-        return trace
-
-    def __getitem__(self, name) -> torch.Tensor:
-        with safe_open(self.path, "pt") as file:
-            return file.get_tensor(name)
-
-    @property
-    def stages(self) -> list:
-        """In the order of the computation."""
-        return sorted((n for n in self.names if n.split(".")[0] in PARTS), key=_order)
-
-    def shape(self, name) -> list:
-        if name in self.facts.get("slices", {}):
-            return self.facts["slices"][name]
-        with safe_open(self.path, "pt") as file:
-            return file.get_slice(name).get_shape()
-
-
-def _order(stage: str) -> tuple:
-    part, *rest = stage.split(".")
-    number = rest[-1] if rest else "0"
-    return PARTS.index(part), int(number) if number.isdigit() else (-1 if number == "embeddings" else 10**6)
-
-
-def picks(numel: int) -> torch.Tensor:
-    """Indices int64[<= SLICE] into a flattened tensor: spread evenly, the same for everybody."""
-    return torch.arange(min(SLICE, numel)) * numel // min(SLICE, numel)
-
-
-def shrink(trace: Trace, path, whole=()) -> Path:
-    """The trace with SLICE values of each stage: kilobytes, for a repository. `whole`: patterns of what is kept as it is."""
-    tensors, shapes = {}, {}
-    for name in trace.names:
-        tensor = trace[name]
-        if any(fnmatchcase(name, p) for p in ("input_ids", "greedy*", *whole)) or tensor.numel() <= SLICE:
-            tensors[name] = tensor
-        else:
-            shapes[name] = list(tensor.shape)
-            tensors[name] = tensor.flatten()[picks(tensor.numel())].clone()
-    return save_safetensors(tensors, path, {"trace": json.dumps({**trace.facts, "slices": shapes})})
+# Times the tolerance: most of one token, where a few large activations would outweigh it in the whole.
+ONE_TOKEN = 20
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
@@ -141,31 +70,33 @@ class Report:
     maps: dict = field(default_factory=dict)        # stage -> error per patch and tile, for the page
 
     @property
-    def first(self):
+    def first(self) -> Row | None:
+        """The first row that does not agree."""
         return next((row for row in self.rows if not row.agrees), None)
 
     @property
-    def parted(self):
-        """Number of the first token that differs, None if all agree."""
+    def parted(self) -> int | None:
+        """The number of the first token that differs, None if all agree."""
         return next((i for i, t in enumerate(self.tokens) if t["reference"] != t["minivl"]), None)
 
     @property
     def agrees(self) -> bool:
+        """Whether every row and every token agrees."""
         return self.first is None and self.parted is None
 
     def json(self) -> dict:
-        """For programs: what is not finite is None."""
+        """Give everything but the maps as plain values; None stands for a number that is not finite."""
         def finite(x):
             if isinstance(x, dict):
                 return {k: finite(v) for k, v in x.items()}
             if isinstance(x, list):
                 return [finite(v) for v in x]
             return None if isinstance(x, float) and not math.isfinite(x) else x
-        return {**finite({k: v for k, v in asdict(self).items() if k != "maps"}), "first": self.first and self.first.stage,
-                "parted": self.parted, "agrees": self.agrees}
+        values = finite({k: v for k, v in asdict(self).items() if k != "maps"})
+        return {**values, "first": self.first and self.first.stage, "parted": self.parted, "agrees": self.agrees}
 
 
-# ---- comparing ------------------------------------------------------------------------------------------------------
+# ---- what a difference looks like -----------------------------------------------------------------------------------
 
 HINTS = {   # first stage that differs -> where to look
     "prompt": "minivl/prompt.py: template, system message, newlines, where the picture stands",
@@ -186,17 +117,23 @@ HINTS = {   # first stage that differs -> where to look
 
 
 def hint(stage: str) -> str:
-    return HINTS.get(stage) or HINTS.get(stage.rsplit(".", 1)[0], "")
+    """Name the places to look at when a stage is the first that differs."""
+    return HINTS.get(stage) or HINTS.get(kind(stage)[0], "")
 
 
 def look(a, b) -> str:
-    """What the difference of two tensors of one shape looks like, in a few words. Dimensions: tile or batch, token, channel."""
-    a, b = a.double(), b.double()
+    """Say in a few words what the difference of two tensors of one shape looks like.
+
+    Dimensions: tile or batch, token, channel.
+    """
+    a = a.double()
+    b = b.double()
     if not torch.isfinite(a).all():
         return f"{int((~torch.isfinite(a)).sum())} values are not finite"
     if torch.allclose(a.flatten().sort().values, b.flatten().sort().values, rtol=1e-4, atol=1e-6):
         return "the same numbers in another order"
-    remarks, difference = [], a - b
+    remarks = []
+    difference = a - b
     scale = float((a * b).sum() / (b * b).sum().clamp(min=1e-300))
     if abs(scale - 1) > 1e-3 and relative_error(a, scale * b) < 0.1 * relative_error(a, b):
         remarks.append(f"everything is {scale:.4g} times the reference")
@@ -211,227 +148,321 @@ def look(a, b) -> str:
             if what == "token" and len(per) > 8 and per[0] < 0.02 * per.max():
                 half = len(per) // 2
                 later = float(per[half:].mean() / per[1:half].mean().clamp(min=1e-12))
-                remarks.append("the first token agrees" + (", the error grows with the position" if later > 1.3 else ""))
+                grows = ", the error grows with the position" if later > 1.3 else ""
+                remarks.append("the first token agrees" + grows)
     return "; ".join(remarks)
 
 
-def compare(checkpoint, trace: Trace, *, pictures=None, stages=None, dtype: str | None = None, model=None,
-            tolerance: float | None = None, local: bool = False) -> Report:
+def compare(checkpoint: str | Path, recording: Recording, *, pictures: list | None = None, stages: list | None = None,
+            dtype: str | None = None, model: MiniVL | None = None, tolerance: float | None = None,
+            local: bool = False) -> Report:
     """Run minivl on a trace's input. `pictures`: the files it was recorded with, to compare the inputs too.
 
-    `stages`: patterns; only these are compared, the rest of the model runs as far as it must. `local`: after every stage the
-    reference's result is passed on in place of minivl's, so that errors do not add up: in half precision only this tells a
-    mistake from rounding. Raises InputError where the trace is of other weights, other pictures or another dtype.
+    `stages`: patterns; only these are compared, the rest of the model runs as far as it must. `local`: after every
+    stage the reference's result is passed on in place of minivl's, so that errors do not add up: in half precision only
+    this tells a mistake from rounding. Raises InputError where the trace is of other weights, other pictures or another
+    dtype.
     """
-    folder, recorded = find(checkpoint), trace.facts.get("dtype", "float32")
-    if dtype not in (None, recorded):
-        raise InputError(f"{trace.path} was recorded in {recorded}, not in {dtype}; record again in {dtype}")
-    dtype = recorded
-    if local and set(trace.stages) & set(trace.facts.get("slices", {})):
-        raise InputError(f"{trace.path} is shrunk; only the stages of a whole trace can be passed on")
-    wanted = [s for s in trace.stages if not stages or any(fnmatchcase(s, p) for p in stages)]
+    folder = find(checkpoint)
+    check_recording(recording, folder, dtype, local)
+    wanted = [s for s in recording.stages if not stages or any(fnmatchcase(s, p) for p in stages)]
     if not wanted:
-        raise InputError(f"no stage of the trace matches {', '.join(stages)}; it has {', '.join(trace.stages)}")
-    if "weights" in trace.facts:
-        mine = weights_digest(folder)
-        if mine != trace.facts["weights"]:
-            raise InputError(f"{trace.path} was recorded from other weights (sha256 {trace.facts['weights'][:12]}, "
-                             f"{folder} has {mine[:12]}); record again with --record")
+        raise InputError(f"no stage of the trace matches {', '.join(stages)}; it has {', '.join(recording.stages)}")
+    dtype = recording.dtype
     if model is None:
         model = minivl.load(folder, dtype=dtype)
     if model.img_context_token_id is None:
-        model.img_context_token_id = trace.facts.get("image_token_id")
-    limits = LOCAL if local else TOLERANCE
-    report = Report(str(checkpoint), str(trace.path), {k: trace.facts.get(k) for k in ("reference", "versions", "dtype")}, dtype,
-                    limits[dtype][0] if tolerance is None else tolerance, limits[dtype][1])
-    pixels = compare_inputs(report, model, folder, trace, pictures)
+        model.img_context_token_id = recording.facts.get("image_token_id")
+    usual, reason = (LOCAL if local else TOLERANCE)[dtype]
+    reference = {key: recording.facts.get(key) for key in ("reference", "versions", "dtype")}
+    report = Report(str(checkpoint), str(recording.path), reference, dtype, usual if tolerance is None else tolerance,
+                    reason)
+    pixels = compare_inputs(report, model, folder, recording, pictures)
     if pixels is not NOTHING:
-        run(report, model, trace, wanted, pixels, local, bool(stages))
+        limits = summed_limits(report, model, recording, wanted, pixels) if local and tolerance is None else {}
+        run(report, model, recording, wanted, pixels, limits, local, part=bool(stages))
     if report.first:        # later stages inherit its error
         report.first.note = "; ".join(filter(None, (report.first.note, "look at " + hint(report.first.stage))))
     return report
 
 
-@torch.no_grad()
-def run(report: Report, model, trace: Trace, wanted: list, pixels, local: bool, part: bool):
-    """The model on the trace's ids, a row for each stage as it passes by; then the answer, unless only a part is wanted."""
-    ids, missing, names = trace["input_ids"], set(wanted), set(trace.stages)
-    # The answer by teacher forcing: the reference's tokens before each. Its first token comes with the prompt.
-    greedy = trace["greedy"].tolist() if "greedy" in trace.names and not part and not local else []
-    if "greedy" in trace.names and not greedy:
-        report.skipped.append("the answer (only stages of the prompt were asked for)" if part else "the answer (--local)")
-
-    def check(name, got):
-        if name in missing:
-            missing.discard(name)
-            report.rows.append(compare_stage(report, trace, name, got))
-            bar.update()
-        if not missing and not greedy:
-            raise Enough
-
-    handles, hooked = [], [s for s in wanted if s != "logits"]
-    bar = tqdm(total=len(wanted), desc="comparing", unit="stage", disable=None)
-    with minivl.trace(model, *(hooked or ["llm.norm"])) as t, bar:
-        t.record = check
-        if local:       # registered after the trace's own hooks, which therefore see minivl's result
-            handles = pass_on(model, trace, names)
-        try:
-            visual, cache = None if pixels is None else model.visual_tokens(pixels), KVCache()
-            x = model.language_model.model(model.embed(ids, visual), cache)[0]                    # (T, D)
-            # Logits of all positions of a long prompt would be 2 GB: only those that the trace has.
-            logits = model.language_model.lm_head(x[trace.facts.get("logits_from", 0):]).float()
-            if "logits" in wanted:
-                if "logits" not in trace.facts.get("slices", {}):
-                    compare_logits(report, trace, logits)
-                check("logits", logits[None])
-            t.record = lambda name, got: None
-            scores = []
-            for n, token in enumerate(greedy):
-                best = logits[-1].topk(2)
-                report.tokens.append({"reference": token, "minivl": int(best.indices[0]),
-                                      "margin": float(best.values[0] - best.values[1])})
-                scores.append(logits[-1, token])
-                if n + 1 < len(greedy):
-                    logits = model.language_model(model.embed(torch.tensor([[token]])), cache)[0]
-            if scores and "greedy_scores" in trace.names:       # one token after the other, with the cache
-                report.rows.append(compare_stage(report, trace, "greedy_scores", torch.stack(scores)))
-        except Enough:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-    report.rows += [Row(name, trace.shape(name), agrees=False, note="minivl did not compute this stage") for name in wanted if name in missing]
+def check_recording(recording: Recording, folder: Path, dtype: str | None, local: bool):
+    """Refuse a trace that says nothing about this checkpoint, or not what is asked."""
+    if dtype not in (None, recording.dtype):
+        raise InputError(f"{recording.path} was recorded in {recording.dtype}, not in {dtype}; record again in {dtype}")
+    if local and any(recording.sliced(stage) for stage in recording.stages):
+        raise InputError(f"{recording.path} is shrunk; only the stages of a whole trace can be passed on")
+    if "weights" not in recording.facts:
+        return
+    mine = weights_digest(folder)
+    theirs = recording.facts["weights"]
+    if mine != theirs:
+        raise InputError(f"{recording.path} was recorded from other weights (sha256 {theirs[:12]}, {folder} has "
+                         f"{mine[:12]}); record again with --record")
 
 
-def pass_on(model, trace: Trace, names: set) -> list:
-    """Hooks that replace what a stage gives by what the reference's stage gave; their handles."""
-    vision, language = model.vision_model, model.language_model
-    outputs = {"vit.embeddings": vision.embeddings, **{f"vit.layers.{i}": m for i, m in enumerate(vision.encoder.layers)},
-               "pixel_unshuffle": model.pixel_unshuffle, "projector": model.mlp1,
-               **{f"llm.layers.{i}": m for i, m in enumerate(language.model.layers)}, "llm.norm": language.model.norm}
-    handles = [module.register_forward_hook(lambda _, args, out, name=name: trace[name].to(out.dtype))
-               for name, module in outputs.items() if name in names]
-    if "inputs_embeds" in names:
-        handles.append(language.model.register_forward_pre_hook(
-            lambda _, args: (trace["inputs_embeds"].to(args[0].dtype), *args[1:]) if args[0].shape[1] > 1 else None))
-    return handles
-
-
-def weights_digest(folder: Path) -> str:
-    """sha256 over all tensors by name, as the reference computes it: of the numbers, not of the files they are in."""
-    total, tensors = sha256(), open_weights(folder)
-    for name in sorted(tensors):
-        tensor = tensors[name].read().contiguous()
-        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        total.update(raw_bytes(tensor))
-    return total.hexdigest()
-
-
-NOTHING = object()      # in place of pixels: the model cannot be run
-
+# ---- the model ------------------------------------------------------------------------------------------------------
 
 class Enough(Exception):
     """All stages that were asked for are compared, the rest of the model need not run."""
 
 
-def compare_inputs(report: Report, model, folder: Path, trace: Trace, pictures):
-    """Rows for prompt, tiles, pixels and ids where the trace tells how it made them; the pixel_values to go on with."""
-    facts, config = trace.facts, model.config
-    shrunk = "pixel_values" in facts.get("slices", {})
-    want = trace["pixel_values"] if "pixel_values" in trace.names else None
+@torch.no_grad()
+def run(report: Report, model: MiniVL, recording: Recording, wanted: list, pixels, limits: dict, local: bool,
+        part: bool):
+    """Run the model on the trace's ids: a row for each stage as it passes by; the answer too unless `part` or `local`.
+
+    `limits`: stage -> its tolerance, where that is not the report's.
+    """
+    greedy = recording["greedy"].tolist() if "greedy" in recording.names else []
+    if greedy and (part or local):
+        why = "only stages of the prompt were asked for" if part else "--local"
+        report.skipped.append(f"the answer ({why})")
+        greedy = []
+    missing = set(wanted)
+    bar = tqdm(total=len(wanted), desc="comparing", unit="stage", disable=None)
+
+    def check(name, got):
+        if name in missing:
+            missing.discard(name)
+            report.rows.append(compare_stage(report, recording, name, got, limits.get(name)))
+            bar.update()
+        if not missing and not greedy:
+            raise Enough
+
+    hooked = [stage for stage in wanted if stage != "logits"] or ["llm.norm"]
+    with minivl.trace(model, *hooked) as t, bar:
+        t.record = check
+        # registered after the trace's own hooks, which therefore see minivl's result
+        handles = pass_on(model, recording) if local else []
+        try:
+            logits, cache = read_prompt(model, recording, pixels)
+            if "logits" in wanted:
+                if not recording.sliced("logits"):
+                    compare_logits(report, recording, logits)
+                check("logits", logits[None])
+            t.record = lambda name, got: None
+            answer(report, model, recording, greedy, logits, cache)
+        except Enough:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+    report.rows += [Row(name, recording.shape(name), agrees=False, note="minivl did not compute this stage")
+                    for name in wanted if name in missing]
+
+
+def read_prompt(model: MiniVL, recording: Recording, pixels) -> tuple:
+    """Run the prompt: (logits float32[T or fewer, V] of the positions whose logits the trace has, the filled cache)."""
+    visual = None if pixels is None else model.visual_tokens(pixels)
+    cache = KVCache()
+    x = model.language_model.body(model.embed(recording["input_ids"], visual), cache)[0]      # (T, D)
+    # Logits of all positions of a long prompt would be 2 GB: only those that the trace has.
+    logits = model.language_model.head(x[recording.facts.get("logits_from", 0):]).float()
+    return logits, cache
+
+
+def answer(report: Report, model: MiniVL, recording: Recording, greedy: list, logits, cache: KVCache):
+    """Compare the answer by teacher forcing: the reference's tokens before each. The first comes with the prompt."""
+    scores = []
+    for n, token in enumerate(greedy):
+        best = logits[-1].topk(2)
+        report.tokens.append({"reference": token, "minivl": int(best.indices[0]),
+                              "margin": float(best.values[0] - best.values[1])})
+        scores.append(logits[-1, token])
+        if n + 1 < len(greedy):
+            logits = model.language_model(model.embed(torch.tensor([[token]])), cache)[0]
+    if scores and "greedy_scores" in recording.names:       # one token after the other, with the cache
+        report.rows.append(compare_stage(report, recording, "greedy_scores", torch.stack(scores)))
+
+
+def pass_on(model: MiniVL, recording: Recording) -> list:
+    """Replace what a stage gives by what the reference's stage gave; the handles of the hooks that do it."""
+    def theirs(name, which):
+        def use(mine):
+            if which == "in" and mine.shape[1] == 1:    # a token of the answer, of which the trace has no stages
+                return None
+            return recording[name].to(mine.dtype)
+        return use
+    return [hook(module, which, theirs(name, which)) for name, module, which in stages(model)
+            if name in recording.names and name != "logits"]
+
+
+def summed_limits(report: Report, model: MiniVL, recording: Recording, wanted: list, pixels) -> dict:
+    """Find the stages that `local` cannot compare alone, since the trace lacks the stage before: name -> tolerance.
+
+    The roundings of all stages since the last that was passed on add up in them, as everywhere without `local`.
+    """
+    order = [name for name, _, which in stages(model) if which in ("in", "out")]
+    if pixels is None:
+        order = order[order.index("inputs_embeds"):]
+    before = dict(zip(order[1:], order))
+    loose = TOLERANCE[report.dtype][0]
+    limits = {name: loose for name in wanted if name in before and before[name] not in recording.names}
+    if limits and loose > report.tolerance:
+        report.skipped.append(f"{', '.join(limits)} alone (the trace lacks the stage before, so that roundings add up: "
+                              f"the tolerance is {loose:.0e})")
+    return limits
+
+
+# ---- the inputs -----------------------------------------------------------------------------------------------------
+
+NOTHING = object()      # in place of pixels: the model cannot be run
+
+
+def compare_inputs(report: Report, model: MiniVL, folder: Path, recording: Recording, pictures: list | None):
+    """Add rows for prompt, tiles, pixels and ids where the trace tells how it made them; the pixels to go on with."""
+    facts = recording.facts
     if facts.get("messages") is None:       # ids and pixels were given to the reference
-        if shrunk:
-            raise InputError(f"{trace.path} is shrunk and tells no picture; nothing can be run")
+        if recording.sliced("pixel_values"):
+            raise InputError(f"{recording.path} is shrunk and tells no picture; nothing can be run")
         report.skipped.append("prompt, tiles and ids (the trace does not tell how they were made)")
-        return want
-    images = [minivl.load_image(p) for p in pictures or []]
-    hashes = [sha256(f"{im.size}".encode() + im.tobytes()).hexdigest() for im in images]
-    if pictures is None and facts["pictures"] and shrunk:
-        raise InputError(f"{trace.path} is shrunk: give the {len(facts['pictures'])} pictures it was recorded with")
-    if pictures is not None and hashes != facts["pictures"]:
-        raise InputError(f"{trace.path} was recorded with other pictures (sha256 of the pixels {[h[:12] for h in facts['pictures']]}, "
-                         f"these have {[h[:12] for h in hashes]}); give those, or record again")
+        return recording["pixel_values"] if "pixel_values" in recording.names else None
+    images = open_pictures(recording, pictures)
+    if pictures is None:
+        counts = facts["tiles"]
+        pixels = recording["pixel_values"] if "pixel_values" in recording.names else None
+        if facts["pictures"]:
+            report.skipped.append("tiles and pixels (no pictures were given)")
+    else:
+        counts, pixels = compare_pixels(report, model.config, recording, pictures, images)
     tokenizer = minivl.Tokenizer.load(folder)
-    messages, per_tile = facts["messages"], config.num_image_token
-    counts, pixels = facts["tiles"], want
-    if pictures is None and facts["pictures"]:
-        report.skipped.append("tiles and pixels (no pictures were given)")
-    if pictures is not None:
-        tiles = [inputs.cut(im, config, facts["max_num"]) for im in images]
-        counts = [len(t) for t in tiles]
-        agrees = counts == facts["tiles"]
-        report.rows.append(Row("tiles", counts, agrees=agrees, note="" if agrees else f"the reference cut {facts['tiles']}"))
-        pixels = minivl.tiling.to_pixel_values([t for picture in tiles for t in picture]) if images else None
-        if pixels is not None:
-            if list(pixels.shape) == trace.shape("pixel_values"):
-                row = compare_stage(report, trace, "pixel_values", pixels, limit=1e-5)
-                row.agrees = row.agrees and row.largest < 1e-3      # one step of 255 in one pixel is 0.017
-                report.rows.append(row)
-            elif shrunk and not agrees:
-                report.skipped.append("all stages (the tiles are others, and the trace is shrunk: there are no pixels to go on with)")
-                pixels = NOTHING
-            elif shrunk:
-                raise InputError(f"the picture gives pixel_values {list(pixels.shape)}, the trace has {trace.shape('pixel_values')}, and "
-                                 "being shrunk cannot stand in for them")
-            if not report.rows[-1].agrees and not shrunk:
-                if len(pictures) == 1:
-                    row = report.rows[-1]
-                    row.note = "; ".join(filter(None, (row.note, inputs.known_opening(pictures[0], want, config, facts["max_num"]))))
-                pixels = want       # the model is compared on the reference's pixels
-    system = config.system_message
-    text = render(messages, counts, system, tokens_per_tile=per_tile).replace("<IMG_CONTEXT>", "")
-    where = next((i for i, (a, b) in enumerate(zip(text, facts["prompt"])) if a != b), min(len(text), len(facts["prompt"])))
-    agrees, note = text == facts["prompt"], ""
-    if not agrees:
-        note = f"from character {where}: {text[where:where + 30]!r}, the reference has {facts['prompt'][where:where + 30]!r}"
-        if pictures is not None and len(messages) == 1:
-            question = messages[0]["content"].replace("<image>\n", "")
-            note += "; " + inputs.known(facts["prompt"], inputs.engines(config, tokenizer, pictures, question))
-    report.rows.append(Row("prompt", [len(text)], agrees=agrees, note=note.removesuffix("; ")))
-    ids, theirs = encode(tokenizer, messages, counts, system, tokens_per_tile=per_tile), trace["input_ids"][0].tolist()
-    where = next((i for i, (a, b) in enumerate(zip(ids, theirs)) if a != b), min(len(ids), len(theirs)))
-    report.rows.append(Row("input_ids", [len(ids)], agrees=ids == theirs, note="" if ids == theirs else
-                           f"{len(ids)} and {len(theirs)} ids, from number {where}: {ids[where:where + 5]}, the reference has "
-                           f"{theirs[where:where + 5]}"))
+    report.rows.append(prompt_row(model.config, tokenizer, facts, counts, pictures))
+    report.rows.append(ids_row(model.config, tokenizer, recording, counts))
     if "stop" in facts:
-        known = {tokenizer.id(token) for token in ("<|im_end|>", "<|im_start|>", "<|endoftext|>")}      # none can be part of an answer
-        agrees = facts["stop"] in model.eos_token_ids and set(model.eos_token_ids) <= known
-        report.rows.append(Row("stop tokens", [len(model.eos_token_ids)], agrees=agrees, note="" if agrees else
-                               f"{sorted(model.eos_token_ids)}, the reference stops at {facts['stop']}; harmless beside it are {sorted(known)}"))
+        report.rows.append(stop_row(model, tokenizer, facts["stop"]))
     report.rows.sort(key=lambda row: INPUTS.index(row.stage))
     return pixels
 
 
-def compare_stage(report: Report, trace: Trace, name: str, got, limit=None) -> Row:
-    """One stage against the trace; keeps a map of the error of vision stages."""
-    shape, limit = trace.shape(name), report.tolerance if limit is None else limit
+def open_pictures(recording: Recording, pictures: list | None) -> list:
+    """Open the pictures, or refuse those that the trace was not recorded with."""
+    recorded = recording.facts["pictures"]
+    if pictures is None:
+        if recorded and recording.sliced("pixel_values"):
+            raise InputError(f"{recording.path} is shrunk: give the {len(recorded)} pictures it was recorded with")
+        return []
+    images = [minivl.load_image(picture) for picture in pictures]
+    hashes = [sha256(f"{image.size}".encode() + image.tobytes()).hexdigest() for image in images]
+    if hashes != recorded:
+        raise InputError(f"{recording.path} was recorded with other pictures (sha256 of the pixels "
+                         f"{[h[:12] for h in recorded]}, these have {[h[:12] for h in hashes]}); give those, or record "
+                         "again")
+    return images
+
+
+def compare_pixels(report: Report, config: Config, recording: Recording, pictures: list, images: list) -> tuple:
+    """Cut the pictures and add the rows for tiles and pixels: (tiles of each, the pixels to go on with)."""
+    facts = recording.facts
+    tiles = [inputs.cut(image, config, facts["max_num"]) for image in images]
+    counts = [len(t) for t in tiles]
+    agrees = counts == facts["tiles"]
+    note = "" if agrees else f"the reference cut {facts['tiles']}"
+    report.rows.append(Row("tiles", counts, agrees=agrees, note=note))
+    if not images:
+        return counts, None
+    pixels = minivl.tiling.to_pixel_values([tile for picture in tiles for tile in picture])
+    shrunk = recording.sliced("pixel_values")
+    if list(pixels.shape) == recording.shape("pixel_values"):
+        row = compare_stage(report, recording, "pixel_values", pixels, limit=1e-5)
+        row.agrees = row.agrees and row.largest < 1e-3      # one step of 255 in one pixel is 0.017
+        report.rows.append(row)
+    elif shrunk and not agrees:
+        report.skipped.append("all stages (the tiles are others, and the trace is shrunk: there are no pixels to go on "
+                              "with)")
+        return counts, NOTHING
+    elif shrunk:
+        raise InputError(f"the picture gives pixel_values {list(pixels.shape)}, the trace has "
+                         f"{recording.shape('pixel_values')}, and being shrunk cannot stand in for them")
+    last = report.rows[-1]
+    if last.agrees or shrunk:
+        return counts, pixels
+    theirs = recording["pixel_values"]      # the model is compared on the reference's pixels
+    if len(pictures) == 1:
+        known = inputs.known_opening(pictures[0], theirs, config, facts["max_num"])
+        last.note = "; ".join(filter(None, (last.note, known)))
+    return counts, theirs
+
+
+def prompt_row(config: Config, tokenizer: Tokenizer, facts: dict, counts: list, pictures: list | None) -> Row:
+    """Compare the rendered prompt, without its placeholders."""
+    messages = facts["messages"]
+    theirs = facts["prompt"]
+    text = render(messages, counts, config.system_message, tokens_per_tile=config.num_image_token)
+    text = text.replace("<IMG_CONTEXT>", "")
+    if text == theirs:
+        return Row("prompt", [len(text)])
+    i = inputs.parting(text, theirs)
+    note = f"from character {i}: {text[i:i + 30]!r}, the reference has {theirs[i:i + 30]!r}"
+    if pictures is not None and len(messages) == 1:
+        question = messages[0]["content"].replace("<image>\n", "")
+        known = inputs.known(theirs, inputs.engines(config, tokenizer, pictures, question))
+        note = "; ".join(filter(None, (note, known)))
+    return Row("prompt", [len(text)], agrees=False, note=note)
+
+
+def ids_row(config: Config, tokenizer: Tokenizer, recording: Recording, counts: list) -> Row:
+    """Compare the token ids of the prompt."""
+    ids = encode(tokenizer, recording.facts["messages"], counts, config.system_message,
+                 tokens_per_tile=config.num_image_token)
+    theirs = recording["input_ids"][0].tolist()
+    if ids == theirs:
+        return Row("input_ids", [len(ids)])
+    i = inputs.parting(ids, theirs)
+    return Row("input_ids", [len(ids)], agrees=False,
+               note=f"{len(ids)} and {len(theirs)} ids, from number {i}: {ids[i:i + 5]}, the reference has "
+                    f"{theirs[i:i + 5]}")
+
+
+def stop_row(model: MiniVL, tokenizer: Tokenizer, stop: int) -> Row:
+    """Compare the tokens that end an answer: the reference's must be one, and no other that an answer can hold."""
+    harmless = {tokenizer.id(token) for token in ("<|im_end|>", "<|im_start|>", "<|endoftext|>")}
+    ends = model.eos_token_ids
+    if stop in ends and set(ends) <= harmless:
+        return Row("stop tokens", [len(ends)])
+    return Row("stop tokens", [len(ends)], agrees=False,
+               note=f"{sorted(ends)}, the reference stops at {stop}; harmless beside it are {sorted(harmless)}")
+
+
+# ---- one stage ------------------------------------------------------------------------------------------------------
+
+def compare_stage(report: Report, recording: Recording, name: str, got, limit: float | None = None) -> Row:
+    """Compare one stage with the trace, and keep a map of the error of vision stages."""
+    shape = recording.shape(name)
+    limit = report.tolerance if limit is None else limit
     got = got.detach().float().cpu()
     if list(got.shape) != shape:
         return Row(name, list(got.shape), agrees=False, note=f"the reference has shape {shape}")
-    want = trace[name].float()
-    sliced = name in trace.facts.get("slices", {})
+    want = recording[name].float()
+    sliced = recording.sliced(name)
     index = picks(got.numel()) if sliced else None
     a = got.flatten()[index] if sliced else got
-    error, difference = relative_error(a, want), (a - want).abs().nan_to_num(nan=float("inf"))
+    error = relative_error(a, want)
+    difference = (a - want).abs().nan_to_num(nan=float("inf"))
     flat = int(difference.argmax())
     flat = int(index[flat]) if sliced else flat
     at = [int(i) for i in torch.unravel_index(torch.tensor(flat), got.shape)]
     cosine = float(torch.nn.functional.cosine_similarity(a.double().flatten(), want.double().flatten(), dim=0))
-    row = Row(name, shape, error, float(difference.max()), at, cosine, agrees=bool(error <= limit))     # NaN does not agree
-    if not sliced and got.ndim == 3 and row.agrees:
+    row = Row(name, shape, error, float(difference.max()), at, cosine, agrees=bool(error <= limit))     # NaN does not
+    if sliced:
+        return row
+    if got.ndim == 3 and row.agrees:
         per_token = (a - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-12)
         if not per_token.max() <= ONE_TOKEN * limit:
-            row.agrees, row.note = False, f"one token differs by {per_token.max():.1e}, too little in the whole to show"
-    if not row.agrees and not sliced:
+            row.agrees = False
+            row.note = f"one token differs by {per_token.max():.1e}, too little in the whole to show"
+    if not row.agrees:
         row.note = "; ".join(filter(None, (row.note, look(a, want))))
-    if name.startswith("vit.") and not sliced:
-        report.maps[name] = (a - want)[:, 1:].pow(2).sum(-1).sqrt() / want[:, 1:].pow(2).sum(-1).sqrt().clamp(min=1e-12)
+    if name.startswith("vit."):
+        patches = (a - want)[:, 1:].norm(dim=-1) / want[:, 1:].norm(dim=-1).clamp(min=1e-12)
+        report.maps[name] = patches
     return row
 
 
-def compare_logits(report: Report, trace: Trace, logits):
-    """Top 5 side by side, KL and the rank of the reference's token, at the end of the prompt."""
-    a, b = (x[-1].double().log_softmax(-1) for x in (logits, trace["logits"][0]))
+def compare_logits(report: Report, recording: Recording, logits):
+    """Put the five best tokens at the end of the prompt side by side, with KL and the rank of the reference's token."""
+    a = logits[-1].double().log_softmax(-1)
+    b = recording["logits"][0][-1].double().log_softmax(-1)
     best = int(b.argmax())
     report.logits = {"top5": [{"reference": [int(i), float(b[i])], "minivl": [int(j), float(a[j])]}
                               for i, j in zip(b.topk(5).indices, a.topk(5).indices)],

@@ -3,15 +3,16 @@
     REQUEST (json: pictures, messages, limits) -> the reference's own tiles, prompt and ids -> its own model -> TRACE
 
 The reference is transformers' InternVL (its vision tower, projector and Qwen2), or, only with --trust-remote-code, the
-modelling code inside the checkpoint's folder. This file runs in an environment of its own (`make reference`) and imports
-nothing of minivl: what both share could not be checked. All that is said here about weights, tiles and prompts is
-therefore written a second time, from the sources named. `weights_tools.verify` starts it.
+modelling code inside the checkpoint's folder. This file runs in an environment of its own (`make reference`) and
+imports nothing of minivl: what both share could not be checked. All that is said here about weights, tiles, prompts and
+stages is therefore written a second time, from the sources named. `weights_tools.verify` starts it.
 
-Weights stay in their files: a layer is read, dequantised and cast when its turn comes, and forgotten afterwards, so that
-the 4B runs in a few GB. `--resident GB`: models up to this size are kept.
+Weights stay in their files: a layer is read, dequantised and cast when its turn comes, and forgotten afterwards, so
+that the 4B runs in a few GB. `--resident GB`: models up to this size are kept.
 
-TRACE is one safetensors file: the stages by the names of minivl.trace, pixel_values, input_ids, greedy and
-greedy_scores (the answer's tokens and their scores), and as metadata everything that tells what was run on what. Exit codes: 0, or 2 with one line on stderr.
+TRACE is one safetensors file: the stages by the names of minivl.tracing, pixel_values, input_ids, greedy and
+greedy_scores (the answer's tokens and their scores), and as metadata everything that tells what was run on what. Exit
+codes: 0, or 2 with one line on stderr.
 """
 import argparse
 import ctypes
@@ -20,6 +21,8 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -44,10 +47,11 @@ class Enough(Exception):
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 def weight_files(folder: Path) -> list:
-    """The files that hold weights. Source of the order: shared facts of the released repositories."""
+    """Find the files that hold weights. Source of the order: shared facts of the released repositories."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).exists():
-            return [folder / name for name in sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))]
+            files = json.loads((folder / index).read_text())["weight_map"].values()
+            return [folder / name for name in sorted(set(files))]
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
             return [folder / name]
@@ -70,7 +74,7 @@ class Weights:
                 self.read |= {name: partial(tensors.__getitem__, name) for name in tensors}
 
     def digest(self) -> str:
-        """sha256 over all tensors by name, with dtype and shape: the same for safetensors and .bin, sharded or not."""
+        """Compute a sha256 over all tensors by name, with dtype and shape: the same for every form of the files."""
         total = hashlib.sha256()
         for name in sorted(self.read):
             tensor = self.read[name]().contiguous()
@@ -85,7 +89,8 @@ class Weights:
         if not name.endswith("weight") or prefix + "qweight" not in self.read:
             raise CannotRun(f"the checkpoint has no tensor {name}")
         words, zeros, scales = (self.read[prefix + part]() for part in ("qweight", "qzeros", "scales"))
-        q, z = torch.empty(words.shape[0], scales.shape[1]), torch.empty(scales.shape)
+        q = torch.empty(words.shape[0], scales.shape[1])
+        z = torch.empty(scales.shape)
         for j, shift in enumerate(self.ORDER):
             q[:, j::8] = (words >> shift & 15).float()
             z[:, j::8] = (zeros >> shift & 15).float()
@@ -96,16 +101,22 @@ class Weights:
 # ---- inputs, as the reference makes them ----------------------------------------------------------------------------
 
 def tiles_of(image, size: int, least: int, most: int, thumbnail: bool):
-    """float32[tiles, 3, size, size] of one RGB picture, by transformers' processor on Pillow."""
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-    processor = GotOcr2ImageProcessorPil(size={"height": size, "width": size}, image_mean=list(MEAN), image_std=list(STD),
-                                         crop_to_patches=most > 1, min_patches=least, max_patches=most)
+    """Cut one RGB picture by transformers' processor on Pillow: float32[tiles, 3, size, size]."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
+        GotOcr2ImageProcessorPil,
+    )
+    processor = GotOcr2ImageProcessorPil(size={"height": size, "width": size}, image_mean=list(MEAN),
+                                         image_std=list(STD), crop_to_patches=most > 1, min_patches=least,
+                                         max_patches=most)
     tiles = processor(image, return_tensors="pt")["pixel_values"]
     return tiles if thumbnail or len(tiles) == 1 else tiles[:-1]      # the processor knows no use_thumbnail
 
 
-def rendered(messages: list, tiles: list, per_tile: int, system=None) -> str:
-    """The prompt as text. Source: InternVL conversation.py:238-247, 393-402, modeling_internvl_chat.py:343-398 @2410d1d."""
+def rendered(messages: list, tiles: list, per_tile: int, system: str | None = None) -> str:
+    """Write the prompt as text.
+
+    Source: InternVL conversation.py:238-247, 393-402, modeling_internvl_chat.py:343-398 @2410d1d.
+    """
     text = f"<|im_start|>system\n{SYSTEM if system is None else system}<|im_end|>\n"
     for message in messages:
         text += f"<|im_start|>{message['role']}\n"
@@ -119,12 +130,12 @@ def rendered(messages: list, tiles: list, per_tile: int, system=None) -> str:
 
 
 def tokenizer_of(folder: Path):
-    """transformers' Qwen2 tokenizer from vocab.json, merges.txt and added_tokens.json."""
+    """Make transformers' Qwen2 tokenizer from vocab.json, merges.txt and added_tokens.json."""
     from tokenizers import AddedToken
     from transformers import Qwen2Tokenizer
     if lacking := [name for name in ("vocab.json", "merges.txt", "added_tokens.json") if not (folder / name).exists()]:
-        raise CannotRun(f"{folder} lacks {', '.join(lacking)}, from which the reference makes its tokenizer; copy them there from the "
-                        "model's repository")
+        raise CannotRun(f"{folder} lacks {', '.join(lacking)}, from which the reference makes its tokenizer; copy them "
+                        "there from the model's repository")
     vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
     merges = [tuple(line.split(" ")) for line in (folder / "merges.txt").read_text("utf-8").split("\n")
               if line and not line.startswith("#version")]
@@ -141,7 +152,10 @@ def tokenizer_of(folder: Path):
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 def hf_config(config: dict):
-    """The released config.json -> transformers' InternVLConfig. Its names: convert_internvl_weights_to_hf.py @015d3b27."""
+    """Translate the released config.json into transformers' InternVLConfig.
+
+    Its names: convert_internvl_weights_to_hf.py @015d3b27.
+    """
     from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
     vision, llm = config["vision_config"], config["llm_config"]
     if llm["architectures"][0] != "Qwen2ForCausalLM":
@@ -158,45 +172,70 @@ def hf_config(config: dict):
         num_key_value_heads=llm["num_key_value_heads"], rms_norm_eps=llm["rms_norm_eps"],
         max_position_embeddings=llm["max_position_embeddings"], tie_word_embeddings=False, use_sliding_window=False,
         rope_parameters={"rope_type": "default", "rope_theta": llm["rope_theta"]})
-    return InternVLConfig(vision_config=vision_config, text_config=text_config, downsample_ratio=config["downsample_ratio"],
-                          tie_word_embeddings=False)
+    return InternVLConfig(vision_config=vision_config, text_config=text_config,
+                          downsample_ratio=config["downsample_ratio"], tie_word_embeddings=False)
 
 
-def released_name(name: str):
-    """transformers' parameter name -> (released name, which third of it or None). Source: as hf_config."""
+NAMES = (   # transformers' -> released; those with a dot in front stand inside a name
+    ("model.vision_tower.embeddings.cls_token", "vision_model.embeddings.class_embedding"),
+    ("model.vision_tower.embeddings.patch_embeddings.projection", "vision_model.embeddings.patch_embedding"),
+    ("model.vision_tower.embeddings.position_embeddings", "vision_model.embeddings.position_embedding"),
+    ("model.vision_tower.encoder.layer.", "vision_model.encoder.layers."),
+    (".attention.projection_layer.", ".attn.proj."), (".attention.q_norm.", ".attn.q_norm."),
+    (".attention.k_norm.", ".attn.k_norm."), (".layernorm_before.", ".norm1."), (".layernorm_after.", ".norm2."),
+    (".lambda_1", ".ls1"), (".lambda_2", ".ls2"), ("model.multi_modal_projector.layer_norm.", "mlp1.0."),
+    ("model.multi_modal_projector.linear_1.", "mlp1.1."), ("model.multi_modal_projector.linear_2.", "mlp1.3."),
+    ("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))
+
+
+def released_name(name: str) -> tuple:
+    """Translate transformers' name of a parameter: (released name, which third of it or None). Source: as hf_config."""
     third = None
     for i, part in enumerate("qkv"):
         if f".attention.{part}_proj." in name:
             name, third = name.replace(f".attention.{part}_proj.", ".attn.qkv."), i
-    for theirs, ours in (("model.vision_tower.embeddings.cls_token", "vision_model.embeddings.class_embedding"),
-                         ("model.vision_tower.embeddings.patch_embeddings.projection", "vision_model.embeddings.patch_embedding"),
-                         ("model.vision_tower.embeddings.position_embeddings", "vision_model.embeddings.position_embedding"),
-                         ("model.vision_tower.encoder.layer.", "vision_model.encoder.layers."),
-                         (".attention.projection_layer.", ".attn.proj."), (".attention.q_norm.", ".attn.q_norm."),
-                         (".attention.k_norm.", ".attn.k_norm."), (".layernorm_before.", ".norm1."),
-                         (".layernorm_after.", ".norm2."), (".lambda_1", ".ls1"), (".lambda_2", ".ls2"),
-                         ("model.multi_modal_projector.layer_norm.", "mlp1.0."),
-                         ("model.multi_modal_projector.linear_1.", "mlp1.1."),
-                         ("model.multi_modal_projector.linear_2.", "mlp1.3."),
-                         ("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")):
+    for theirs, ours in NAMES:
         name = name.replace(theirs, ours) if theirs.startswith(".") or name.startswith(theirs) else name
     return name, third
 
 
-def transformers_model(folder: Path, config: dict, dtype, resident: float, long: bool):
-    """transformers' InternVL, empty, with hooks that fill a part before it runs and empty it afterwards."""
+def transformers_model(folder: Path, config: dict, dtype: torch.dtype, resident: float, long: bool,
+                       image_token: int) -> tuple:
+    """Build transformers' InternVL, empty; its parts are filled when needed. (stages, forward) as in `run`."""
     from transformers import InternVLForConditionalGeneration
-    weights = Weights(folder)
     hf = hf_config(config)
-    # In float32 the textbook softmax, which shares nothing with minivl. In half precision torch's own kernel, as minivl: both keep
-    # scores and softmax in float32 inside, so that what is left of a difference is a mistake.
+    # In float32 the textbook softmax, which shares nothing with minivl. In half precision torch's own kernel, as
+    # minivl: both keep scores and softmax in float32 inside, so that what is left of a difference is a mistake.
     # Long prompts too: the scores of 10,000 tokens are 6 GB.
     hf._attn_implementation = "eager" if dtype == torch.float32 and not long else "sdpa"
     with torch.device("meta"):
         model = InternVLForConditionalGeneration(hf).eval()
     rotary = model.model.language_model.rotary_emb
     model.model.language_model.rotary_emb = type(rotary)(hf.text_config)        # its table is a buffer, in no file
+    model.config.image_token_id = model.model.config.image_token_id = image_token
+    core = model.model
+    parts = [core.vision_tower.embeddings, *core.vision_tower.encoder.layer, core.multi_modal_projector,
+             core.language_model.embed_tokens, *core.language_model.layers, core.language_model.norm, model.lm_head]
+    fill_when_needed(model, parts, Weights(folder), dtype, resident)
+    stages = {"vit.embeddings": (core.vision_tower.embeddings, "out"),
+              **{f"vit.layers.{i}": (layer, "out") for i, layer in enumerate(core.vision_tower.encoder.layer)},
+              "pixel_unshuffle": (core.multi_modal_projector, "in"), "projector": (core.multi_modal_projector, "out"),
+              "inputs_embeds": (core.language_model, "in"),
+              **{f"llm.layers.{i}": (layer, "out") for i, layer in enumerate(core.language_model.layers)},
+              "llm.norm": (core.language_model.norm, "out"), "logits": (model.lm_head, "out")}
+
+    def forward(ids, pixels, past, keep):
+        return model(input_ids=ids, pixel_values=pixels, past_key_values=past, use_cache=True, logits_to_keep=keep)
+    return stages, forward
+
+
+def fill_when_needed(model: torch.nn.Module, parts: list, weights: Weights, dtype: torch.dtype, resident: float):
+    """Give empty parts their weights: now, or if they are more than `resident` GB, each when it runs, and only then."""
     names = {id(p): name for name, p in model.named_parameters()}
+    missing = set(names.values()) - {names[id(p)] for part in parts for p in part.parameters()}
+    if missing:
+        raise CannotRun(f"this transformers has parts that are not known here: {sorted(missing)[:3]}; use version "
+                        f"{KNOWN}")
 
     def tensor(name):
         released, third = released_name(name)
@@ -206,13 +245,14 @@ def transformers_model(folder: Path, config: dict, dtype, resident: float, long:
     def fill(part, *_):
         for module in part.modules():
             for key, p in list(module._parameters.items()):
-                if p is not None and p.is_meta:
-                    value = torch.nn.Parameter(tensor(names[id(p)]).contiguous(), requires_grad=False)
-                    if value.shape != p.shape:
-                        raise CannotRun(f"{names[id(p)]} has shape {tuple(value.shape)} in the file, transformers wants "
-                                        f"{tuple(p.shape)}")
-                    value.empty = p
-                    module._parameters[key] = value
+                if p is None or not p.is_meta:
+                    continue
+                value = torch.nn.Parameter(tensor(names[id(p)]).contiguous(), requires_grad=False)
+                if value.shape != p.shape:
+                    raise CannotRun(f"{names[id(p)]} has shape {tuple(value.shape)} in the file, transformers wants "
+                                    f"{tuple(p.shape)}")
+                value.empty = p
+                module._parameters[key] = value
 
     def free(part, *_):
         for module in part.modules():
@@ -220,175 +260,228 @@ def transformers_model(folder: Path, config: dict, dtype, resident: float, long:
                 if hasattr(p, "empty"):
                     module._parameters[key] = p.empty
 
-    core = model.model
-    parts = [core.vision_tower.embeddings, *core.vision_tower.encoder.layer, core.multi_modal_projector,
-             core.language_model.embed_tokens, *core.language_model.layers, core.language_model.norm, model.lm_head]
-    missing = {names[id(p)] for p in model.parameters()} - {names[id(p)] for part in parts for p in part.parameters()}
-    if missing:
-        raise CannotRun(f"this transformers has parts that are not known here: {sorted(missing)[:3]}; use version {KNOWN}")
-    if sum(p.numel() for p in model.parameters()) * dtype.itemsize <= resident * 1e9:
-        for part in parts:
+    small = sum(p.numel() for p in model.parameters()) * dtype.itemsize <= resident * 1e9
+    for part in parts:
+        if small:
             fill(part)
-    else:
-        for part in parts:
+        else:
             part.register_forward_pre_hook(fill)
             part.register_forward_hook(free)
-    stages = {"vit.embeddings": (core.vision_tower.embeddings, "out"),
-              **{f"vit.layers.{i}": (layer, "out") for i, layer in enumerate(core.vision_tower.encoder.layer)},
-              "pixel_unshuffle": (core.multi_modal_projector, "in"), "projector": (core.multi_modal_projector, "out"),
-              "inputs_embeds": (core.language_model, "in"),
-              **{f"llm.layers.{i}": (layer, "out") for i, layer in enumerate(core.language_model.layers)},
-              "llm.norm": (core.language_model.norm, "out"), "logits": (model.lm_head, "out")}
-    return model, stages
 
 
-def remote_model(folder: Path, dtype):
-    """The code inside the checkpoint's folder, with the names of its own modules, which are the released ones."""
+def remote_model(folder: Path, dtype: torch.dtype, image_token: int) -> tuple:
+    """Build the model from the code inside the checkpoint's folder: (stages, forward) as in `run`.
+
+    Its modules have the released names.
+    """
     from transformers import AutoConfig, AutoModel
     code = json.loads((folder / "config.json").read_text("utf-8")).get("auto_map", {})
-    missing = {value.split(".")[0] + ".py" for value in code.values() if not (folder / (value.split(".")[0] + ".py")).exists()}
+    files = {value.split(".")[0] + ".py" for value in code.values()}
+    missing = sorted(file for file in files if not (folder / file).exists())
     if missing or not code:
-        raise CannotRun(f"{folder} holds no code ({', '.join(sorted(missing)) or 'config.json has no auto_map'}); minivl's own download "
-                        "leaves it out: fetch the *.py files of the repository into a folder with the weights and give that folder")
+        raise CannotRun(f"{folder} holds no code ({', '.join(missing) or 'config.json has no auto_map'}); minivl's own "
+                        "download leaves it out: fetch the *.py files of the repository into a folder with the weights "
+                        "and give that folder")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    for part in (config, config.llm_config):        # the weights arrive dequantised: the same function, without its kernels
+    for part in (config, config.llm_config):        # the weights arrive dequantised: the same function, without kernels
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     model = AutoModel.from_config(config, trust_remote_code=True).eval()
-    weights, llm = Weights(folder), model.language_model
+    weights = Weights(folder)
     for name, p in model.named_parameters():        # parameters only: rounding RoPE's buffer would be a mistake
         p.data = weights(name, dtype).reshape(p.shape)
+    llm = model.language_model
     stages = {"vit.embeddings": (model.vision_model.embeddings, "out"),
               **{f"vit.layers.{i}": (layer, "out") for i, layer in enumerate(model.vision_model.encoder.layers)},
               "pixel_unshuffle": (model.mlp1, "in"), "projector": (model.mlp1, "out"),
               "inputs_embeds": (llm.model, "in"),
               **{f"llm.layers.{i}": (layer, "out") for i, layer in enumerate(llm.model.layers)},
               "llm.norm": (llm.model.norm, "out"), "logits": (llm.lm_head, "out")}
-    return model, stages, llm.model.embed_tokens
+
+    def forward(ids, pixels, past, keep):
+        if past is not None:
+            return llm(input_ids=ids, past_key_values=past, use_cache=True)
+        x = llm.model.embed_tokens(ids)
+        if pixels is not None:
+            x = x.masked_scatter((ids == image_token)[..., None], model.extract_feature(pixels).to(x.dtype))
+        return llm(inputs_embeds=x, past_key_values=None, use_cache=True)
+    return stages, forward
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------
 
-def run(folder: Path, request: dict, trust_remote_code: bool, resident: float) -> tuple:
-    """(tensors, metadata) of one run."""
-    import transformers
+@dataclass
+class Inputs:
+    """What the model is given. `facts`: how it was made, for the trace."""
+    ids: torch.Tensor               # int64[1, T]
+    pixels: torch.Tensor | None     # float32[N, 3, R, R]
+    image_token: int
+    facts: dict
+
+
+def inputs_like(path: str | Path, image_token: int) -> Inputs:
+    """Take ids and pixels from another trace."""
+    with safe_open(path, "pt") as file:
+        return Inputs(file.get_tensor("input_ids"), file.get_tensor("pixel_values"), image_token, {"stop": None})
+
+
+def inputs_of(folder: Path, config: dict, request: dict) -> Inputs:
+    """Make ids and pixels from messages and pictures."""
     from PIL import Image
-    from tqdm import tqdm
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    dtype = getattr(torch, request.get("dtype", "float32"))
-    size, patch = config["force_image_size"], config["vision_config"]["patch_size"]
-    per_tile = int((size // patch) ** 2 * config["downsample_ratio"] ** 2)
-    tensors, facts = {}, {"reference": "remote code" if trust_remote_code else "transformers"}
+    size = config["force_image_size"]
+    per_tile = int((size // config["vision_config"]["patch_size"]) ** 2 * config["downsample_ratio"] ** 2)
+    images = [Image.open(path).convert("RGB") for path in request["pictures"]]
+    tiles = [tiles_of(image, size, config.get("min_dynamic_patch", 1), request["max_num"],
+                      config.get("use_thumbnail", True)) for image in images]
+    counts = [len(t) for t in tiles]
+    tokenizer = tokenizer_of(folder)
+    prompt = rendered(request["messages"], counts, per_tile, config.get("system_message"))
+    facts = {"prompt": prompt.replace("<IMG_CONTEXT>", ""), "tiles": counts,
+             "pictures": [hashlib.sha256(f"{im.size}".encode() + im.tobytes()).hexdigest() for im in images],
+             "stop": tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    return Inputs(torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)]),
+                  torch.cat(tiles) if tiles else None, tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), facts)
 
-    if "like" in request:       # ids and pixels of another trace
-        with safe_open(request["like"], "pt") as file:
-            ids, pixels = file.get_tensor("input_ids"), file.get_tensor("pixel_values")
-        image_token = request["image_token_id"]
-    else:
-        images = [Image.open(path).convert("RGB") for path in request["pictures"]]
-        tiles = [tiles_of(image, size, config.get("min_dynamic_patch", 1), request["max_num"], config.get("use_thumbnail", True))
-                 for image in images]
-        tokenizer = tokenizer_of(folder)
-        prompt = rendered(request["messages"], [len(t) for t in tiles], per_tile, config.get("system_message"))
-        ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)])
-        pixels = torch.cat(tiles) if tiles else None
-        image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-        facts |= {"prompt": prompt.replace("<IMG_CONTEXT>", ""), "tiles": [len(t) for t in tiles],
-                  "pictures": [hashlib.sha256(f"{im.size}".encode() + im.tobytes()).hexdigest() for im in images]}
-    stop = None if "like" in request else tokenizer.convert_tokens_to_ids("<|im_end|>")
-    tensors["input_ids"] = ids
-    if pixels is not None:
-        tensors["pixel_values"] = pixels
 
-    if trust_remote_code:
-        model, stages, embeddings = remote_model(folder, dtype)
-    else:
-        model, stages = transformers_model(folder, config, dtype, resident, ids.shape[1] > 4000)
-        model.config.image_token_id = model.model.config.image_token_id = image_token
-    wanted = request.get("stages")
-    order = [name for name in stages if not wanted or any(fnmatchcase(name, pattern) for pattern in wanted)]
-    if idle := [pattern for pattern in wanted or () if not any(fnmatchcase(name, pattern) for name in stages)]:
+def wanted_stages(stages: dict, patterns: list | None, pixels) -> list:
+    """Choose the stages that the patterns name and that are computed at all."""
+    idle = [pattern for pattern in patterns or () if not any(fnmatchcase(name, pattern) for name in stages)]
+    if idle:
         raise CannotRun(f"no stage matches {', '.join(idle)}; stages are {', '.join(stages)}")
+    wanted = [name for name in stages if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)]
     if pixels is None:
-        order = [name for name in order if not name.startswith(("vit", "pixel", "projector"))]
-    T, V = ids.shape[1], config["llm_config"]["vocab_size"]
-    keep = T if T * V <= 64_000_000 else LAST_LOGITS
-    handles, bar = [], tqdm(total=len(stages), desc="reference", unit="stage", disable=None)
+        wanted = [name for name in wanted if not name.startswith(("vit", "pixel", "projector"))]
+    return wanted
+
+
+def record_stages(stages: dict, wanted: list, tensors: dict, logits: int, stop: bool) -> tuple:
+    """Hook every stage, so that the prompt's pass fills `tensors`: (handles, progress bar).
+
+    `logits`: of how many positions at the end. `stop`: raise Enough as soon as all that is wanted is there.
+    """
+    from tqdm import tqdm
+    bar = tqdm(total=len(stages), desc="reference", unit="stage", disable=None)
 
     def save(name, value):
         value = value[0] if isinstance(value, tuple) else value
         bar.update()
-        if name in order and name not in tensors:
-            tensors[name] = (value[:, -keep:] if name == "logits" else value).detach().clone()
-            if not request["max_new_tokens"] and all(name in tensors for name in order):
+        if name in wanted and name not in tensors:
+            tensors[name] = (value[:, -logits:] if name == "logits" else value).detach().clone()
+            if stop and all(name in tensors for name in wanted):
                 raise Enough
 
-    for name, (module, side) in stages.items():
-        if side == "out":
-            handles.append(module.register_forward_hook(lambda _, args, out, name=name: save(name, out)))
-        else:
-            handles.append(module.register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: save(name, args[0] if args else kwargs["inputs_embeds"]), with_kwargs=True))
-    start, written, scores = time.perf_counter(), [], []
-    with torch.no_grad():
-        past = None
-        try:
-            if trust_remote_code:
-                x = embeddings(ids)
-                if pixels is not None:
-                    x = x.masked_scatter((ids == image_token)[..., None], model.extract_feature(pixels.to(dtype)).to(x.dtype))
-                step = {"inputs_embeds": x}
-            else:
-                step = {"input_ids": ids, "pixel_values": None if pixels is None else pixels.to(dtype)}
-            for n in range(max(1, request["max_new_tokens"])):
-                if trust_remote_code:
-                    out = model.language_model(**step, past_key_values=past, use_cache=True)
-                else:
-                    out = model(**step, past_key_values=past, use_cache=True, logits_to_keep=0 if keep == T else keep)
-                for handle in handles:      # only the prompt's stages are recorded
-                    handle.remove()
-                past, token = out.past_key_values, out.logits[0, -1].argmax()
-                written.append(int(token))
-                scores.append(float(out.logits[0, -1].max()))
-                step = {"input_ids": token.view(1, 1)}
-        except Enough:
-            pass
+    def after(name):
+        return lambda _, args, out: save(name, out)
+
+    def before(name):
+        return lambda _, args, kwargs: save(name, args[0] if args else kwargs["inputs_embeds"])
+
+    handles = [module.register_forward_hook(after(name)) if side == "out" else
+               module.register_forward_pre_hook(before(name), with_kwargs=True)
+               for name, (module, side) in stages.items()]
+    return handles, bar
+
+
+@torch.no_grad()
+def greedy(forward: Callable, given: Inputs, dtype: torch.dtype, keep: int, tokens: int, handles: list) -> dict:
+    """Read the prompt and write the most probable tokens after it: greedy int64[n], greedy_scores float32[n].
+
+    Only the prompt's stages are recorded: `handles` are removed after it.
+    """
+    ids = given.ids
+    pixels = None if given.pixels is None else given.pixels.to(dtype)
+    past = None
+    written = []
+    scores = []
+    for _ in range(max(1, tokens)):
+        out = forward(ids, pixels, past, keep)
+        for handle in handles:
+            handle.remove()
+        last = out.logits[0, -1]
+        written.append(int(last.argmax()))
+        scores.append(float(last.max()))
+        ids = last.argmax().view(1, 1)
+        pixels = None
+        past = out.past_key_values
+    return {"greedy": torch.tensor(written), "greedy_scores": torch.tensor(scores)}
+
+
+def run(folder: Path, request: dict, trust_remote_code: bool, resident: float) -> tuple:
+    """Record one run: (tensors, metadata).
+
+    A model is two things here: `stages`, name -> (module, "in" or "out"), and `forward(ids, pixels, past, keep)`, which
+    returns transformers' output with the logits of the last `keep` positions (0: all).
+    """
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    dtype = getattr(torch, request.get("dtype", "float32"))
+    tokens = request["max_new_tokens"]
+    given = (inputs_like(request["like"], request["image_token_id"]) if "like" in request else
+             inputs_of(folder, config, request))
+    T = given.ids.shape[1]
+    keep = T if T * config["llm_config"]["vocab_size"] <= 64_000_000 else LAST_LOGITS
+    if trust_remote_code:
+        stages, forward = remote_model(folder, dtype, given.image_token)
+    else:
+        stages, forward = transformers_model(folder, config, dtype, resident, T > 4000, given.image_token)
+    wanted = wanted_stages(stages, request.get("stages"), given.pixels)
+    tensors = {"input_ids": given.ids}
+    if given.pixels is not None:
+        tensors["pixel_values"] = given.pixels
+    start = time.perf_counter()
+    handles, bar = record_stages(stages, wanted, tensors, keep, stop=not tokens)
+    try:
+        answer = greedy(forward, given, dtype, 0 if keep == T else keep, tokens, handles)
+        if tokens:
+            tensors |= answer
+    except Enough:
+        pass
     bar.close()
-    if request["max_new_tokens"]:
-        tensors |= {"greedy": torch.tensor(written), "greedy_scores": torch.tensor(scores)}
-    missing = [name for name in order if name not in tensors]
+    missing = [name for name in wanted if name not in tensors]
     if missing:
-        raise CannotRun(f"the reference's forward pass did not come by {missing[:4]}; this version of it is not known here")
-    facts |= {"logits_from": T - keep, "dtype": str(dtype).removeprefix("torch."),
-              "image_token_id": image_token, "stop": stop, "max_num": request.get("max_num"), "messages": request.get("messages"),
-              "weights": Weights(folder).digest(),
-              "versions": {"transformers": transformers.__version__, "torch": torch.__version__, "python": platform.python_version()},
-              "seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads()}
-    return tensors, facts
+        raise CannotRun(f"the reference's forward pass did not come by {missing[:4]}; this version of it is not known "
+                        "here")
+    return tensors, {**given.facts, **facts_of(folder, request, trust_remote_code), "logits_from": T - keep,
+                     "image_token_id": given.image_token, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def main(argv=None) -> int:
+def facts_of(folder: Path, request: dict, trust_remote_code: bool) -> dict:
+    """Tell what is run on what, for the trace."""
+    import transformers
+    return {"reference": "remote code" if trust_remote_code else "transformers",
+            "dtype": request.get("dtype", "float32"), "max_num": request.get("max_num"),
+            "messages": request.get("messages"), "weights": Weights(folder).digest(),
+            "versions": {"transformers": transformers.__version__, "torch": torch.__version__,
+                         "python": platform.python_version()},
+            "threads": torch.get_num_threads()}
+
+
+def main(argv: list | None = None) -> int:
+    """Run the command; its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("request", type=Path, help="json: pictures, messages, max_num, max_new_tokens, dtype, stages")
     parser.add_argument("trace", type=Path)
     parser.add_argument("--trust-remote-code", action="store_true", help="run the modelling code inside FOLDER")
-    parser.add_argument("--resident", type=float, default=4.0, metavar="GB", help="models up to this size stay in memory")
+    parser.add_argument("--resident", type=float, default=4.0, metavar="GB",
+                        help="models up to this size stay in memory")
     args = parser.parse_args(argv)
     try:
         import resource
 
         from safetensors.torch import save_file
-        tensors, facts = run(args.folder, json.loads(args.request.read_text("utf-8")), args.trust_remote_code, args.resident)
+        request = json.loads(args.request.read_text("utf-8"))
+        tensors, facts = run(args.folder, request, args.trust_remote_code, args.resident)
         facts["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
-        save_file({name: t.contiguous() for name, t in tensors.items()}, args.trace, metadata={"trace": json.dumps(facts)})
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, args.trace, metadata={"trace": json.dumps(facts)})
     except (CannotRun, OSError, SafetensorError) as error:
         print(f"reference: {error}", file=sys.stderr)
         return 2
     except (ImportError, AttributeError, TypeError) as error:
         version = sys.modules["transformers"].__version__ if "transformers" in sys.modules else "missing"
-        print(f"reference: {type(error).__name__}: {error}. transformers is {version}, this was written for {KNOWN}: `make reference` builds "
-              f"that environment. Code inside a checkpoint may need packages of its own: {sys.executable} -m pip install ...", file=sys.stderr)
+        print(f"reference: {type(error).__name__}: {error}. transformers is {version}, this was written for {KNOWN}: "
+              "`make reference` builds that environment. Code inside a checkpoint may need packages of its own: "
+              f"{sys.executable} -m pip install ...", file=sys.stderr)
         return 2
     return 0
 

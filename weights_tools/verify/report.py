@@ -8,6 +8,7 @@ import base64
 import html as escape_html
 import io
 import math
+from collections.abc import Callable
 
 import torch
 from PIL import Image
@@ -16,16 +17,18 @@ from minivl import show
 from weights_tools.verify.compare import Report
 
 
-def number(x, digits=2) -> str:
+def number(x: float | None, digits: int = 2) -> str:
+    """Write a number with so many digits; nothing for None."""
     return "" if x is None else "0" if x == 0 else f"{x:.{digits - 1}e}"
 
 
-def from_one(cosine) -> str:
+def from_one(cosine: float | None) -> str:
+    """Write how far a cosine is from 1."""
     return "" if cosine is None else number(max(0.0, 1 - cosine) if cosine == cosine else cosine)
 
 
 def verdict(report: Report) -> str:
-    """One sentence."""
+    """Say the result in one sentence."""
     reference = report.reference.get("reference") or "the trace"
     if report.agrees:
         errors = [row.error for row in report.rows if row.error is not None]
@@ -38,24 +41,27 @@ def verdict(report: Report) -> str:
             f"{t['reference']}; the two best scores were {t['margin']:.2g} apart")
 
 
-def text(report: Report, words=str) -> str:
-    """The table. `words`: token id -> how it reads."""
+def text(report: Report, words: Callable[[int], str] = str) -> str:
+    """Write the table for a terminal. `words`: token id -> how it reads."""
     lines = [f"{'stage':<18}{'shape':<22}{'rel. error':>11}{'max |a-b|':>11}  {'at':<18}{'1 - cosine':>11}"]
     for row in report.rows:
         mark = " " if row.agrees else "<" if row is not report.first else "<== first difference"
-        lines.append(f"{row.stage:<18}{'x'.join(map(str, row.shape)):<22}{number(row.error):>11}{number(row.largest):>11}  "
+        shape = "x".join(map(str, row.shape))
+        lines.append(f"{row.stage:<18}{shape:<22}{number(row.error):>11}{number(row.largest):>11}  "
                      f"{str(row.at or ''):<18}{from_one(row.cosine):>11} {mark}")
     lines.append(f"tolerance {report.tolerance:.0e} in {report.dtype}: {report.reason}")
     if report.logits:
-        lines += ["", f"end of the prompt: KL {number(report.logits['kl'])}, the reference's token has rank {report.logits['rank']}",
+        lines += ["", f"end of the prompt: KL {number(report.logits['kl'])}, the reference's token has rank "
+                      f"{report.logits['rank']}",
                   f"    {'reference':<34}minivl"]
         for pair in report.logits["top5"]:
             cells = [f"{words(i)!r:<22.22} {p:8.4f}" for i, p in (pair["reference"], pair["minivl"])]
             lines.append(f"    {cells[0]:<34}{cells[1]}")
     if report.tokens:
         same = report.parted if report.parted is not None else len(report.tokens)
-        lines += ["", f"greedy answer: {same} of {len(report.tokens)} tokens agree; smallest margin between the two best scores "
-                      f"{min(t['margin'] for t in report.tokens[:same + 1]):.3g}"]
+        least = min(token["margin"] for token in report.tokens[:same + 1])
+        lines += ["", f"greedy answer: {same} of {len(report.tokens)} tokens agree; smallest margin between the two "
+                      f"best scores {least:.3g}"]
     lines += [f"not compared: {what}" for what in report.skipped]
     return "\n".join([*lines, "", verdict(report)])
 
@@ -65,9 +71,12 @@ def text(report: Report, words=str) -> str:
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .15rem .6rem; border-bottom: 1px solid #8884; }
-td:not(:last-child) { white-space: nowrap; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } tr.bad td { font-weight: 600; background: #d4303020; }
-.verdict { padding: .6rem 1rem; border-left: .4rem solid; } .ok { border-color: #2a8a4a; } .no { border-color: #d43030; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .15rem .6rem; border-bottom: 1px solid #8884; }
+td:not(:last-child) { white-space: nowrap; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+tr.bad td { font-weight: 600; background: #d4303020; }
+.verdict { padding: .6rem 1rem; border-left: .4rem solid; }
+.ok { border-color: #2a8a4a; } .no { border-color: #d43030; }
 svg { max-width: 100%; height: auto; }
 img.map { image-rendering: pixelated; width: 9rem; margin: .2rem; border: 1px solid #8888; } figure { margin: 1rem 0; }
 code { font-size: .92em; }
@@ -89,7 +98,7 @@ def curve(report: Report) -> str:
 
 
 def picture(error, top: float) -> str:
-    """One tile's error per patch float[P] as a data URL: white is none, dark is `top`."""
+    """Draw one tile's error per patch float[P] as a data URL: white is none, dark is `top`."""
     side = round(error.numel() ** 0.5)
     grey = (255 - 235 * (error / top).clamp(0, 1)).round().to(torch.uint8)
     image = Image.frombytes("L", (side, side), bytes(grey.tolist()))
@@ -98,46 +107,84 @@ def picture(error, top: float) -> str:
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def html(report: Report, words=str) -> str:
-    """One self-contained page."""
-    def cell(x):
-        return escape_html.escape(str(x))
-    rows = "".join(
-        f'<tr class="{"" if row.agrees else "bad"}"><td><code>{row.stage}</code></td><td>{"x".join(map(str, row.shape))}</td>'
-        f'<td class="n">{number(row.error)}</td><td class="n">{number(row.largest)}</td><td>{cell(row.at or "")}</td>'
-        f'<td class="n">{from_one(row.cosine)}</td>'
-        f'<td>{"agrees" if row.agrees else "differs" + (": " + cell(row.note)) * bool(row.note)}</td></tr>' for row in report.rows)
-    parts = [f"<h1>minivl against {cell(report.reference.get('reference') or 'a trace')}</h1>",
-             f'<p class="verdict {"ok" if report.agrees else "no"}">{cell(verdict(report))}</p>',
-             *(f"<p>Not compared: {cell(what)}.</p>" for what in report.skipped),
-             f"<p>Checkpoint <code>{cell(report.checkpoint)}</code>, trace <code>{cell(report.trace)}</code>, computed in {report.dtype}, "
-             f"reference in {cell(report.reference.get('dtype') or 'float32')} ({cell(', '.join(f'{k} {v}' for k, v in (report.reference.get('versions') or {}).items()) or 'versions unknown')}).</p>",
-             "<h2>Error of each stage</h2><p>Relative error |a - b| / |b| over the whole tensor. The dashed line is the tolerance: "
-             f"{cell(report.reason)}. A cross is a stage beyond it.</p>", curve(report),
-             '<table><tr><th>stage</th><th>shape</th><th class="n">relative error</th><th class="n">max |a - b|</th><th>at</th>'
-             f'<th class="n">1 - cosine</th><th></th></tr>{rows}</table>']
-    if report.maps:
-        first = report.first.stage if report.first and report.first.stage in report.maps else None
-        name = first or list(report.maps)[-1]
-        errors = report.maps[name]
-        top = float(errors.max()) or 1.0
-        parts.append(f"<h2>Where on the tiles</h2><figure><figcaption><code>{name}</code>: relative error of each patch, one square each; "
-                     f"white is 0, black {number(top)}. Tiles in order, the thumbnail last."
-                     f"{'' if first else ' (All agree: this is rounding.)'}</figcaption>"
-                     + "".join(f'<img class="map" alt="tile {i}" title="tile {i}" src="{picture(e, top)}">' for i, e in enumerate(errors))
-                     + "</figure>")
-    if report.logits:
-        parts.append(f"<h2>The first token of the answer</h2><p>KL {number(report.logits['kl'])}; the reference's token has rank "
-                     f"{report.logits['rank']}.</p><table><tr><th>reference</th><th class='n'>log p</th><th>minivl</th><th class='n'>log p</th></tr>"
-                     + "".join(f"<tr><td><code>{cell(repr(words(p['reference'][0])))}</code></td><td class='n'>{p['reference'][1]:.4f}</td>"
-                               f"<td><code>{cell(repr(words(p['minivl'][0])))}</code></td><td class='n'>{p['minivl'][1]:.4f}</td></tr>"
-                               for p in report.logits["top5"]) + "</table>")
-    if report.tokens:
-        parts.append("<h2>The answer, token by token</h2><p>Each after the reference's tokens before it. The margin is the distance of the "
-                     "two best scores: where it is smaller than the rounding, either token is right.</p>"
-                     "<table><tr><th class='n'></th><th>reference</th><th>minivl</th><th class='n'>margin</th></tr>"
-                     + "".join(f"<tr class=\"{'' if t['reference'] == t['minivl'] else 'bad'}\"><td class='n'>{i + 1}</td>"
-                               f"<td><code>{cell(repr(words(t['reference'])))}</code></td><td><code>{cell(repr(words(t['minivl'])))}</code></td>"
-                               f"<td class='n'>{t['margin']:.3g}</td></tr>" for i, t in enumerate(report.tokens)) + "</table>")
-    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>verify</title><style>{STYLE}</style></head>"
-            f"<body>{''.join(parts)}</body></html>")
+def html(report: Report, words: Callable[[int], str] = str) -> str:
+    """Write one self-contained page. `words`: token id -> how it reads."""
+    body = heading(report) + table(report) + maps(report) + first_token(report, words) + answer(report, words)
+    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>verify</title><style>{STYLE}</style>"
+            f"</head><body>{body}</body></html>")
+
+
+def cell(x: object) -> str:
+    """Write something as it may stand in HTML."""
+    return escape_html.escape(str(x))
+
+
+def heading(report: Report) -> str:
+    """Write what was compared with what, and the verdict."""
+    reference = report.reference
+    versions = ", ".join(f"{k} {v}" for k, v in (reference.get("versions") or {}).items()) or "versions unknown"
+    skipped = "".join(f"<p>Not compared: {cell(what)}.</p>" for what in report.skipped)
+    return (f"<h1>minivl against {cell(reference.get('reference') or 'a trace')}</h1>"
+            f'<p class="verdict {"ok" if report.agrees else "no"}">{cell(verdict(report))}</p>{skipped}'
+            f"<p>Checkpoint <code>{cell(report.checkpoint)}</code>, trace <code>{cell(report.trace)}</code>, "
+            f"computed in {report.dtype}, reference in {cell(reference.get('dtype') or 'float32')} "
+            f"({cell(versions)}).</p>")
+
+
+def table(report: Report) -> str:
+    """Draw the error of each stage and list the rows."""
+    rows = []
+    for row in report.rows:
+        end = "agrees" if row.agrees else "differs" + (f": {cell(row.note)}" if row.note else "")
+        rows.append(f'<tr class="{"" if row.agrees else "bad"}"><td><code>{row.stage}</code></td>'
+                    f'<td>{"x".join(map(str, row.shape))}</td><td class="n">{number(row.error)}</td>'
+                    f'<td class="n">{number(row.largest)}</td><td>{cell(row.at or "")}</td>'
+                    f'<td class="n">{from_one(row.cosine)}</td><td>{end}</td></tr>')
+    return ("<h2>Error of each stage</h2><p>Relative error |a - b| / |b| over the whole tensor. The dashed line is the "
+            f"tolerance: {cell(report.reason)}. A cross is a stage beyond it.</p>{curve(report)}"
+            '<table><tr><th>stage</th><th>shape</th><th class="n">relative error</th><th class="n">max |a - b|</th>'
+            f'<th>at</th><th class="n">1 - cosine</th><th></th></tr>{"".join(rows)}</table>')
+
+
+def maps(report: Report) -> str:
+    """Draw the error of each patch: of the first stage that differs, or of the last that was compared."""
+    if not report.maps:
+        return ""
+    first = report.first.stage if report.first and report.first.stage in report.maps else None
+    name = first or list(report.maps)[-1]
+    errors = report.maps[name]
+    top = float(errors.max()) or 1.0
+    tiles = "".join(f'<img class="map" alt="tile {i}" title="tile {i}" src="{picture(error, top)}">'
+                    for i, error in enumerate(errors))
+    return (f"<h2>Where on the tiles</h2><figure><figcaption><code>{name}</code>: relative error of each patch, one "
+            f"square each; white is 0, black {number(top)}. Tiles in order, the thumbnail last."
+            f"{'' if first else ' (All agree: this is rounding.)'}</figcaption>{tiles}</figure>")
+
+
+def first_token(report: Report, words: Callable[[int], str]) -> str:
+    """Put the five best tokens at the end of the prompt side by side."""
+    if not report.logits:
+        return ""
+
+    def half(token, score):
+        return f"<td><code>{cell(repr(words(token)))}</code></td><td class='n'>{score:.4f}</td>"
+    rows = "".join(f"<tr>{half(*pair['reference'])}{half(*pair['minivl'])}</tr>" for pair in report.logits["top5"])
+    return (f"<h2>The first token of the answer</h2><p>KL {number(report.logits['kl'])}; the reference's token has "
+            f"rank {report.logits['rank']}.</p><table><tr><th>reference</th><th class='n'>log p</th><th>minivl</th>"
+            f"<th class='n'>log p</th></tr>{rows}</table>")
+
+
+def answer(report: Report, words: Callable[[int], str]) -> str:
+    """List the tokens of the answer."""
+    if not report.tokens:
+        return ""
+    rows = []
+    for i, token in enumerate(report.tokens, start=1):
+        theirs, mine = token["reference"], token["minivl"]
+        rows.append(f"<tr class=\"{'' if theirs == mine else 'bad'}\"><td class='n'>{i}</td>"
+                    f"<td><code>{cell(repr(words(theirs)))}</code></td><td><code>{cell(repr(words(mine)))}</code></td>"
+                    f"<td class='n'>{token['margin']:.3g}</td></tr>")
+    return ("<h2>The answer, token by token</h2><p>Each after the reference's tokens before it. The margin is the "
+            "distance of the two best scores: where it is smaller than the rounding, either token is right.</p>"
+            "<table><tr><th class='n'></th><th>reference</th><th>minivl</th><th class='n'>margin</th></tr>"
+            f"{''.join(rows)}</table>")
