@@ -192,8 +192,8 @@ class Qwen2Model(nn.Module):
 class Qwen2ForCausalLM(nn.Module):
     """Decoder and head. `linear(in, out, bias=)` builds the seven linears of a layer: nn.Linear, or AWQ's.
 
-    What stands outside goes through `body` (vectors -> normalised hidden states), `embeddings`, `layers`, `norm` and
-    `head`: every decoder has these, under whatever names its files use.
+    What stands outside goes through `body` (vectors -> normalised hidden states), `embeddings`, `layers`, `norm`, `head`
+    and `scores`: every decoder has these, under whatever names its files use.
     """
 
     def __init__(self, config, linear=nn.Linear):

@@ -139,6 +139,9 @@ class InternLM2ForCausalLM(nn.Module):
     norm = property(lambda self: self.model.norm)
     head = property(lambda self: self.output)
 
+    def scores(self, inputs_embeds, cache=None, padding=None, last=1):
+        return self.head(self.body(inputs_embeds, cache, padding)[:, -last:]).float()
+
     def forward(self, inputs_embeds, cache=None, padding=None):
         return self.output(self.model(inputs_embeds, cache, padding)).float()
 

@@ -72,6 +72,7 @@ def test_every_mistake_is_caught_on_the_shipped_model(tmp_path):
     assert committed == facts((tmp_path / "page.md").read_text("utf-8")) and len(committed) == len(rows) + 2
 
 
+@pytest.mark.slow
 @needs_nano
 def test_every_mistake_is_caught_on_a_prepared_model(tmp_path):
     """The same for what minivl.fast replaces: decoder, tower and int4 of the shipped model, counted as large."""
