@@ -5,10 +5,10 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PY := .venv/bin/python
 
-.PHONY: help setup demo test lint reference verify notebooks lab clean
+.PHONY: help setup demo test test-all gpu lint reference verify notebooks lab clean
 
 help:           ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 setup: .venv/ready  ## the virtual environment .venv/ with everything needed
 
