@@ -32,6 +32,15 @@ test: setup     ## all tests
 lint: setup     ## ruff: imports, width, likely mistakes; the rules are in pyproject.toml
 	$(PY) -m ruff check .
 
+test-all: setup     ## all tests, also those of over half a minute
+	$(PY) -m pytest -m "not gpu"
+
+# On a bare machine with CUDA: `make gpu PY=python3`, with any Python that has torch, safetensors, tokenizers,
+# huggingface_hub and Pillow.
+gpu:            ## on a GPU: proves and measures everything in one go, some 5 minutes; results in build/
+	@mkdir -p build
+	PYTHONPATH=. $(PY) -W ignore -m weights_tools.bench --device cuda --json build/gpu.json
+
 reference: .reference/ready     ## the environment .reference/ with transformers, for `python -m weights_tools.verify`
 
 .reference/ready: pyproject.toml constraints.txt

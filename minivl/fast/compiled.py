@@ -126,6 +126,15 @@ def read(function: Callable, *fixed):
     return torch._inductor.aoti_load_package(str(build(function, *fixed)))
 
 
+def hush():
+    """Ignore two warnings of torch's compiler: it looks for numpy, and imports deprecated parts of torch.
+
+    The filters stay for the process: putting them back, as catch_warnings does, would undo what another thread sets meanwhile.
+    """
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch(\.|$)")
+
+
 _loops, _lock = {}, threading.Lock()
 atexit.register(_loops.clear)               # a loop unpacks itself into a temporary folder, and removes it when it goes
 
@@ -139,10 +148,7 @@ def loop(function: Callable, *fixed):
     if (function, fixed) not in _loops:
         with _lock:
             if (function, fixed) not in _loops:
-                # torch's compiler looks for numpy, and imports deprecated parts of torch. These two filters stay for the
-                # process: putting them back, as catch_warnings does, would undo what the main thread sets meanwhile.
-                warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-                warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch(\.|$)")
+                hush()
                 try:
                     _loops[function, fixed] = read(function, *fixed)
                 except Exception as error:              # the compiler's own, of many kinds

@@ -332,6 +332,7 @@ def on_gpu(function, *sizes):
         import triton  # noqa: F401
     except ImportError:
         return function
+    compiled.hush()
     code = function.__code__.replace(co_name=f"{function.__name__}_{'_'.join(map(str, sizes))}")
     return torch.compile(FunctionType(code, function.__globals__), dynamic=not sizes)
 

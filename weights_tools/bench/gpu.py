@@ -28,6 +28,7 @@ import minivl
 from minivl import GenerationConfig, qwen2
 from minivl.cache import KVCache
 from minivl.config import VisionConfig
+from minivl.limits import InputError
 from minivl.vit import InternVisionModel
 from weights_tools.bench.machine import work_of
 from weights_tools.bench.ours import Ours
@@ -354,6 +355,9 @@ def peers(report: Report, device: str, size: str):
 
 def run(device: str = "cuda", size: str = "4B", count: int = 200, out=None, parts=("proof", "speed", "peers")) -> Report:
     """Run the parts and print the table; `count` questions of nano's, the results as JSON into the folder `out`."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"torch {torch.__version__} finds no CUDA device here; --device cpu --size tiny runs the same script "
+                         "without one")
     out = out and Path(out)
     if out:
         out.mkdir(parents=True, exist_ok=True)
