@@ -64,7 +64,8 @@ def signature(language):
     patched = [value for module in modules for value in vars(module).values() if callable(value)]
     places = [tensor.data_ptr() for module in modules for tensor in (*module._parameters.values(), *module._buffers.values())
               if tensor is not None]
-    return [*modules, *code, *functions, *patched, *places]
+    # Weak, of the modules: the list hangs on one of them, and a circle would keep a model in memory until it is collected.
+    return [*map(weakref.ref, modules), *code, *functions, *patched, *places]
 
 
 class Recording:

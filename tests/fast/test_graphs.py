@@ -1,4 +1,7 @@
 """The recorded step's arithmetic, run here as it is: a cache of fixed size and a position on the device give what the growing cache gives."""
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -132,3 +135,21 @@ def test_what_was_changed_between_two_prompts_is_recorded_anew(recorded, monkeyp
         hooked = language.scores(embedded(language, 1, 1), cache)
         assert not hasattr(cache, "recording") and minivl.relative_error(hooked, before) > 1e-3
         handle.remove()
+
+
+def test_a_recorded_model_leaves_the_memory_at_once(tiny):
+    """No circle of references holds it until Python collects: on a GPU its gigabytes would stay."""
+    model = minivl.load(tiny)
+    model.language_model.__class__ = graphs.Recorded
+    with torch.no_grad():
+        cache = KVCache()
+        language = model.language_model
+        language.scores(embedded(language, 1, 5), cache)
+        vars(language)["seen"] = graphs.signature(language)
+    gone = weakref.ref(model.language_model)
+    gc.disable()
+    try:
+        del model, language
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -11,6 +11,7 @@ Half precision may be twice as far from the recorded float32 as the CPU's own ha
 """
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import statistics
@@ -181,7 +182,7 @@ def questions(report: Report, device: str, model: str, count: int):
     """Held-out questions, ten of each of nano's tasks (or fewer): the share that is answered right."""
     from weights_tools.nano import evaluate
     tasks = list(evaluate.TARGETS)[:count]
-    each = max(1, count // len(tasks))
+    each = -(-count // len(tasks))
 
     def ask(device, dtype, precision="exact"):
         pipe = pipe_of(model, device, dtype, precision)
@@ -266,12 +267,14 @@ def speed(report: Report, device: str, size: str, floor: dict, engines=("fast",)
 def measure(report: Report, device: str, checkpoint: Path, engine: str, floor: dict):
     """Time one precision: what `engine` is called, None stands for the modules as released."""
     cuda = device != "cpu"
+    gc.collect()            # what ran before is gone, its memory too
+    held = torch.cuda.memory_allocated() if cuda else 0
     start = time.perf_counter()
     ours = Ours(checkpoint, None if engine == "released" else engine, device, "bfloat16")
     ours.wait()
     report.add(f"{engine}: load", time.perf_counter() - start, unit="s")
     if cuda:
-        report.add(f"{engine}: weights on the device", torch.cuda.memory_allocated() / 1e9, unit="GB")
+        report.add(f"{engine}: weights on the device", (torch.cuda.memory_allocated() - held) / 1e9, unit="GB")
     work = work_of(ours.model.config)
     for n in (1, 7, 13):
         ms = 1e3 * timed(lambda n=n: ours.tiles(n), device)
@@ -307,9 +310,10 @@ def whole_answer(report: Report, ours: Ours, cuda: bool):
     if cuda:
         report.add("fast: most memory while it answers, batches of 64 before", torch.cuda.max_memory_allocated() / 1e9,
                    unit="GB")
-        torch.cuda.reset_peak_memory_stats()
-        vars(model.language_model).pop("idle", None)
+        vars(model.language_model).pop("idle", None)        # the recordings of the batches before
+        gc.collect()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         minivl.generate(model, [ids], pixels, max_new_tokens=32, ignore_eos=True)
         report.add(f"fast: most memory for a picture of {tiles} tiles alone", torch.cuda.max_memory_allocated() / 1e9,
                    limit=6.0, unit="GB", good=torch.cuda.max_memory_allocated() < 6e9)
