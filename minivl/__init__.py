@@ -14,7 +14,7 @@ One letter per dimension, everywhere:
 """
 import warnings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # torch without numpy says so once at import; nothing here needs numpy.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
