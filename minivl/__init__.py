@@ -10,7 +10,7 @@ One letter per dimension, everywhere:
     L  visual tokens per tile (256)                 F  FFN width (11008)
     V  vocabulary (151674)                          I, O, g  AWQ in features, out features, group size (128)
 
-(numbers: InternVL2_5-4B). README.md gives the reading order of the source.
+(numbers: InternVL2_5-4B). README.md beside this file gives the reading order of the source.
 """
 import warnings
 
