@@ -10,11 +10,11 @@ One letter per dimension, everywhere:
     L  visual tokens per tile (256)                 F  FFN width (11008)
     V  vocabulary (151674)                          I, O, g  AWQ in features, out features, group size (128)
 
-(numbers: InternVL2_5-4B). README.md gives the reading order of the source.
+(numbers: InternVL2_5-4B). README.md beside this file gives the reading order of the source.
 """
 import warnings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # torch without numpy says so once at import; nothing here needs numpy.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")

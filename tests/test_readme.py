@@ -1,8 +1,10 @@
-"""What the README says is run or recomputed: its Python, its memory table, its files and its commands."""
+"""What the READMEs say is run or recomputed: Python, commands, the memory table, file tables, links."""
+import importlib.util
 import re
 import shlex
 from pathlib import Path
 
+import pytest
 import torch
 
 import minivl
@@ -11,28 +13,37 @@ from minivl.config import Config
 from weights_tools.synthesize import config_json
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text("utf-8")
+# Each folder's own README; the notes of a trained nano and of what was tried are about the past.
+GUIDES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md",
+          *sorted(path for folder in ("minivl", "weights_tools") for path in (ROOT / folder).rglob("README.md"))]
+each_guide = pytest.mark.parametrize("guide", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def test_python_examples_run(monkeypatch, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 2
     monkeypatch.chdir(ROOT)
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+    for folder in (ROOT, ROOT / "minivl"):
+        blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), re.S)
+        assert len(blocks) == 1
+        exec(compile(blocks[0], "README.md", "exec"), {})
     out = capsys.readouterr().out
-    assert out.startswith("In the top left corner there is a large red star, ") and "The heart is in the bottom right corner." in out
+    answer = out.splitlines()[0]
+    assert answer.startswith("In the top left corner there is a large red star, ")
+    assert "The heart is in the bottom right corner." in out
     assert "torch.Size([1, 65, 160]) torch.Size([1, 16, 256])" in out
+    quoted = " ".join(line.removeprefix(">").strip() for line in README.splitlines() if line.startswith(">"))
+    assert quoted.split() == f"describe this image *{answer}*".split()
 
 
 def test_command_lines_run(monkeypatch, capsys):
     """Those that need no download and no terminal."""
     monkeypatch.chdir(ROOT)
-    lines = [shlex.split(line) for line in re.findall(r"^\.venv/bin/python -m minivl (chat .*nano/.* -p .*)$", README, re.M)]
+    lines = [shlex.split(line) for line in re.findall(r"^\.venv/bin/minivl (chat .*nano/.* -p .*)$", README, re.M)]
     assert len(lines) >= 2
     for line in lines:
         assert main(line) == 0
         assert capsys.readouterr().out.strip()
+    assert '\nminivl = "minivl.__main__:main"\n' in (ROOT / "pyproject.toml").read_text("utf-8")
 
 
 def weights(size, awq):
@@ -46,7 +57,8 @@ def weights(size, awq):
 
 
 def test_memory_table():
-    rows = [[c.strip() for c in line.strip("|\n").split("|")] for line in README.splitlines() if re.match(r"\| \d+B \|", line)]
+    lines = [line for line in README.splitlines() if re.match(r"\| \d+B \|", line)]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[0] for row in rows] == ["1B", "4B", "38B", "78B"]
     for size, _, file, cpu, gpu, *awq in rows:
         numbers = [f"{n / 1e9:.2f}" for n in weights(size, False)]
@@ -59,19 +71,47 @@ def test_memory_table():
     assert f"{cache / 1e3:.0f} kB a token" in README
 
 
-def test_reading_order_names_every_file():
-    named = set(re.findall(r"^\| `((?:minivl|weights_tools)/[\w/]+\.py)`", README, re.M))
-    there = {str(path.relative_to(ROOT)) for folder in ("minivl", "weights_tools") for path in (ROOT / folder).rglob("*.py")}
-    assert named == {name for name in there if not name.endswith("__init__.py")}
+@pytest.mark.parametrize("folder", ["minivl", "weights_tools"])
+def test_every_file_is_named_once(folder):
+    """A folder's README has a table of its files and of those in folders below that have no README of their own."""
+    named = []
+    for guide in (ROOT / folder).rglob("README.md"):
+        files = re.findall(r"^\| `([\w/]+\.py)`", guide.read_text("utf-8"), re.M)
+        named += [(guide.parent / file).relative_to(ROOT) for file in files]
+    there = [path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(named) == sorted(there)
 
 
-def test_commands_exist():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"^make (\w+)", README, re.M)) == {"demo", "test", "reference", "verify"} <= targets
-    for module in set(re.findall(r"python -m (\S+)", README)):
-        assert (ROOT / (module.replace(".", "/") + ".py")).exists() or (ROOT / module.replace(".", "/") / "__main__.py").exists(), module
+def test_readme_shows_these_targets():
+    assert set(re.findall(r"^make ([\w-]+)", README, re.M)) == {"demo", "test", "reference", "verify"}
+
+
+@each_guide
+def test_commands_exist(guide):
+    text = guide.read_text("utf-8")
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
+    assert set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.M)) <= targets
+    for module in set(re.findall(r"python -m (\w+(?:\.\w+)*)", text)):
+        spec = importlib.util.find_spec(module)
+        assert spec, module
+        assert not spec.submodule_search_locations or importlib.util.find_spec(f"{module}.__main__"), module
+
+
+@each_guide
+def test_links_lead_somewhere(guide):
+    text = guide.read_text("utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'<img src="([^"]+)"', text):
+        if link.startswith("http"):
+            continue
+        path, _, section = link.partition("#")
+        to = guide.parent / path
+        assert to.exists(), link
+        if section:
+            headings = [heading.lower() for heading in re.findall(r"^#+ (.*)", to.read_text("utf-8"), re.M)]
+            assert section in {re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in headings}, link
 
 
 def test_limits_are_all_in_one_table():
-    for name in ("picture_bytes", "picture_pixels", "aspect_ratio", "tiles_per_picture", "pictures", "prompt_chars", "new_tokens"):
+    for name in ("picture_bytes", "picture_pixels", "aspect_ratio", "tiles_per_picture", "pictures", "prompt_chars",
+                 "new_tokens"):
         assert hasattr(minivl.Limits(), name)

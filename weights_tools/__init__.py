@@ -1,14 +1,16 @@
-"""Tools around a checkpoint's files: make one (synthesize), look into one (inspect), fetch one (download).
+"""Tools around a checkpoint: make one, look into one, fetch one; train one, check and time what runs it.
 
     python -m weights_tools.synthesize OUT --size tiny      random weights in the exact released format
     python -m weights_tools.inspect FOLDER_OR_HUB_ID        every tensor, who takes it, sums, and whether they fit
     python -m weights_tools.download HUB_ID                 the files that minivl reads, compared with the hub's sha256
     python -m weights_tools.quantize FOLDER OUT             AWQ int4 from a float checkpoint
     python -m weights_tools.verify CHECKPOINT PICTURE       does minivl compute what transformers computes? where not?
+    python -m weights_tools.verify.mistakes --nano          planted mistakes: does verify catch each at its stage?
     python -m weights_tools.bench CHECKPOINT                how fast, beside what the machine could do
     python -m weights_tools.nano.train OUT                  nano, the small model in the package (also .evaluate, .ship)
 
-`files` writes them: weights_tools.files.save_checkpoint. `train` holds optimisers, step and loop for any training.
+`files` writes weight files: weights_tools.files.save_checkpoint. `train` holds optimisers, step and loop for any
+training. README.md names every file.
 """
 import os
 import sys
