@@ -21,17 +21,18 @@ def test_python_examples_run(monkeypatch, capsys):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     out = capsys.readouterr().out
-    assert out.startswith("In the top left corner there is a large red star, ") and "The heart is in the bottom right corner." in out
+    assert out.startswith("In the top left corner there is a large red star, ")
+    assert "The heart is in the bottom right corner." in out
     assert "torch.Size([1, 65, 160]) torch.Size([1, 16, 256])" in out
 
 
 def test_command_lines_run(monkeypatch, capsys):
     """Those that need no download and no terminal."""
     monkeypatch.chdir(ROOT)
-    lines = [shlex.split(line) for line in re.findall(r"^\.venv/bin/python -m minivl (chat .*nano/.* -p .*)$", README, re.M)]
+    lines = re.findall(r"^\.venv/bin/python -m minivl (chat .*nano/.* -p .*)$", README, re.M)
     assert len(lines) >= 2
     for line in lines:
-        assert main(line) == 0
+        assert main(shlex.split(line)) == 0
         assert capsys.readouterr().out.strip()
 
 
@@ -46,7 +47,8 @@ def weights(size, awq):
 
 
 def test_memory_table():
-    rows = [[c.strip() for c in line.strip("|\n").split("|")] for line in README.splitlines() if re.match(r"\| \d+B \|", line)]
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")]
+            for line in README.splitlines() if re.match(r"\| \d+B \|", line)]
     assert [row[0] for row in rows] == ["1B", "4B", "38B", "78B"]
     for size, _, file, cpu, gpu, *awq in rows:
         numbers = [f"{n / 1e9:.2f}" for n in weights(size, False)]
@@ -61,7 +63,8 @@ def test_memory_table():
 
 def test_reading_order_names_every_file():
     named = set(re.findall(r"^\| `((?:minivl|weights_tools)/[\w/]+\.py)`", README, re.M))
-    there = {str(path.relative_to(ROOT)) for folder in ("minivl", "weights_tools") for path in (ROOT / folder).rglob("*.py")}
+    there = {str(path.relative_to(ROOT))
+             for folder in ("minivl", "weights_tools") for path in (ROOT / folder).rglob("*.py")}
     assert named == {name for name in there if not name.endswith("__init__.py")}
 
 
@@ -69,9 +72,11 @@ def test_commands_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"^make (\w+)", README, re.M)) == {"demo", "test", "reference", "verify"} <= targets
     for module in set(re.findall(r"python -m (\S+)", README)):
-        assert (ROOT / (module.replace(".", "/") + ".py")).exists() or (ROOT / module.replace(".", "/") / "__main__.py").exists(), module
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
 
 def test_limits_are_all_in_one_table():
-    for name in ("picture_bytes", "picture_pixels", "aspect_ratio", "tiles_per_picture", "pictures", "prompt_chars", "new_tokens"):
+    for name in ("picture_bytes", "picture_pixels", "aspect_ratio", "tiles_per_picture", "pictures", "prompt_chars",
+                 "new_tokens"):
         assert hasattr(minivl.Limits(), name)
