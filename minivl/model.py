@@ -50,7 +50,8 @@ class MiniVL(nn.Module):
         """Normalised float[N, 3, R, R] -> float[N, L, D]."""
         R, channels = self.config.force_image_size, self.config.vision_config.num_channels
         if not isinstance(pixel_values, torch.Tensor):
-            raise InputError(f"pixel_values are a {type(pixel_values).__name__}; make them with minivl.tiling.to_pixel_values")
+            raise InputError(f"pixel_values are a {type(pixel_values).__name__}; make them with "
+                             "minivl.tiling.to_pixel_values")
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (channels, R, R):
             raise InputError(f"pixel_values have shape {tuple(pixel_values.shape)}, the model takes "
                              f"[tiles, {channels}, {R}, {R}]; cut the tiles with minivl.tiling.tile(tile_size={R})")

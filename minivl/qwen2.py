@@ -85,7 +85,8 @@ class Attention(nn.Module):
 
     def qkv(self, x):
         """float[B, T, D] -> q float[B, H, T, E], k and v float[B, K, T, E], not rotated yet."""
-        return [p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        return [p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                for p in (self.q_proj, self.k_proj, self.v_proj)]
 
     def rotated(self, q, k, cos, sin):
         """q and k, each turned by its position."""
@@ -127,7 +128,8 @@ class Layer(nn.Module):
     """One decoder block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     What stands outside a decoder finds its parts by these three, whatever the released names are: `attend` (the module
-    that sees q, k, v), `linears` (name -> module, in the order they run) and `FEEDS` (what a linear's inputs come from).
+    that sees q, k, v), `linears` (name -> module, in the order they run) and `FEEDS` (what a linear's inputs come
+    from).
     """
     # A factor on the outputs of the first can be taken back in the others. v_proj -> o_proj is not listed: with shared
     # kv heads one output of v_proj meets several inputs of o_proj.
@@ -174,7 +176,7 @@ class Qwen2Model(nn.Module):
         T, start = inputs_embeds.shape[1], cache.length if cache is not None else 0
         position = torch.arange(start, start + T, device=inputs_embeds.device)[None]    # (1, T)
         if padding is not None:
-            position = (position - padding[:, None]).clamp(min=0)                       # (B, T), 0 at the first real one
+            position = (position - padding[:, None]).clamp(min=0)                       # (B, T), 0 at the first real
         mask = attention_mask(T, start + T, padding, inputs_embeds.device)
         x = self.through(inputs_embeds, position, mask, cache)                          # (B, T, D)
         if cache is not None:
@@ -192,8 +194,8 @@ class Qwen2Model(nn.Module):
 class Qwen2ForCausalLM(nn.Module):
     """Decoder and head. `linear(in, out, bias=)` builds the seven linears of a layer: nn.Linear, or AWQ's.
 
-    What stands outside goes through `body` (vectors -> normalised hidden states), `embeddings`, `layers`, `norm`, `head`
-    and `scores`: every decoder has these, under whatever names its files use.
+    What stands outside goes through `body` (vectors -> normalised hidden states), `embeddings`, `layers`, `norm`,
+    `head` and `scores`: every decoder has these, under whatever names its files use.
     """
 
     def __init__(self, config, linear=nn.Linear):
@@ -209,7 +211,7 @@ class Qwen2ForCausalLM(nn.Module):
     head = property(lambda self: self.lm_head)
 
     def scores(self, inputs_embeds, cache=None, padding=None, last=1):
-        """float[B, T, D] -> logits float32[B, last, V]: of the last positions only, where the others are not asked for."""
+        """Score float[B, T, D]: logits float32[B, last, V], of the last positions only."""
         return self.head(self.body(inputs_embeds, cache, padding)[:, -last:]).float()
 
     def forward(self, inputs_embeds, cache=None, padding=None):

@@ -22,7 +22,8 @@ def choose_grid(width: int, height: int, *, min_num: int = 1, max_num: int = 12,
     if width < 1 or height < 1:
         raise ValueError(f"picture is {width}x{height} pixels; both sides must be at least 1")
     if not all(isinstance(n, int) for n in (min_num, max_num)) or not 1 <= min_num <= max_num:
-        raise ValueError(f"min_num {min_num!r} and max_num {max_num!r} must be whole numbers with 1 <= min_num <= max_num")
+        raise ValueError(f"min_num {min_num!r} and max_num {max_num!r} must be whole numbers with "
+                         "1 <= min_num <= max_num")
     # Of two grids with equally many tiles, the one met first wins a tie. That can happen only for min_num > 1 (with
     # exactly 4 tiles, 5:8 lies just between 1x4 and 2x2), and the reference leaves it to the order of a Python set:
     # the same set gives the same order here.

@@ -54,7 +54,10 @@ class RMSNorm(nn.Module):
 
 
 class Attend(nn.Module):
-    """Every patch looks at every patch: q, k, v float[N, H, 1+P, E] -> same shape. A module so that `trace` sees them."""
+    """Every patch looks at every patch: q, k, v float[N, H, 1+P, E] -> same shape.
+
+    A module so that `trace` sees q, k, v.
+    """
 
     def forward(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v)      # softmax(q k^T / sqrt(E)) v, no mask
