@@ -26,7 +26,7 @@ PACK_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)   # nibble i (bits 4i..4i+3) holds column 
 
 
 def unpack(packed):
-    """int32[..., O/8] -> uint8[..., O], numbers 0..15 in the natural order of columns.
+    """Unpack int32[..., O/8] into uint8[..., O]: numbers 0..15 in the natural order of columns.
 
     0x75316420 (1966171168) -> 0 1 2 3 4 5 6 7.
     """
@@ -40,7 +40,7 @@ def unpack(packed):
 
 
 def pack(numbers):
-    """The inverse: integers 0..15 [..., O] -> int32[..., O/8]."""
+    """Pack integers 0..15 [..., O] into int32[..., O/8]: the inverse of `unpack`."""
     if numbers.shape[-1] % 8:
         raise ValueError(f"{numbers.shape[-1]} columns cannot be packed, 8 go into a word; pad to a multiple of 8")
     if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) <= 15:
@@ -53,10 +53,10 @@ def pack(numbers):
 
 
 def dequantize(qweight, qzeros, scales, dtype=torch.float32):
-    """The weight as `dtype`[I, O], orientation x @ W: transposed with respect to nn.Linear.weight.
+    """Compute the weight `dtype`[I, O], orientation x @ W: transposed with respect to nn.Linear.weight.
 
-    Computed in float32 and rounded once at the end. For float16 that equals the float16 product bit by bit, because
-    q - z is a small integer; for bfloat16 it saves the scale from losing 3 bits first.
+    It is computed in float32 and rounded once at the end. For float16 that equals the float16 product bit by bit,
+    because q - z is a small integer; for bfloat16 it saves the scale from losing 3 bits first.
     """
     I, O, groups = qweight.shape[0], 8 * qweight.shape[1], scales.shape[0]
     if groups == 0 or I % groups or scales.shape != (groups, O) or qzeros.shape != (groups, O // 8):
@@ -69,7 +69,10 @@ def dequantize(qweight, qzeros, scales, dtype=torch.float32):
 
 
 def matmul(x, qweight, qzeros, scales, bias=None):
-    """float[..., I] @ W + bias -> float[..., O] in x's dtype. The weight exists in full only inside this call."""
+    """Compute x @ W + bias: float[..., I] -> float[..., O] in x's dtype.
+
+    The weight exists in full only inside this call.
+    """
     W = dequantize(qweight, qzeros, scales, x.dtype)        # (I, O)
     return F.linear(x, W.T, bias)                           # (..., O); in half precision rounded once, after the bias
 

@@ -16,7 +16,7 @@ class KVCache:
         self.layers = {}        # layer index -> [keys, values]
 
     def append(self, layer: int, k, v):
-        """k, v float[B, K, T, E] of the new tokens -> keys and values of all tokens, float[B, K, S, E]."""
+        """Store k and v float[B, K, T, E] of new tokens; return those of all tokens, float[B, K, S, E] each."""
         end = self.length + k.shape[2]
         room = self.layers[layer][0].shape[2] if layer in self.layers else 0
         if end > room:

@@ -38,16 +38,16 @@ class MiniVL(nn.Module):
 
     @property
     def dtype(self):
-        """Of the computation: that of every weight but int4 words and scales."""
+        """Return the dtype of the computation: that of every weight but int4 words and scales."""
         return self.mlp1[0].weight.dtype
 
     @property
     def device(self):
-        """Where the weights are."""
+        """Return the device that holds the weights."""
         return self.mlp1[0].weight.device
 
     def visual_tokens(self, pixel_values):
-        """Normalised float[N, 3, R, R] -> float[N, L, D]."""
+        """Turn normalised tiles float[N, 3, R, R] into visual tokens float[N, L, D]."""
         R, channels = self.config.force_image_size, self.config.vision_config.num_channels
         if not isinstance(pixel_values, torch.Tensor):
             raise InputError(f"pixel_values are a {type(pixel_values).__name__}; make them with "
@@ -61,7 +61,7 @@ class MiniVL(nn.Module):
             return self.mlp1(x)                                                # (N, L, D)
 
     def embed(self, input_ids, visual_tokens=None):
-        """int[B, T] and float[N, L, D] -> float[B, T, D]: visual tokens, in order, over the placeholders."""
+        """Embed int[B, T] as float[B, T, D], with the visual tokens float[N, L, D], in order, over the placeholders."""
         vocabulary = self.config.llm_config.vocab_size
         if not isinstance(input_ids, torch.Tensor):
             raise InputError(f"input_ids are a {type(input_ids).__name__}; give a tensor of integers [prompts, tokens]")
@@ -87,6 +87,6 @@ class MiniVL(nn.Module):
         return x.masked_scatter(placeholders[..., None], visual_tokens.to(x.dtype))
 
     def forward(self, input_ids, pixel_values=None):
-        """int[B, T], float[N, 3, R, R] -> logits float32[B, T, V]. Differentiable; no cache, no padding."""
+        """Compute logits float32[B, T, V] of int[B, T] and float[N, 3, R, R]. Differentiable; no cache, no padding."""
         visual_tokens = None if pixel_values is None else self.visual_tokens(pixel_values)
         return self.language_model(self.embed(input_ids, visual_tokens))

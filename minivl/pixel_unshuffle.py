@@ -7,7 +7,7 @@ from torch import nn
 
 
 def pixel_unshuffle(x):
-    """float[N, side, side, C] -> float[N, side/2, side/2, 4C].
+    """Join each 2x2 square of patches into one token: float[N, side, side, C] -> float[N, side/2, side/2, 4C].
 
     Channel order is (dy, dx, c), c fastest: patches 1 2 / 3 4 of a 2x2 square become the one token 1 2 3 4.
     Not F.pixel_unshuffle, which orders (c, dy, dx): `mlp1` was trained on ours.

@@ -11,10 +11,11 @@ from torch import nn
 
 
 def rope_tables(positions, head_dim: int, theta: float):
-    """int[B, T] positions counted from 0 -> cos and sin of the angles (radians), each float32[B, 1, T, E].
+    """Compute cos and sin of the angles (radians) of positions int[B, T], each float32[B, 1, T, E].
 
-    Pair i turns by position * theta^(-2i/E). Built in float32 at every call and never stored in the module: a buffer
-    would be rounded when the module is cast to half precision, and a rounded frequency drifts with the position.
+    Positions count from 0. Pair i turns by position * theta^(-2i/E). Built in float32 at every call and never stored
+    in the module: a buffer would be rounded when the module is cast to half precision, and a rounded frequency drifts
+    with the position.
     """
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)   # (E/2)
     angle = positions[:, None, :, None].float() / theta ** (pair / head_dim)            # (B, 1, T, E/2)
@@ -23,13 +24,16 @@ def rope_tables(positions, head_dim: int, theta: float):
 
 
 def rotate(x, cos, sin):
-    """RoPE, split-half: element i pairs with i + E/2, not with i + 1. float[B, H, T, E] -> same shape."""
+    """Rotate the pairs of float[B, H, T, E] by their angles, same shape.
+
+    RoPE, split-half: element i pairs with i + E/2, not with i + 1.
+    """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def attention_mask(T: int, S: int, padding, device):
-    """Who sees whom: bool[B or 1, 1, T, S], True = visible; None where plain causal attention says the same.
+    """Mark who sees whom: bool[B or 1, 1, T, S], True = visible; None where plain causal attention says the same.
 
     The T queries are the last T of S positions. Query t sees key s if s is not later. `padding` int[B] counts the
     padding tokens at the start of each row, which nobody sees but themselves (a row of the softmax must not be empty).
@@ -84,12 +88,12 @@ class Attention(nn.Module):
         self.o_proj = linear(D, D, bias=False)
 
     def qkv(self, x):
-        """float[B, T, D] -> q float[B, H, T, E], k and v float[B, K, T, E], not rotated yet."""
+        """Project float[B, T, D] to q float[B, H, T, E], k and v float[B, K, T, E], not rotated yet."""
         return [p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                 for p in (self.q_proj, self.k_proj, self.v_proj)]
 
     def rotated(self, q, k, cos, sin):
-        """q and k, each turned by its position."""
+        """Rotate q and k, each token by its position."""
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def forward(self, x, cos, sin, mask, cache):
@@ -112,11 +116,11 @@ class MLP(nn.Module):
         self.down_proj = linear(width, D, bias=False)
 
     def gate_up(self, x):
-        """float[B, T, D] -> gate and up, each float[B, T, F]."""
+        """Project float[B, T, D] to gate and up, each float[B, T, F]."""
         return self.gate_proj(x), self.up_proj(x)
 
     def gated(self, x):
-        """float[B, T, D] -> float[B, T, F]."""
+        """Multiply silu(gate) and up: float[B, T, D] -> float[B, T, F]."""
         gate, up = self.gate_up(x)                                          # 2 x (B, T, F)
         return F.silu(gate) * up
 
@@ -146,12 +150,12 @@ class Layer(nn.Module):
 
     @property
     def attend(self):
-        """The module that is given q, k, v and the mask."""
+        """Return the module that is given q, k, v and the mask."""
         return self.self_attn.attend
 
     @property
     def linears(self):
-        """{"self_attn.q_proj": module, ...}: the linears that AWQ stores as int4."""
+        """List the linears that AWQ stores as int4: {"self_attn.q_proj": module, ...}."""
         names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
                  "mlp.up_proj", "mlp.down_proj")
         return {name: self.get_submodule(name) for name in names}
@@ -172,7 +176,10 @@ class Qwen2Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, inputs_embeds, cache=None, padding=None):
-        """`padding` int[B]: how many tokens at the start of each row are padding (counted from the first call on)."""
+        """Run float[B, T, D], after what the cache holds, through all layers and the norm.
+
+        `padding` int[B]: how many tokens at the start of each row are padding (counted from the first call on).
+        """
         T, start = inputs_embeds.shape[1], cache.length if cache is not None else 0
         position = torch.arange(start, start + T, device=inputs_embeds.device)[None]    # (1, T)
         if padding is not None:
@@ -215,5 +222,5 @@ class Qwen2ForCausalLM(nn.Module):
         return self.head(self.body(inputs_embeds, cache, padding)[:, -last:]).float()
 
     def forward(self, inputs_embeds, cache=None, padding=None):
-        """float[B, T, D] -> logits float32[B, T, V]."""
+        """Compute logits float32[B, T, V] of float[B, T, D]."""
         return self.lm_head(self.model(inputs_embeds, cache, padding)).float()

@@ -14,7 +14,7 @@ STD = (0.229, 0.224, 0.225)
 
 
 def choose_grid(width: int, height: int, *, min_num: int = 1, max_num: int = 12, tile_size: int = 448):
-    """The (columns, rows) whose aspect ratio is nearest to the picture's, with min_num..max_num tiles.
+    """Choose the (columns, rows) whose aspect ratio is nearest to the picture's, with min_num..max_num tiles.
 
     On an exact tie the larger grid wins if the picture has more than half of that grid's pixels:
     600x600 stays 1x1, 640x640 becomes 2x2. Area is asked on ties only: 800x600 is 4x3, an exact fit.
@@ -41,7 +41,7 @@ def choose_grid(width: int, height: int, *, min_num: int = 1, max_num: int = 12,
 
 def tile(image: Image.Image, *, min_num: int = 1, max_num: int = 12, tile_size: int = 448,
          use_thumbnail: bool = True) -> list:
-    """RGB picture -> [tile, ...] row by row, then the thumbnail if there is more than one tile."""
+    """Cut an RGB picture into [tile, ...] row by row, then the thumbnail if there is more than one tile."""
     if image.mode != "RGB":
         raise ValueError(f"picture has mode {image.mode}; convert it with image.convert('RGB')")
     columns, rows = choose_grid(*image.size, min_num=min_num, max_num=max_num, tile_size=tile_size)
@@ -56,20 +56,20 @@ def tile(image: Image.Image, *, min_num: int = 1, max_num: int = 12, tile_size: 
 
 
 def to_pixel_values(tiles: list) -> torch.Tensor:
-    """[RGB tile, ...] with pixels 0..255 -> normalised float32[N, 3, R, R]."""
+    """Turn [RGB tile, ...] with pixels 0..255 into normalised float32[N, 3, R, R]."""
     if not tiles:
         raise ValueError("no tiles are given; cut a picture with tile()")
     return normalise(to_pixels(tiles))
 
 
 def to_pixels(tiles: list) -> torch.Tensor:
-    """[RGB tile, ...], at least one -> uint8[N, R, R, 3]."""
+    """Stack [RGB tile, ...], at least one, as uint8[N, R, R, 3]."""
     return torch.stack([torch.frombuffer(bytearray(t.tobytes()), dtype=torch.uint8).view(t.height, t.width, 3)
                         for t in tiles])
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8[N, R, R, 3] -> float32[N, 3, R, R] with the mean and spread the tower was trained on."""
+    """Normalise uint8[N, R, R, 3] to float32[N, 3, R, R] with the mean and spread the tower was trained on."""
     x = pixels.permute(0, 3, 1, 2).float() / 255                                  # (N, 3, R, R)
     mean, std = (torch.tensor(c, device=pixels.device).view(1, 3, 1, 1) for c in (MEAN, STD))
     return ((x - mean) / std).contiguous()                                       # (N, 3, R, R)

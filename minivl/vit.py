@@ -29,7 +29,10 @@ class Embeddings(nn.Module):
         return x + position
 
     def position_embedding_for(self, rows, columns):
-        """Stretched (bicubic, in float32) only for a tile size other than the trained one: float[1, 1+P, C]."""
+        """Fit the position embedding to a grid of patches: float[1, 1+P, C].
+
+        It is stretched (bicubic, in float32) only for a tile size other than the trained one.
+        """
         P, C = self.position_embedding.shape[1] - 1, self.position_embedding.shape[2]
         side = round(P ** 0.5)
         if (rows, columns) == (side, side):
@@ -95,7 +98,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def widened(self, x):
-        """float[N, 1+P, C] -> float[N, 1+P, intermediate_size]."""
+        """Widen float[N, 1+P, C] to float[N, 1+P, intermediate_size]."""
         return F.gelu(self.fc1(x))                          # exact (erf) GELU
 
     def forward(self, x):
