@@ -48,7 +48,8 @@ class MiniVL(nn.Module):
 
     def visual_tokens(self, pixel_values):
         """Turn normalised tiles float[N, 3, R, R] into visual tokens float[N, L, D]."""
-        R, channels = self.config.force_image_size, self.config.vision_config.num_channels
+        R = self.config.force_image_size
+        channels = self.config.vision_config.num_channels
         if not isinstance(pixel_values, torch.Tensor):
             raise InputError(f"pixel_values are a {type(pixel_values).__name__}; make them with "
                              "minivl.tiling.to_pixel_values")
@@ -79,9 +80,10 @@ class MiniVL(nn.Module):
             raise InputError("the id of <IMG_CONTEXT> is not known, the checkpoint has no tokenizer files; "
                              "set model.img_context_token_id")
         placeholders = (input_ids == self.img_context_token_id).to(self.device)         # (B, T)
-        wanted, given = int(placeholders.sum()), visual_tokens.shape[0] * visual_tokens.shape[1]
+        N, L = visual_tokens.shape[:2]
+        wanted = int(placeholders.sum())
+        given = N * L
         if wanted != given:
-            N, L = visual_tokens.shape[:2]
             raise InputError(f"the prompt has {wanted} <IMG_CONTEXT> placeholders but {N} tiles x {L} give {given} "
                              "visual tokens; render the prompt with the same tile counts as the pictures")
         return x.masked_scatter(placeholders[..., None], visual_tokens.to(x.dtype))

@@ -80,7 +80,8 @@ class Attention(nn.Module):
     def __init__(self, config, layer, linear):
         super().__init__()
         D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.layer, self.head_dim = layer, D // H
+        self.layer = layer
+        self.head_dim = D // H
         self.q_proj = linear(D, D, bias=True)
         self.k_proj = linear(D, K * self.head_dim, bias=True)
         self.v_proj = linear(D, K * self.head_dim, bias=True)
@@ -170,7 +171,8 @@ class Qwen2Model(nn.Module):
 
     def __init__(self, config, linear):
         super().__init__()
-        self.head_dim, self.theta = config.hidden_size // config.num_attention_heads, config.rope_theta
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.theta = config.rope_theta
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i, linear) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -180,7 +182,8 @@ class Qwen2Model(nn.Module):
 
         `padding` int[B]: how many tokens at the start of each row are padding (counted from the first call on).
         """
-        T, start = inputs_embeds.shape[1], cache.length if cache is not None else 0
+        T = inputs_embeds.shape[1]
+        start = cache.length if cache is not None else 0
         position = torch.arange(start, start + T, device=inputs_embeds.device)[None]    # (1, T)
         if padding is not None:
             position = (position - padding[:, None]).clamp(min=0)                       # (B, T), 0 at the first real

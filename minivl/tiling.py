@@ -29,7 +29,9 @@ def choose_grid(width: int, height: int, *, min_num: int = 1, max_num: int = 12,
     # the same set gives the same order here.
     grids = {(i, j) for n in range(min_num, max_num + 1) for i in range(1, n + 1) for j in range(1, n + 1)
              if min_num <= i * j <= max_num}
-    aspect, best, best_difference = width / height, (1, 1), float("inf")
+    aspect = width / height
+    best = (1, 1)
+    best_difference = float("inf")
     for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
         difference = abs(aspect - columns / rows)
         if difference < best_difference:

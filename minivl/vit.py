@@ -76,7 +76,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(C, 3 * C, bias=config.qkv_bias)
         self.qk_normalization = config.qk_normalization
         if config.qk_normalization:     # over all heads at once, not per head
-            self.q_norm, self.k_norm = RMSNorm(C, config.layer_norm_eps), RMSNorm(C, config.layer_norm_eps)
+            self.q_norm = RMSNorm(C, config.layer_norm_eps)
+            self.k_norm = RMSNorm(C, config.layer_norm_eps)
         self.attend = Attend()
         self.proj = nn.Linear(C, C)     # has a bias in both kinds, also where qkv has none
 

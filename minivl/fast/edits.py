@@ -37,7 +37,7 @@ SHIPPED = {
     "qwen2.RMSNorm.forward": "6543ad51824b31bd",
     "qwen2.Attend.forward": "da954c8878513483",
     "qwen2.Qwen2ForCausalLM.scores": "9f455a2cab9329b3",
-    "qwen2.Qwen2Model.forward": "d478ee61047de3cc",
+    "qwen2.Qwen2Model.forward": "6e8d7b206c6c646b",
     "qwen2.attention_mask": "59ba8e8a538828d9",
     "cache.KVCache.append": "01f2ec40f2b61e34",
     "vit.Attend.forward": "30583e0ef6d49842",
