@@ -39,7 +39,7 @@ def unpack(packed):
     return columns.flatten(-2)                                                          # (..., O)
 
 
-def pack(numbers):
+def pack(numbers: torch.Tensor) -> torch.Tensor:
     """Pack integers 0..15 [..., O] into int32[..., O/8]: the inverse of `unpack`."""
     if numbers.shape[-1] % 8:
         raise ValueError(f"{numbers.shape[-1]} columns cannot be packed, 8 go into a word; pad to a multiple of 8")
@@ -80,7 +80,7 @@ def matmul(x, qweight, qzeros, scales, bias=None):
 class AWQLinear(nn.Module):
     """nn.Linear whose weight is held as released: buffers qweight, qzeros, scales and perhaps bias."""
 
-    def __init__(self, in_features, out_features, bias=True, *, group_size=128):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, group_size: int = 128):
         super().__init__()
         if in_features % group_size or out_features % 8:
             raise ValueError(f"AWQ linear {in_features} -> {out_features}: group size {group_size} must divide the in "

@@ -29,7 +29,7 @@ class KVCache:
             stored[:, :, self.length:end] = new
         return [stored[:, :, :end] for stored in self.layers[layer]]
 
-    def truncate(self, length: int):
+    def truncate(self, length: int) -> None:
         """Forget every token from position `length` on."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot cut the cache to {length} tokens, it holds {self.length}")

@@ -37,16 +37,16 @@ class MiniVL(nn.Module):
         self.eos_token_ids = ()             # generation stops at these
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         """Return the dtype of the computation: that of every weight but int4 words and scales."""
         return self.mlp1[0].weight.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         """Return the device that holds the weights."""
         return self.mlp1[0].weight.device
 
-    def visual_tokens(self, pixel_values):
+    def visual_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Turn normalised tiles float[N, 3, R, R] into visual tokens float[N, L, D]."""
         R = self.config.force_image_size
         channels = self.config.vision_config.num_channels
@@ -61,7 +61,7 @@ class MiniVL(nn.Module):
             x = self.pixel_unshuffle(x[:, 1:])                                 # (N, L, 4C), CLS dropped
             return self.mlp1(x)                                                # (N, L, D)
 
-    def embed(self, input_ids, visual_tokens=None):
+    def embed(self, input_ids: torch.Tensor, visual_tokens: torch.Tensor | None = None) -> torch.Tensor:
         """Embed int[B, T] as float[B, T, D], with the visual tokens float[N, L, D], in order, over the placeholders."""
         vocabulary = self.config.llm_config.vocab_size
         if not isinstance(input_ids, torch.Tensor):
@@ -88,7 +88,7 @@ class MiniVL(nn.Module):
                              "visual tokens; render the prompt with the same tile counts as the pictures")
         return x.masked_scatter(placeholders[..., None], visual_tokens.to(x.dtype))
 
-    def forward(self, input_ids, pixel_values=None):
+    def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
         """Compute logits float32[B, T, V] of int[B, T] and float[N, 3, R, R]. Differentiable; no cache, no padding."""
         visual_tokens = None if pixel_values is None else self.visual_tokens(pixel_values)
         return self.language_model(self.embed(input_ids, visual_tokens))

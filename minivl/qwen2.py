@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def rope_tables(positions, head_dim: int, theta: float):
+def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute cos and sin of the angles (radians) of positions int[B, T], each float32[B, 1, T, E].
 
     Positions count from 0. Pair i turns by position * theta^(-2i/E). Built in float32 at every call and never stored
@@ -150,12 +150,12 @@ class Layer(nn.Module):
         self.mlp = MLP(config, linear)
 
     @property
-    def attend(self):
+    def attend(self) -> nn.Module:
         """Return the module that is given q, k, v and the mask."""
         return self.self_attn.attend
 
     @property
-    def linears(self):
+    def linears(self) -> dict[str, nn.Module]:
         """List the linears that AWQ stores as int4: {"self_attn.q_proj": module, ...}."""
         names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
                  "mlp.up_proj", "mlp.down_proj")
@@ -193,7 +193,7 @@ class Qwen2Model(nn.Module):
             cache.length = start + T
         return x
 
-    def through(self, x, position, mask, cache):
+    def through(self, x: torch.Tensor, position: torch.Tensor, mask: torch.Tensor | None, cache) -> torch.Tensor:
         """Run all layers and the norm on float[B, T, D] whose positions int[B or 1, T] and mask are known."""
         cos, sin = (t.to(x.dtype) for t in rope_tables(position, self.head_dim, self.theta))    # (B or 1, 1, T, E)
         for layer in self.layers:
@@ -224,6 +224,6 @@ class Qwen2ForCausalLM(nn.Module):
         """Score float[B, T, D]: logits float32[B, last, V], of the last positions only."""
         return self.head(self.body(inputs_embeds, cache, padding)[:, -last:]).float()
 
-    def forward(self, inputs_embeds, cache=None, padding=None):
+    def forward(self, inputs_embeds: torch.Tensor, cache=None, padding: torch.Tensor | None = None) -> torch.Tensor:
         """Compute logits float32[B, T, V] of float[B, T, D]."""
         return self.lm_head(self.model(inputs_embeds, cache, padding)).float()

@@ -13,7 +13,8 @@ MEAN = (0.485, 0.456, 0.406)   # ImageNet's, per RGB channel, of pixels scaled t
 STD = (0.229, 0.224, 0.225)
 
 
-def choose_grid(width: int, height: int, *, min_num: int = 1, max_num: int = 12, tile_size: int = 448):
+def choose_grid(width: int, height: int, *, min_num: int = 1, max_num: int = 12,
+                tile_size: int = 448) -> tuple[int, int]:
     """Choose the (columns, rows) whose aspect ratio is nearest to the picture's, with min_num..max_num tiles.
 
     On an exact tie the larger grid wins if the picture has more than half of that grid's pixels:
@@ -42,7 +43,7 @@ def choose_grid(width: int, height: int, *, min_num: int = 1, max_num: int = 12,
 
 
 def tile(image: Image.Image, *, min_num: int = 1, max_num: int = 12, tile_size: int = 448,
-         use_thumbnail: bool = True) -> list:
+         use_thumbnail: bool = True) -> list[Image.Image]:
     """Cut an RGB picture into [tile, ...] row by row, then the thumbnail if there is more than one tile."""
     if image.mode != "RGB":
         raise ValueError(f"picture has mode {image.mode}; convert it with image.convert('RGB')")
@@ -57,14 +58,14 @@ def tile(image: Image.Image, *, min_num: int = 1, max_num: int = 12, tile_size: 
     return tiles
 
 
-def to_pixel_values(tiles: list) -> torch.Tensor:
+def to_pixel_values(tiles: list[Image.Image]) -> torch.Tensor:
     """Turn [RGB tile, ...] with pixels 0..255 into normalised float32[N, 3, R, R]."""
     if not tiles:
         raise ValueError("no tiles are given; cut a picture with tile()")
     return normalise(to_pixels(tiles))
 
 
-def to_pixels(tiles: list) -> torch.Tensor:
+def to_pixels(tiles: list[Image.Image]) -> torch.Tensor:
     """Stack [RGB tile, ...], at least one, as uint8[N, R, R, 3]."""
     return torch.stack([torch.frombuffer(bytearray(t.tobytes()), dtype=torch.uint8).view(t.height, t.width, 3)
                         for t in tiles])

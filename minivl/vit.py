@@ -28,7 +28,7 @@ class Embeddings(nn.Module):
         x = torch.cat([self.class_embedding.expand(len(x), -1, -1), x], dim=1)  # (N, 1+P, C)
         return x + position
 
-    def position_embedding_for(self, rows, columns):
+    def position_embedding_for(self, rows: int, columns: int) -> torch.Tensor:
         """Fit the position embedding to a grid of patches: float[1, 1+P, C].
 
         It is stretched (bicubic, in float32) only for a tile size other than the trained one.
@@ -140,7 +140,7 @@ class InternVisionModel(nn.Module):
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
 
-    def forward(self, pixel_values):
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         x = self.embeddings(pixel_values)                   # (N, 1+P, C)
         for layer in self.encoder.layers:
             x = layer(x)
