@@ -25,7 +25,7 @@ from torch import nn
 PACK_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)   # nibble i (bits 4i..4i+3) holds column PACK_ORDER[i]
 
 
-def unpack(packed):
+def unpack(packed: torch.Tensor) -> torch.Tensor:
     """Unpack int32[..., O/8] into uint8[..., O]: numbers 0..15 in the natural order of columns.
 
     0x75316420 (1966171168) -> 0 1 2 3 4 5 6 7.
@@ -52,7 +52,8 @@ def pack(numbers: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def dequantize(qweight, qzeros, scales, dtype=torch.float32):
+def dequantize(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor,
+               dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Compute the weight `dtype`[I, O], orientation x @ W: transposed with respect to nn.Linear.weight.
 
     It is computed in float32 and rounded once at the end. For float16 that equals the float16 product bit by bit,
@@ -68,7 +69,8 @@ def dequantize(qweight, qzeros, scales, dtype=torch.float32):
     return W.view(I, O).to(dtype)                                                       # (I, O)
 
 
-def matmul(x, qweight, qzeros, scales, bias=None):
+def matmul(x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor,
+           bias: torch.Tensor | None = None) -> torch.Tensor:
     """Compute x @ W + bias: float[..., I] -> float[..., O] in x's dtype.
 
     The weight exists in full only inside this call.
@@ -91,5 +93,5 @@ class AWQLinear(nn.Module):
         self.register_buffer("scales", torch.empty(groups, out_features, dtype=torch.float16))
         self.register_buffer("bias", torch.empty(out_features) if bias else None)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return matmul(x, self.qweight, self.qzeros, self.scales, self.bias)

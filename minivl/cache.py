@@ -2,6 +2,7 @@
 
 B prompts, T tokens of this call, S tokens seen so far (cache + T), K kv heads, E head dim.
 """
+import torch
 
 
 class KVCache:
@@ -15,7 +16,7 @@ class KVCache:
         self.length = 0         # tokens, the same for every layer between two calls of the model
         self.layers = {}        # layer index -> [keys, values]
 
-    def append(self, layer: int, k, v):
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
         """Store k and v float[B, K, T, E] of new tokens; return those of all tokens, float[B, K, S, E] each."""
         end = self.length + k.shape[2]
         room = self.layers[layer][0].shape[2] if layer in self.layers else 0

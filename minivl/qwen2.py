@@ -23,7 +23,7 @@ def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[t
     return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs of float[B, H, T, E] by their angles, same shape.
 
     RoPE, split-half: element i pairs with i + E/2, not with i + 1.
@@ -32,7 +32,7 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def attention_mask(T: int, S: int, padding, device):
+def attention_mask(T: int, S: int, padding: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     """Mark who sees whom: bool[B or 1, 1, T, S], True = visible; None where plain causal attention says the same.
 
     The T queries are the last T of S positions. Query t sees key s if s is not later. `padding` int[B] counts the
@@ -88,12 +88,13 @@ class Attention(nn.Module):
         self.attend = Attend()
         self.o_proj = linear(D, D, bias=False)
 
-    def qkv(self, x):
+    def qkv(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Project float[B, T, D] to q float[B, H, T, E], k and v float[B, K, T, E], not rotated yet."""
         return [p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                 for p in (self.q_proj, self.k_proj, self.v_proj)]
 
-    def rotated(self, q, k, cos, sin):
+    def rotated(self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor,
+                sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotate q and k, each token by its position."""
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
@@ -116,11 +117,11 @@ class MLP(nn.Module):
         self.up_proj = linear(D, width, bias=False)
         self.down_proj = linear(width, D, bias=False)
 
-    def gate_up(self, x):
+    def gate_up(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Project float[B, T, D] to gate and up, each float[B, T, F]."""
         return self.gate_proj(x), self.up_proj(x)
 
-    def gated(self, x):
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply silu(gate) and up: float[B, T, D] -> float[B, T, F]."""
         gate, up = self.gate_up(x)                                          # 2 x (B, T, F)
         return F.silu(gate) * up
@@ -177,7 +178,7 @@ class Qwen2Model(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i, linear) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, inputs_embeds, cache=None, padding=None):
+    def forward(self, inputs_embeds: torch.Tensor, cache=None, padding: torch.Tensor | None = None) -> torch.Tensor:
         """Run float[B, T, D], after what the cache holds, through all layers and the norm.
 
         `padding` int[B]: how many tokens at the start of each row are padding (counted from the first call on).
@@ -220,7 +221,8 @@ class Qwen2ForCausalLM(nn.Module):
     norm = property(lambda self: self.model.norm)
     head = property(lambda self: self.lm_head)
 
-    def scores(self, inputs_embeds, cache=None, padding=None, last=1):
+    def scores(self, inputs_embeds: torch.Tensor, cache=None, padding: torch.Tensor | None = None,
+               last: int = 1) -> torch.Tensor:
         """Score float[B, T, D]: logits float32[B, last, V], of the last positions only."""
         return self.head(self.body(inputs_embeds, cache, padding)[:, -last:]).float()
 

@@ -98,7 +98,7 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def widened(self, x):
+    def widened(self, x: torch.Tensor) -> torch.Tensor:
         """Widen float[N, 1+P, C] to float[N, 1+P, intermediate_size]."""
         return F.gelu(self.fc1(x))                          # exact (erf) GELU
 
