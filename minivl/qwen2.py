@@ -187,7 +187,7 @@ class Qwen2Model(nn.Module):
         start = cache.length if cache is not None else 0
         position = torch.arange(start, start + T, device=inputs_embeds.device)[None]    # (1, T)
         if padding is not None:
-            position = (position - padding[:, None]).clamp(min=0)                       # (B, T), 0 at the first real
+            position = (position - padding[:, None]).clamp(min=0)                       # (B, T), 0: first real token
         mask = attention_mask(T, start + T, padding, inputs_embeds.device)
         x = self.through(inputs_embeds, position, mask, cache)                          # (B, T, D)
         if cache is not None:
