@@ -25,8 +25,8 @@ from torch import nn
 PACK_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)   # nibble i (bits 4i..4i+3) holds column PACK_ORDER[i]
 
 
-def unpack(packed):
-    """int32[..., O/8] -> uint8[..., O], numbers 0..15 in the natural order of columns.
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """Unpack int32[..., O/8] into uint8[..., O]: numbers 0..15 in the natural order of columns.
 
     0x75316420 (1966171168) -> 0 1 2 3 4 5 6 7.
     """
@@ -39,8 +39,8 @@ def unpack(packed):
     return columns.flatten(-2)                                                          # (..., O)
 
 
-def pack(numbers):
-    """The inverse: integers 0..15 [..., O] -> int32[..., O/8]."""
+def pack(numbers: torch.Tensor) -> torch.Tensor:
+    """Pack integers 0..15 [..., O] into int32[..., O/8]: the inverse of `unpack`."""
     if numbers.shape[-1] % 8:
         raise ValueError(f"{numbers.shape[-1]} columns cannot be packed, 8 go into a word; pad to a multiple of 8")
     if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) <= 15:
@@ -52,11 +52,12 @@ def pack(numbers):
     return packed
 
 
-def dequantize(qweight, qzeros, scales, dtype=torch.float32):
-    """The weight as `dtype`[I, O], orientation x @ W: transposed with respect to nn.Linear.weight.
+def dequantize(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor,
+               dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Compute the weight `dtype`[I, O], orientation x @ W: transposed with respect to nn.Linear.weight.
 
-    Computed in float32 and rounded once at the end. For float16 that equals the float16 product bit by bit, because
-    q - z is a small integer; for bfloat16 it saves the scale from losing 3 bits first.
+    It is computed in float32 and rounded once at the end. For float16 that equals the float16 product bit by bit,
+    because q - z is a small integer; for bfloat16 it saves the scale from losing 3 bits first.
     """
     I, O, groups = qweight.shape[0], 8 * qweight.shape[1], scales.shape[0]
     if groups == 0 or I % groups or scales.shape != (groups, O) or qzeros.shape != (groups, O // 8):
@@ -68,8 +69,12 @@ def dequantize(qweight, qzeros, scales, dtype=torch.float32):
     return W.view(I, O).to(dtype)                                                       # (I, O)
 
 
-def matmul(x, qweight, qzeros, scales, bias=None):
-    """float[..., I] @ W + bias -> float[..., O] in x's dtype. The weight exists in full only inside this call."""
+def matmul(x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor,
+           bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Compute x @ W + bias: float[..., I] -> float[..., O] in x's dtype.
+
+    The weight exists in full only inside this call.
+    """
     W = dequantize(qweight, qzeros, scales, x.dtype)        # (I, O)
     return F.linear(x, W.T, bias)                           # (..., O); in half precision rounded once, after the bias
 
@@ -77,7 +82,7 @@ def matmul(x, qweight, qzeros, scales, bias=None):
 class AWQLinear(nn.Module):
     """nn.Linear whose weight is held as released: buffers qweight, qzeros, scales and perhaps bias."""
 
-    def __init__(self, in_features, out_features, bias=True, *, group_size=128):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, group_size: int = 128):
         super().__init__()
         if in_features % group_size or out_features % 8:
             raise ValueError(f"AWQ linear {in_features} -> {out_features}: group size {group_size} must divide the in "
@@ -88,5 +93,5 @@ class AWQLinear(nn.Module):
         self.register_buffer("scales", torch.empty(groups, out_features, dtype=torch.float16))
         self.register_buffer("bias", torch.empty(out_features) if bias else None)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return matmul(x, self.qweight, self.qzeros, self.scales, self.bias)

@@ -2,6 +2,7 @@
 
 B prompts, T tokens of this call, S tokens seen so far (cache + T), K kv heads, E head dim.
 """
+import torch
 
 
 class KVCache:
@@ -15,8 +16,8 @@ class KVCache:
         self.length = 0         # tokens, the same for every layer between two calls of the model
         self.layers = {}        # layer index -> [keys, values]
 
-    def append(self, layer: int, k, v):
-        """k, v float[B, K, T, E] of the new tokens -> keys and values of all tokens, float[B, K, S, E]."""
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+        """Store k and v float[B, K, T, E] of new tokens; return those of all tokens, float[B, K, S, E] each."""
         end = self.length + k.shape[2]
         room = self.layers[layer][0].shape[2] if layer in self.layers else 0
         if end > room:
@@ -29,7 +30,7 @@ class KVCache:
             stored[:, :, self.length:end] = new
         return [stored[:, :, :end] for stored in self.layers[layer]]
 
-    def truncate(self, length: int):
+    def truncate(self, length: int) -> None:
         """Forget every token from position `length` on."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot cut the cache to {length} tokens, it holds {self.length}")

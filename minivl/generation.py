@@ -50,8 +50,8 @@ def steps(model: MiniVL, inputs_embeds: torch.Tensor, samplers: list, *, cache: 
     guessed = []
     while True:
         # Of the prompt only the last token's scores are needed.
-        with full_memory_told(x.device, f"{len(x)} prompts of {cache.length + x.shape[1]} tokens", "ask for fewer at once, "
-                              "with fewer tiles (max_num) or a shorter text"):
+        with full_memory_told(x.device, f"{len(x)} prompts of {cache.length + x.shape[1]} tokens",
+                              "ask for fewer at once, with fewer tiles (max_num) or a shorter text"):
             scores = language.scores(x, cache, padding, 1 + len(guessed))   # (B, 1 + guessed, V)
         end = cache.length - len(guessed)
         for i in range(1 + len(guessed)):

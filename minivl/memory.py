@@ -16,5 +16,5 @@ def full_memory_told(device: torch.device, need: str, way_out: str) -> Iterator[
         yield
     except torch.OutOfMemoryError:
         free, total = torch.cuda.mem_get_info(device)
-        raise InputError(f"no memory left on {device} for {need}: {free / 1e9:.1f} of its {total / 1e9:.1f} GB are free; "
-                         f"{way_out}") from None
+        raise InputError(f"no memory left on {device} for {need}: {free / 1e9:.1f} of its {total / 1e9:.1f} GB are "
+                         f"free; {way_out}") from None

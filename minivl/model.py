@@ -37,20 +37,22 @@ class MiniVL(nn.Module):
         self.eos_token_ids = ()             # generation stops at these
 
     @property
-    def dtype(self):
-        """Of the computation: that of every weight but int4 words and scales."""
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the computation: that of every weight but int4 words and scales."""
         return self.mlp1[0].weight.dtype
 
     @property
-    def device(self):
-        """Where the weights are."""
+    def device(self) -> torch.device:
+        """Return the device that holds the weights."""
         return self.mlp1[0].weight.device
 
-    def visual_tokens(self, pixel_values):
-        """Normalised float[N, 3, R, R] -> float[N, L, D]."""
-        R, channels = self.config.force_image_size, self.config.vision_config.num_channels
+    def visual_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Turn normalised tiles float[N, 3, R, R] into visual tokens float[N, L, D]."""
+        R = self.config.force_image_size
+        channels = self.config.vision_config.num_channels
         if not isinstance(pixel_values, torch.Tensor):
-            raise InputError(f"pixel_values are a {type(pixel_values).__name__}; make them with minivl.tiling.to_pixel_values")
+            raise InputError(f"pixel_values are a {type(pixel_values).__name__}; make them with "
+                             "minivl.tiling.to_pixel_values")
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (channels, R, R):
             raise InputError(f"pixel_values have shape {tuple(pixel_values.shape)}, the model takes "
                              f"[tiles, {channels}, {R}, {R}]; cut the tiles with minivl.tiling.tile(tile_size={R})")
@@ -59,8 +61,8 @@ class MiniVL(nn.Module):
             x = self.pixel_unshuffle(x[:, 1:])                                 # (N, L, 4C), CLS dropped
             return self.mlp1(x)                                                # (N, L, D)
 
-    def embed(self, input_ids, visual_tokens=None):
-        """int[B, T] and float[N, L, D] -> float[B, T, D]: visual tokens, in order, over the placeholders."""
+    def embed(self, input_ids: torch.Tensor, visual_tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Embed int[B, T] as float[B, T, D], with the visual tokens float[N, L, D], in order, over the placeholders."""
         vocabulary = self.config.llm_config.vocab_size
         if not isinstance(input_ids, torch.Tensor):
             raise InputError(f"input_ids are a {type(input_ids).__name__}; give a tensor of integers [prompts, tokens]")
@@ -78,14 +80,15 @@ class MiniVL(nn.Module):
             raise InputError("the id of <IMG_CONTEXT> is not known, the checkpoint has no tokenizer files; "
                              "set model.img_context_token_id")
         placeholders = (input_ids == self.img_context_token_id).to(self.device)         # (B, T)
-        wanted, given = int(placeholders.sum()), visual_tokens.shape[0] * visual_tokens.shape[1]
+        N, L = visual_tokens.shape[:2]
+        wanted = int(placeholders.sum())
+        given = N * L
         if wanted != given:
-            N, L = visual_tokens.shape[:2]
             raise InputError(f"the prompt has {wanted} <IMG_CONTEXT> placeholders but {N} tiles x {L} give {given} "
                              "visual tokens; render the prompt with the same tile counts as the pictures")
         return x.masked_scatter(placeholders[..., None], visual_tokens.to(x.dtype))
 
-    def forward(self, input_ids, pixel_values=None):
-        """int[B, T], float[N, 3, R, R] -> logits float32[B, T, V]. Differentiable; no cache, no padding."""
+    def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute logits float32[B, T, V] of int[B, T] and float[N, 3, R, R]. Differentiable; no cache, no padding."""
         visual_tokens = None if pixel_values is None else self.visual_tokens(pixel_values)
         return self.language_model(self.embed(input_ids, visual_tokens))

@@ -3,11 +3,12 @@
 N tiles, P patches of a tile (side x side, without CLS), C vision width, L = P/4 tokens.
 Source: InternVL modeling_internvl_chat.py:257 @2410d1d, there called pixel_shuffle (ps_version v2).
 """
+import torch
 from torch import nn
 
 
-def pixel_unshuffle(x):
-    """float[N, side, side, C] -> float[N, side/2, side/2, 4C].
+def pixel_unshuffle(x: torch.Tensor) -> torch.Tensor:
+    """Join each 2x2 square of patches into one token: float[N, side, side, C] -> float[N, side/2, side/2, 4C].
 
     Channel order is (dy, dx, c), c fastest: patches 1 2 / 3 4 of a 2x2 square become the one token 1 2 3 4.
     Not F.pixel_unshuffle, which orders (c, dy, dx): `mlp1` was trained on ours.
@@ -23,7 +24,7 @@ def pixel_unshuffle(x):
 class PixelUnshuffle(nn.Module):
     """float[N, P, C] -> float[N, L, 4C]: patches in rows of `side`, tokens row by row. Holds no weights."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         N, P, C = x.shape
         side = round(P ** 0.5)
         if side * side != P:

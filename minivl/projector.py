@@ -7,7 +7,10 @@ from torch import nn
 
 
 def projector(vision_width: int, language_width: int) -> nn.Sequential:
-    """Module float[N, L, 4C] -> float[N, L, D]. Index 2 holds no weights, so the released names are mlp1.0, .1, .3."""
+    """Build the module float[N, L, 4C] -> float[N, L, D].
+
+    Index 2 holds no weights, so the released names are mlp1.0, .1, .3.
+    """
     return nn.Sequential(
         nn.LayerNorm(4 * vision_width, eps=1e-5),       # torch's default eps, not the tower's 1e-6
         nn.Linear(4 * vision_width, language_width),    # (N, L, D)

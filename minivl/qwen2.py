@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def rope_tables(positions, head_dim: int, theta: float):
-    """int[B, T] positions counted from 0 -> cos and sin of the angles (radians), each float32[B, 1, T, E].
+def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute cos and sin of the angles (radians) of positions int[B, T], each float32[B, 1, T, E].
 
-    Pair i turns by position * theta^(-2i/E). Built in float32 at every call and never stored in the module: a buffer
-    would be rounded when the module is cast to half precision, and a rounded frequency drifts with the position.
+    Positions count from 0. Pair i turns by position * theta^(-2i/E). Built in float32 at every call and never stored
+    in the module: a buffer would be rounded when the module is cast to half precision, and a rounded frequency drifts
+    with the position.
     """
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)   # (E/2)
     angle = positions[:, None, :, None].float() / theta ** (pair / head_dim)            # (B, 1, T, E/2)
@@ -22,14 +23,17 @@ def rope_tables(positions, head_dim: int, theta: float):
     return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):
-    """RoPE, split-half: element i pairs with i + E/2, not with i + 1. float[B, H, T, E] -> same shape."""
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs of float[B, H, T, E] by their angles, same shape.
+
+    RoPE, split-half: element i pairs with i + E/2, not with i + 1.
+    """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def attention_mask(T: int, S: int, padding, device):
-    """Who sees whom: bool[B or 1, 1, T, S], True = visible; None where plain causal attention says the same.
+def attention_mask(T: int, S: int, padding: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """Mark who sees whom: bool[B or 1, 1, T, S], True = visible; None where plain causal attention says the same.
 
     The T queries are the last T of S positions. Query t sees key s if s is not later. `padding` int[B] counts the
     padding tokens at the start of each row, which nobody sees but themselves (a row of the softmax must not be empty).
@@ -76,19 +80,22 @@ class Attention(nn.Module):
     def __init__(self, config, layer, linear):
         super().__init__()
         D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.layer, self.head_dim = layer, D // H
+        self.layer = layer
+        self.head_dim = D // H
         self.q_proj = linear(D, D, bias=True)
         self.k_proj = linear(D, K * self.head_dim, bias=True)
         self.v_proj = linear(D, K * self.head_dim, bias=True)
         self.attend = Attend()
         self.o_proj = linear(D, D, bias=False)
 
-    def qkv(self, x):
-        """float[B, T, D] -> q float[B, H, T, E], k and v float[B, K, T, E], not rotated yet."""
-        return [p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)]
+    def qkv(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Project float[B, T, D] to q float[B, H, T, E], k and v float[B, K, T, E], not rotated yet."""
+        return [p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                for p in (self.q_proj, self.k_proj, self.v_proj)]
 
-    def rotated(self, q, k, cos, sin):
-        """q and k, each turned by its position."""
+    def rotated(self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor,
+                sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate q and k, each token by its position."""
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def forward(self, x, cos, sin, mask, cache):
@@ -110,12 +117,12 @@ class MLP(nn.Module):
         self.up_proj = linear(D, width, bias=False)
         self.down_proj = linear(width, D, bias=False)
 
-    def gate_up(self, x):
-        """float[B, T, D] -> gate and up, each float[B, T, F]."""
+    def gate_up(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project float[B, T, D] to gate and up, each float[B, T, F]."""
         return self.gate_proj(x), self.up_proj(x)
 
-    def gated(self, x):
-        """float[B, T, D] -> float[B, T, F]."""
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply silu(gate) and up: float[B, T, D] -> float[B, T, F]."""
         gate, up = self.gate_up(x)                                          # 2 x (B, T, F)
         return F.silu(gate) * up
 
@@ -127,7 +134,8 @@ class Layer(nn.Module):
     """One decoder block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     What stands outside a decoder finds its parts by these three, whatever the released names are: `attend` (the module
-    that sees q, k, v), `linears` (name -> module, in the order they run) and `FEEDS` (what a linear's inputs come from).
+    that sees q, k, v), `linears` (name -> module, in the order they run) and `FEEDS` (what a linear's inputs come
+    from).
     """
     # A factor on the outputs of the first can be taken back in the others. v_proj -> o_proj is not listed: with shared
     # kv heads one output of v_proj meets several inputs of o_proj.
@@ -143,13 +151,13 @@ class Layer(nn.Module):
         self.mlp = MLP(config, linear)
 
     @property
-    def attend(self):
-        """The module that is given q, k, v and the mask."""
+    def attend(self) -> nn.Module:
+        """Return the module that is given q, k, v and the mask."""
         return self.self_attn.attend
 
     @property
-    def linears(self):
-        """{"self_attn.q_proj": module, ...}: the linears that AWQ stores as int4."""
+    def linears(self) -> dict[str, nn.Module]:
+        """List the linears that AWQ stores as int4: {"self_attn.q_proj": module, ...}."""
         names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
                  "mlp.up_proj", "mlp.down_proj")
         return {name: self.get_submodule(name) for name in names}
@@ -164,24 +172,29 @@ class Qwen2Model(nn.Module):
 
     def __init__(self, config, linear):
         super().__init__()
-        self.head_dim, self.theta = config.hidden_size // config.num_attention_heads, config.rope_theta
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.theta = config.rope_theta
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i, linear) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, inputs_embeds, cache=None, padding=None):
-        """`padding` int[B]: how many tokens at the start of each row are padding (counted from the first call on)."""
-        T, start = inputs_embeds.shape[1], cache.length if cache is not None else 0
+    def forward(self, inputs_embeds: torch.Tensor, cache=None, padding: torch.Tensor | None = None) -> torch.Tensor:
+        """Run float[B, T, D], after what the cache holds, through all layers and the norm.
+
+        `padding` int[B]: how many tokens at the start of each row are padding (counted from the first call on).
+        """
+        T = inputs_embeds.shape[1]
+        start = cache.length if cache is not None else 0
         position = torch.arange(start, start + T, device=inputs_embeds.device)[None]    # (1, T)
         if padding is not None:
-            position = (position - padding[:, None]).clamp(min=0)                       # (B, T), 0 at the first real one
+            position = (position - padding[:, None]).clamp(min=0)                       # (B, T), 0: first real token
         mask = attention_mask(T, start + T, padding, inputs_embeds.device)
         x = self.through(inputs_embeds, position, mask, cache)                          # (B, T, D)
         if cache is not None:
             cache.length = start + T
         return x
 
-    def through(self, x, position, mask, cache):
+    def through(self, x: torch.Tensor, position: torch.Tensor, mask: torch.Tensor | None, cache) -> torch.Tensor:
         """Run all layers and the norm on float[B, T, D] whose positions int[B or 1, T] and mask are known."""
         cos, sin = (t.to(x.dtype) for t in rope_tables(position, self.head_dim, self.theta))    # (B or 1, 1, T, E)
         for layer in self.layers:
@@ -192,8 +205,8 @@ class Qwen2Model(nn.Module):
 class Qwen2ForCausalLM(nn.Module):
     """Decoder and head. `linear(in, out, bias=)` builds the seven linears of a layer: nn.Linear, or AWQ's.
 
-    What stands outside goes through `body` (vectors -> normalised hidden states), `embeddings`, `layers`, `norm`, `head`
-    and `scores`: every decoder has these, under whatever names its files use.
+    What stands outside goes through `body` (vectors -> normalised hidden states), `embeddings`, `layers`, `norm`,
+    `head` and `scores`: every decoder has these, under whatever names its files use.
     """
 
     def __init__(self, config, linear=nn.Linear):
@@ -208,10 +221,11 @@ class Qwen2ForCausalLM(nn.Module):
     norm = property(lambda self: self.model.norm)
     head = property(lambda self: self.lm_head)
 
-    def scores(self, inputs_embeds, cache=None, padding=None, last=1):
-        """float[B, T, D] -> logits float32[B, last, V]: of the last positions only, where the others are not asked for."""
+    def scores(self, inputs_embeds: torch.Tensor, cache=None, padding: torch.Tensor | None = None,
+               last: int = 1) -> torch.Tensor:
+        """Score float[B, T, D]: logits float32[B, last, V], of the last positions only."""
         return self.head(self.body(inputs_embeds, cache, padding)[:, -last:]).float()
 
-    def forward(self, inputs_embeds, cache=None, padding=None):
-        """float[B, T, D] -> logits float32[B, T, V]."""
+    def forward(self, inputs_embeds: torch.Tensor, cache=None, padding: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute logits float32[B, T, V] of float[B, T, D]."""
         return self.lm_head(self.model(inputs_embeds, cache, padding)).float()

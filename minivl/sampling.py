@@ -132,7 +132,8 @@ class Sampler:
                 raise InputError("every token is banned, none is left to choose; shorten bad_words, bad_token_ids or "
                                  "min_new_tokens")
         if c.do_sample and c.temperature > 0:
-            # On the GPU if they are there, but for MPS, which has no float64. The draw is the CPU's: the same seed, the same token.
+            # On the GPU if they are there, but for MPS, which has no float64. The draw is the CPU's: the same seed, the
+            # same token.
             scores = logits.cpu() if logits.device.type == "mps" else logits
             p = probabilities(scores, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, min_p=c.min_p)
             token = int(torch.multinomial(p.cpu(), 1, generator=self.generator))

@@ -13,8 +13,9 @@ MEAN = (0.485, 0.456, 0.406)   # ImageNet's, per RGB channel, of pixels scaled t
 STD = (0.229, 0.224, 0.225)
 
 
-def choose_grid(width: int, height: int, *, min_num: int = 1, max_num: int = 12, tile_size: int = 448):
-    """The (columns, rows) whose aspect ratio is nearest to the picture's, with min_num..max_num tiles.
+def choose_grid(width: int, height: int, *, min_num: int = 1, max_num: int = 12,
+                tile_size: int = 448) -> tuple[int, int]:
+    """Choose the (columns, rows) whose aspect ratio is nearest to the picture's, with min_num..max_num tiles.
 
     On an exact tie the larger grid wins if the picture has more than half of that grid's pixels:
     600x600 stays 1x1, 640x640 becomes 2x2. Area is asked on ties only: 800x600 is 4x3, an exact fit.
@@ -22,13 +23,16 @@ def choose_grid(width: int, height: int, *, min_num: int = 1, max_num: int = 12,
     if width < 1 or height < 1:
         raise ValueError(f"picture is {width}x{height} pixels; both sides must be at least 1")
     if not all(isinstance(n, int) for n in (min_num, max_num)) or not 1 <= min_num <= max_num:
-        raise ValueError(f"min_num {min_num!r} and max_num {max_num!r} must be whole numbers with 1 <= min_num <= max_num")
+        raise ValueError(f"min_num {min_num!r} and max_num {max_num!r} must be whole numbers with "
+                         "1 <= min_num <= max_num")
     # Of two grids with equally many tiles, the one met first wins a tie. That can happen only for min_num > 1 (with
     # exactly 4 tiles, 5:8 lies just between 1x4 and 2x2), and the reference leaves it to the order of a Python set:
     # the same set gives the same order here.
     grids = {(i, j) for n in range(min_num, max_num + 1) for i in range(1, n + 1) for j in range(1, n + 1)
              if min_num <= i * j <= max_num}
-    aspect, best, best_difference = width / height, (1, 1), float("inf")
+    aspect = width / height
+    best = (1, 1)
+    best_difference = float("inf")
     for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
         difference = abs(aspect - columns / rows)
         if difference < best_difference:
@@ -39,8 +43,8 @@ def choose_grid(width: int, height: int, *, min_num: int = 1, max_num: int = 12,
 
 
 def tile(image: Image.Image, *, min_num: int = 1, max_num: int = 12, tile_size: int = 448,
-         use_thumbnail: bool = True) -> list:
-    """RGB picture -> [tile, ...] row by row, then the thumbnail if there is more than one tile."""
+         use_thumbnail: bool = True) -> list[Image.Image]:
+    """Cut an RGB picture into [tile, ...] row by row, then the thumbnail if there is more than one tile."""
     if image.mode != "RGB":
         raise ValueError(f"picture has mode {image.mode}; convert it with image.convert('RGB')")
     columns, rows = choose_grid(*image.size, min_num=min_num, max_num=max_num, tile_size=tile_size)
@@ -54,21 +58,21 @@ def tile(image: Image.Image, *, min_num: int = 1, max_num: int = 12, tile_size: 
     return tiles
 
 
-def to_pixel_values(tiles: list) -> torch.Tensor:
-    """[RGB tile, ...] with pixels 0..255 -> normalised float32[N, 3, R, R]."""
+def to_pixel_values(tiles: list[Image.Image]) -> torch.Tensor:
+    """Turn [RGB tile, ...] with pixels 0..255 into normalised float32[N, 3, R, R]."""
     if not tiles:
         raise ValueError("no tiles are given; cut a picture with tile()")
     return normalise(to_pixels(tiles))
 
 
-def to_pixels(tiles: list) -> torch.Tensor:
-    """[RGB tile, ...], at least one -> uint8[N, R, R, 3]."""
+def to_pixels(tiles: list[Image.Image]) -> torch.Tensor:
+    """Stack [RGB tile, ...], at least one, as uint8[N, R, R, 3]."""
     return torch.stack([torch.frombuffer(bytearray(t.tobytes()), dtype=torch.uint8).view(t.height, t.width, 3)
                         for t in tiles])
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8[N, R, R, 3] -> float32[N, 3, R, R] with the mean and spread the tower was trained on."""
+    """Normalise uint8[N, R, R, 3] to float32[N, 3, R, R] with the mean and spread the tower was trained on."""
     x = pixels.permute(0, 3, 1, 2).float() / 255                                  # (N, 3, R, R)
     mean, std = (torch.tensor(c, device=pixels.device).view(1, 3, 1, 1) for c in (MEAN, STD))
     return ((x - mean) / std).contiguous()                                       # (N, 3, R, R)

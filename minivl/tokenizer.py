@@ -108,7 +108,10 @@ class Tokenizer:
         return bytes(self._byte_of[c] for c in token)
 
     def containing(self, text: str) -> list[int]:
-        """Find the ids of all tokens that contain a text, for bad_words. Found once for each text: it looks at every token."""
+        """Find the ids of all tokens that contain a text, for bad_words.
+
+        It looks at every token, so what it found for a text is kept.
+        """
         if text not in self._containing:
             wanted = text.encode()
             self._containing[text] = [i for i in range(self.vocab_size) if wanted in self.token_bytes(i)]

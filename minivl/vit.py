@@ -28,8 +28,11 @@ class Embeddings(nn.Module):
         x = torch.cat([self.class_embedding.expand(len(x), -1, -1), x], dim=1)  # (N, 1+P, C)
         return x + position
 
-    def position_embedding_for(self, rows, columns):
-        """Stretched (bicubic, in float32) only for a tile size other than the trained one: float[1, 1+P, C]."""
+    def position_embedding_for(self, rows: int, columns: int) -> torch.Tensor:
+        """Fit the position embedding to a grid of patches: float[1, 1+P, C].
+
+        It is stretched (bicubic, in float32) only for a tile size other than the trained one.
+        """
         P, C = self.position_embedding.shape[1] - 1, self.position_embedding.shape[2]
         side = round(P ** 0.5)
         if (rows, columns) == (side, side):
@@ -54,7 +57,10 @@ class RMSNorm(nn.Module):
 
 
 class Attend(nn.Module):
-    """Every patch looks at every patch: q, k, v float[N, H, 1+P, E] -> same shape. A module so that `trace` sees them."""
+    """Every patch looks at every patch: q, k, v float[N, H, 1+P, E] -> same shape.
+
+    A module so that `trace` sees q, k, v.
+    """
 
     def forward(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v)      # softmax(q k^T / sqrt(E)) v, no mask
@@ -70,7 +76,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(C, 3 * C, bias=config.qkv_bias)
         self.qk_normalization = config.qk_normalization
         if config.qk_normalization:     # over all heads at once, not per head
-            self.q_norm, self.k_norm = RMSNorm(C, config.layer_norm_eps), RMSNorm(C, config.layer_norm_eps)
+            self.q_norm = RMSNorm(C, config.layer_norm_eps)
+            self.k_norm = RMSNorm(C, config.layer_norm_eps)
         self.attend = Attend()
         self.proj = nn.Linear(C, C)     # has a bias in both kinds, also where qkv has none
 
@@ -91,8 +98,8 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def widened(self, x):
-        """float[N, 1+P, C] -> float[N, 1+P, intermediate_size]."""
+    def widened(self, x: torch.Tensor) -> torch.Tensor:
+        """Widen float[N, 1+P, C] to float[N, 1+P, intermediate_size]."""
         return F.gelu(self.fc1(x))                          # exact (erf) GELU
 
     def forward(self, x):
@@ -133,7 +140,7 @@ class InternVisionModel(nn.Module):
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
 
-    def forward(self, pixel_values):
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         x = self.embeddings(pixel_values)                   # (N, 1+P, C)
         for layer in self.encoder.layers:
             x = layer(x)

@@ -6,10 +6,10 @@ solution through the same checker.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable
 
 import torch
 
@@ -243,8 +243,9 @@ def _fewer_bits_spec(model, ids, pixel_values):
         for m in linears:
             m.qweight, m.qzeros = (awq.pack(awq.unpack(x).int() & 0b1110) for x in (m.qweight, m.qzeros))
         wrong = model(torch.tensor([ids]), pixel_values)
-        for m, (m.qweight, m.qzeros) in zip(linears, kept):
-            pass
+        for m, (qweight, qzeros) in zip(linears, kept):
+            m.qweight = qweight
+            m.qzeros = qzeros
     return torch.tensor([0.0, float((wrong - right).norm() / right.norm())])
 
 

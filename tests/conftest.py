@@ -5,9 +5,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")    # no test may reach the hub
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from safetensors import safe_open  # noqa: E402
+import pytest
+import torch
+from safetensors import safe_open
 
 GOLDEN = Path(__file__).parent / "golden"
 # More of it, the real vocabulary and the model card's pictures lie in a folder beside some checkouts.
@@ -24,7 +24,7 @@ def shared(path: str) -> Path:
 def tensors_of(path) -> dict[str, torch.Tensor]:
     """name -> tensor of one safetensors file."""
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        return {name: file.get_tensor(name) for name in file.keys()}        # noqa: SIM118  no dict
 
 
 @pytest.fixture(autouse=True)

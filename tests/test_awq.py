@@ -80,7 +80,8 @@ def test_matmul_and_layer(bias, dtype):
     want = torch.nn.functional.linear(x, W.T, b)
     got = matmul(x, qweight, qzeros, scales, b)
     assert got.dtype == dtype and got.shape == (3, 5, 40)
-    assert torch.allclose(got, want, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-6 if dtype == torch.float32 else 1e-2)
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (2e-2, 1e-2)
+    assert torch.allclose(got, want, rtol=rtol, atol=atol)
     layer = AWQLinear(48, 40, bias=bias, group_size=16)
     layer.load_state_dict({"qweight": qweight, "qzeros": qzeros, "scales": scales, **({"bias": b} if bias else {})},
                           strict=True, assign=True)

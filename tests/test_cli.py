@@ -35,8 +35,11 @@ def test_one_answer(tiny, capsys):
 
 def test_json(tiny, capsys):
     assert main(["chat", "-m", str(tiny), TIGER, "-p", "what?", "--max-new-tokens", "8", "--json"]) == 0
-    got, want = json.loads(capsys.readouterr().out), answer(tiny, TIGER)
-    assert got["text"] == want.text and got["token_ids"] == want.token_ids and got["finish_reason"] == want.finish_reason
+    got = json.loads(capsys.readouterr().out)
+    want = answer(tiny, TIGER)
+    assert got["text"] == want.text
+    assert got["token_ids"] == want.token_ids
+    assert got["finish_reason"] == want.finish_reason
 
 
 def test_fewer_tiles_several_pictures_and_system(tiny, capsys):
@@ -63,13 +66,13 @@ def test_sampling_options(tiny, capsys):
 def test_video(tiny, tmp_path, capsys):
     frames = [Image.new("RGB", (60, 60), (i * 20, 0, 0)) for i in range(10)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
-    assert main(["chat", "-m", str(tiny), "--video", str(tmp_path / "a.gif"), "--segments", "4", "-p", "what?", "--json",
-                 "--max-new-tokens", "2"]) == 0
+    asked = ["chat", "-m", str(tiny), "--video", str(tmp_path / "a.gif"), "--segments", "4", "-p", "what?", "--json",
+             "--max-new-tokens", "2"]
+    assert main(asked) == 0
     four = json.loads(capsys.readouterr().out)["input_token_len"]
     messages = minivl.video_prompt("what?", minivl.load_video(tmp_path / "a.gif", num_segments=4))
     assert minivl.pipeline(tiny)(messages, minivl.GenerationConfig(max_new_tokens=2)).input_token_len == four
-    assert main(["chat", "-m", str(tiny), "--video", str(tmp_path / "a.gif"), "--segments", "4", "-p", "what?", "--json",
-                 "--max-new-tokens", "2", "--plain-text"]) == 0
+    assert main([*asked, "--plain-text"]) == 0
     assert json.loads(capsys.readouterr().out)["input_token_len"] == four
     assert main(["chat", "-m", str(tiny), "--video", str(tmp_path / "a.gif"), TIGER, "-p", "what?"]) == 2
     assert "a video comes without pictures" in capsys.readouterr().err
@@ -78,7 +81,8 @@ def test_video(tiny, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["missing.png", "-p", "x"], "missing.png"), (["-p", ""], "the prompt is empty"),
     ([TIGER, "-p", "x", "--max-tiles", "99"], "--max-tiles is 99; it must be in 1..40"),
-    (["-p", "x", "--fps", "3"], "name it with --video"), (["-p", "x", "--video", "a.gif", "--max-tiles", "2"], "without pictures"),
+    (["-p", "x", "--fps", "3"], "name it with --video"),
+    (["-p", "x", "--video", "a.gif", "--max-tiles", "2"], "without pictures"),
     (["-p", "x", "--device", "gpu"], "device 'gpu' cannot"),
     (["-p", "x", "--sample", "--top-p", "7"], "error: --top-p is 7.0; it must be in"),
     (["-p", "x", "--sample", "--seed", "-1"], "error: --seed is -1"), (["-p", "x", "--video", "none.gif"], "none.gif")])
@@ -95,7 +99,11 @@ def test_missing_model(capsys):
 
 def test_the_shipped_model_is_the_default(capsys, monkeypatch):
     opened = []
-    monkeypatch.setattr("minivl.__main__.pipeline", lambda name, config: opened.append(name) or minivl.pipeline(name, config))
+
+    def noted(name, config):
+        opened.append(name)
+        return minivl.pipeline(name, config)
+    monkeypatch.setattr("minivl.__main__.pipeline", noted)
     assert main(["chat", "-p", "Hello!"]) == 0
     assert opened == ["nano"] and len(capsys.readouterr().out) > 5
 
@@ -104,7 +112,8 @@ def test_help_reads_well(capsys):
     with pytest.raises(SystemExit):
         main(["chat", "--help"])
     text = capsys.readouterr().out
-    assert all(word in text for word in ("one answer", "a conversation", "/add PICTURE", "--max-tiles", "--video", "--json"))
+    for word in ("one answer", "a conversation", "/add PICTURE", "--max-tiles", "--video", "--json"):
+        assert word in text
 
 
 def test_prompt_from_a_pipe(tiny):
@@ -114,8 +123,8 @@ def test_prompt_from_a_pipe(tiny):
 
 
 def test_conversation(tiny, terminal, monkeypatch, capsys):
-    lines = iter(["what?", "", "/help", "and now?", f"/add {TIGER}", "/add nowhere.png", "see this", "/quit now", "/new",
-                  "what?", "/quit"])
+    lines = iter(["what?", "", "/help", "and now?", f"/add {TIGER}", "/add nowhere.png", "see this", "/quit now",
+                  "/new", "what?", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
     assert main(["chat", "-m", str(tiny), TIGER, "--max-new-tokens", "8"]) == 0
     out, err = capsys.readouterr()

@@ -15,8 +15,8 @@ from tqdm import tqdm
 import minivl
 from minivl.awq import AWQLinear
 from minivl.cache import KVCache
-from minivl.files.formats import open_weights
 from minivl.config import Config
+from minivl.files.formats import open_weights
 from minivl.qwen2 import RMSNorm, attention_mask, rope_tables, rotate
 from minivl.tracing import place, stages
 from weights_tools import inspect

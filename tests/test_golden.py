@@ -7,10 +7,10 @@ from conftest import GOLDEN, shared
 from safetensors import safe_open
 
 import minivl
+from minivl.cache import KVCache
 from minivl.config import VisionConfig
 from minivl.pixel_unshuffle import PixelUnshuffle
 from minivl.projector import projector
-from minivl.cache import KVCache
 from minivl.tracing import first_mismatch
 from minivl.vit import InternVisionModel
 
@@ -24,7 +24,7 @@ def case_folder(case):
 
 def read(path):
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        return {name: file.get_tensor(name) for name in file.keys()}        # noqa: SIM118  no dict
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -120,7 +120,9 @@ def test_slider():
 def test_card(capsys):
     lab.card("pictures exchanged")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) >= 5 and all(re.fullmatch(r"pictures exchanged[^:]*: [a-z ]+ [\d.]+ % -> [\d.]+ %", line) for line in lines)
+    assert len(lines) >= 5
+    for line in lines:
+        assert re.fullmatch(r"pictures exchanged[^:]*: [a-z ]+ [\d.]+ % -> [\d.]+ %", line)
 
 
 def test_check(capsys):
@@ -134,10 +136,12 @@ def test_check(capsys):
 
 def test_changed_numbers_are_noticed():
     import run
-    assert run.same("3328", "3328") and run.same("0.5001", "0.5") and not run.same("1", "2") and not run.same("(2, 2)", "(3, 3)")
+    assert run.same("3328", "3328") and run.same("0.5001", "0.5")
+    assert not run.same("1", "2") and not run.same("(2, 2)", "(3, 3)")
 
 
 def test_source_says_where_it_lies():
     """Also in a folder of the package."""
     shown = lab.source(minivl.load_image, "def load_image", "allow_hosts")
-    assert re.fullmatch(r"minivl/media/pictures\.py, line \d+", shown.place) and shown.text.startswith("def load_image(")
+    assert re.fullmatch(r"minivl/media/pictures\.py, line \d+", shown.place)
+    assert shown.text.startswith("def load_image(")

@@ -41,7 +41,10 @@ def test_pixel_unshuffle_refuses():
 
 
 def softmax_attention(q, k, v, mask=None):
-    """One query at a time: scores, softmax, weighted sum. q [H, T, E], k and v [K, S, E]; query head h uses kv head h // G."""
+    """One query at a time: scores, softmax, weighted sum.
+
+    q [H, T, E], k and v [K, S, E]; query head h uses kv head h // G.
+    """
     H, T, E = q.shape
     out = torch.zeros(H, T, E, dtype=q.dtype)
     for h in range(H):

@@ -1,4 +1,4 @@
-"""Tokenizer and template: against the original's recorded ids where the vocabulary is there, and by rule on the tiny one."""
+"""Tokenizer and template: against the original's ids where the vocabulary is there, by rule on the tiny one."""
 import json
 import random
 
@@ -9,9 +9,9 @@ from minivl import InputError, Tokenizer
 from minivl.prompt import SYSTEM, encode, render
 from minivl.tokenizer import TextStream
 
-SYSTEM_IDS = [105043, 90286, 21287, 13935, 116669, 3837, 105205, 13072, 20412, 67916, 30698, 3837, 104625, 100633, 104455,
-              104800, 5373, 109065, 81217, 104581, 99721, 75317, 101101, 100013, 9370, 42140, 53772, 35243, 26288, 102064,
-              104949, 1773]
+SYSTEM_IDS = [105043, 90286, 21287, 13935, 116669, 3837, 105205, 13072, 20412, 67916, 30698, 3837, 104625, 100633,
+              104455, 104800, 5373, 109065, 81217, 104581, 99721, 75317, 101101, 100013, 9370, 42140, 53772, 35243,
+              26288, 102064, 104949, 1773]
 FRAME = ("<|im_start|>system\n" + SYSTEM + "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -83,7 +83,8 @@ def test_rendering_by_hand():
     assert render(turns) == render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
                                     {"role": "user", "content": "c"}])
     assert render(turns, system="S").startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na<|im_end|>\n")
-    assert render([{"role": "system", "content": "S"}, {"role": "user", "content": "c"}]) == render([("c", None)], system="S")
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "c"}]
+    assert render(messages) == render([("c", None)], system="S")
     assert render([("a", "b")]).endswith("<|im_start|>assistant\nb<|im_end|>\n")            # finished: nothing is open
     assert render([("a", ""), ("c", None)]).count("<|im_end|>") == 3                        # empty: only its header
     items = [{"type": "image"}, {"type": "text", "text": "x"}]
@@ -107,7 +108,8 @@ def test_text_that_spells_special_tokens(small):
     plain = encode(small, [("a<|im_end|>b <img> c", None)], plain=True)
     assert plain.count(end) == 2 and plain.count(image) == 0
     assert small.decode(plain) == small.decode(ids).replace("ab ", "a<|im_end|>b <img>")
-    assert encode(small, [("Nothing special,\n  é 12!", None)], plain=True) == encode(small, [("Nothing special,\n  é 12!", None)])
+    harmless = [("Nothing special,\n  é 12!", None)]
+    assert encode(small, harmless, plain=True) == encode(small, harmless)
 
 
 def test_text_that_spells_a_placeholder(small):

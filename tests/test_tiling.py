@@ -45,7 +45,8 @@ def test_the_rule_in_words():
     """Smallest difference of aspect ratios; on exact ties the larger grid if the picture exceeds half its pixels."""
     for width in range(16, 1200, 61):
         for height in range(16, 1200, 67):
-            grids = sorted(((c, r) for c in range(1, 13) for r in range(1, 13) if c * r <= 12), key=lambda g: g[0] * g[1])
+            grids = sorted(((c, r) for c in range(1, 13) for r in range(1, 13) if c * r <= 12),
+                           key=lambda g: g[0] * g[1])
             smallest = min(abs(width / height - c / r) for c, r in grids)
             tied = [g for g in grids if abs(width / height - g[0] / g[1]) == smallest]
             want = [g for i, g in enumerate(tied) if i == 0 or width * height > 0.5 * 448 ** 2 * g[0] * g[1]][-1]
@@ -62,13 +63,14 @@ def test_tile_hashes_of_the_card_pictures(key):
 
 def pattern(width, height):
     """pixel(x, y, c) = (7x + 13y + 29c) mod 256"""
-    return Image.frombytes("RGB", (width, height), bytes((7 * x + 13 * y + 29 * c) % 256
-                                                         for y in range(height) for x in range(width) for c in range(3)))
+    numbers = bytes((7 * x + 13 * y + 29 * c) % 256 for y in range(height) for x in range(width) for c in range(3))
+    return Image.frombytes("RGB", (width, height), numbers)
 
 
 @pytest.mark.parametrize("size, count, hashes, moments", [
     ((640, 427), 7, {0: "b98a651f464c", 1: "e5fdc87f506a", 2: "d34649e6a2cb", 6: "0b0a151f6c97"}, (0.227603, 1.237963)),
-    ((1000, 1000), 10, {0: "fe7a5925c976", 1: "d242aaafb010", 2: "f653a012f96c", 9: "c56a5fd45bd3"}, (0.226617, 1.231446)),
+    ((1000, 1000), 10, {0: "fe7a5925c976", 1: "d242aaafb010", 2: "f653a012f96c", 9: "c56a5fd45bd3"},
+     (0.226617, 1.231446)),
     ((300, 500), 7, {0: "c083d9a800d3", 1: "0bb3cdcbe9f5", 2: "7f375ed9b6dd", 6: "846feeaac4c8"}, None)])
 def test_pixels_of_a_pattern(size, count, hashes, moments):
     tiles = tile(pattern(*size), max_num=12)

@@ -23,9 +23,9 @@ import huggingface_hub
 import torch
 from tqdm import tqdm
 
+from minivl.config import Config, read_json
 from minivl.files.find import choose_files, find, hub_errors
 from minivl.files.formats import DTYPES, open_weights, safetensors_header
-from minivl.config import Config, read_json
 from minivl.limits import InputError, offline
 from minivl.model import MiniVL
 from weights_tools import run

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from minivl import Pipeline, load
 from minivl.awq import pack
-from minivl.files.find import SMALL_FILES, find
 from minivl.config import read_json
-from minivl.sampling import GenerationConfig
+from minivl.files.find import SMALL_FILES, find
 from minivl.limits import InputError
 from minivl.model import MiniVL
+from minivl.sampling import GenerationConfig
 from minivl.tokenizer import Tokenizer
 from weights_tools import run
 from weights_tools.files import check_free_of_weights, save_checkpoint

@@ -76,8 +76,8 @@ def synthesize(out: str | Path, size: str = "tiny", *, awq: bool = False, format
                group_size: int = 128, config_quirk: str = "llm", overwrite: bool = False) -> Path:
     """Write a whole checkpoint of random weights to the folder `out` and return it.
 
-    `tokenizer`: folder with the Qwen2 vocabulary, needed by every size but tiny; False: none, such a model can be measured
-    but not talked to. `shard_gb`: most 10^9 bytes in a file.
+    `tokenizer`: folder with the Qwen2 vocabulary, needed by every size but tiny; False: none, such a model can be
+    measured but not talked to. `shard_gb`: most 10^9 bytes in a file.
     `dtype` "float16" or "bfloat16" of all that is not int4; None: float16 with `awq`, else bfloat16, as released.
     `config_quirk` "top": quantization_config where third-party copies have it, not inside llm_config.
     """

@@ -1,4 +1,5 @@
-"""What a reader changed counts: an edit of any class of the idea files, before or after a model was made fast, is honoured or refused."""
+"""What a reader changed counts: an edit of any class of the idea files, before or after a model was made fast, is
+honoured or refused."""
 import copy
 import subprocess
 import sys
@@ -84,12 +85,14 @@ CLASSES = {
 }
 METHODS = {     # the seams, and functions of the modules
     "qwen2.Attention.qkv": (qwen2.Attention, "qkv", lambda f: lambda self, x: f(self, 0.5 * x)),
-    "qwen2.Attention.rotated": (qwen2.Attention, "rotated", lambda f: lambda self, q, k, c, s: f(self, k.repeat(1, 2, 1, 1), k, c, s)),
+    "qwen2.Attention.rotated": (qwen2.Attention, "rotated",
+                                lambda f: lambda self, q, k, c, s: f(self, k.repeat(1, 2, 1, 1), k, c, s)),
     "qwen2.MLP.gate_up": (qwen2.MLP, "gate_up", lambda f: lambda self, x: f(self, x)[::-1]),
     "qwen2.MLP.gated": (qwen2.MLP, "gated", lambda f: lambda self, x: F.relu(self.gate_up(x)[0])),
     "qwen2.rotate": (qwen2, "rotate", lambda f: lambda x, cos, sin: f(x, cos, -sin)),
     "qwen2.rope_tables": (qwen2, "rope_tables", lambda f: lambda p, e, theta: f(p, e, 3 * theta)),
-    "qwen2.attention_mask": (qwen2, "attention_mask", lambda f: lambda T, S, p, d: torch.ones(1, 1, T, S, dtype=torch.bool)),
+    "qwen2.attention_mask": (qwen2, "attention_mask",
+                             lambda f: lambda T, S, p, d: torch.ones(1, 1, T, S, dtype=torch.bool)),
     "vit.MLP.widened": (vit.MLP, "widened", lambda f: lambda self, x: F.relu(self.fc1(x))),
     "awq.unpack": (awq, "unpack", lambda f: lambda packed: f(packed) ^ 1),
     "awq.dequantize": (awq, "dequantize", lambda f: lambda q, z, s, dtype=torch.float32: 1.5 * f(q, z, s, dtype)),
@@ -122,8 +125,9 @@ def test_without_an_edit_nothing_changes(checkpoint, plain, precision):
         got = scores(model := minivl.load(checkpoint, precision=precision))
     assert minivl.relative_error(got, plain) < (2e-5 if precision == "exact" else 0.05)
     used = {type(m) for m in model.modules()}
-    assert used >= {layers.FastAttention, layers.FastMLP, layers.Int4, layers.Words, layers.FastNorm, layers.PromptByHead,
-                    layers.Linear, layers.HalfLinear, layers.HalfEmbedding, layers.HeadByHead, layers.GeluInside}
+    assert used >= {layers.FastAttention, layers.FastMLP, layers.Int4, layers.Words, layers.FastNorm,
+                    layers.PromptByHead, layers.Linear, layers.HalfLinear, layers.HalfEmbedding, layers.HeadByHead,
+                    layers.GeluInside}
     assert AWQLinear not in used and qwen2.MLP not in used
 
 
@@ -215,7 +219,9 @@ def test_a_module_put_in_by_a_reader(checkpoint, precision):
     class Low(torch.nn.Module):
         def __init__(self, base):
             super().__init__()
-            self.base, self.A, self.B = base, torch.nn.Parameter(torch.ones(128, 2) / 8), torch.nn.Parameter(torch.ones(2, 128) / 8)
+            self.base = base
+            self.A = torch.nn.Parameter(torch.ones(128, 2) / 8)
+            self.B = torch.nn.Parameter(torch.ones(2, 128) / 8)
 
         def forward(self, x):
             return self.base(x) + x @ self.A @ self.B
@@ -284,14 +290,15 @@ def test_a_comment_is_no_edit(tmp_path):
         import shutil
         shutil.copytree(Path(minivl.__file__).parent, copied, ignore=shutil.ignore_patterns("nano", "__pycache__"))
         (copied / "qwen2.py").write_text(source.replace(old, new), "utf-8")
-        said = subprocess.run([sys.executable, "-c", "from minivl import qwen2; from minivl.fast.edits import is_shipped; "
-                               "print(is_shipped(qwen2.RMSNorm, 'forward'))"], cwd=package, capture_output=True, text=True)
+        code = ("from minivl import qwen2; from minivl.fast.edits import is_shipped; "
+                "print(is_shipped(qwen2.RMSNorm, 'forward'))")
+        said = subprocess.run([sys.executable, "-c", code], cwd=package, capture_output=True, text=True)
         assert said.stdout.strip() == str(shipped), said.stderr
 
 
 def test_the_table_is_that_of_these_sources():
-    """If this fails after a change of a definition: does what stands for it in fast/ still compute the same? Then print the
-    table anew with `python -m minivl.fast`."""
+    """If this fails after a change of a definition: does what stands for it in fast/ still compute the same? Then print
+    the table anew with `python -m minivl.fast`."""
     assert {edits.name_of(*pair): edits.digest(getattr(*pair)) for pair in edits.HIDDEN} == edits.SHIPPED
     hidden = {pair for kind in vars(layers).values() if isinstance(kind, type) for pair in edits.definitions_of(kind)}
     from minivl.fast import graphs

@@ -144,7 +144,8 @@ def test_a_prompts_attention_head_by_head(monkeypatch):
         q, k, v = torch.randn(B, T, H, E).transpose(1, 2), torch.randn(B, K, T, E), torch.randn(B, K, T, E)
         for product in (F.linear, machine.onednn):
             monkeypatch.setattr(machine, "products", lambda product=product: (product, False))
-            torch.testing.assert_close(attend(q, k, v, None).double(), plain(*(t.double() for t in (q, k, v)), None), rtol=1e-4, atol=1e-5)
+            expected = plain(q.double(), k.double(), v.double(), None)
+            torch.testing.assert_close(attend(q, k, v, None).double(), expected, rtol=1e-4, atol=1e-5)
     mask = torch.rand(B, 1, T, T) < 0.5
     mask |= torch.eye(T, dtype=torch.bool)
     assert torch.equal(attend(q, k, v, mask), plain(q, k, v, mask))
@@ -173,14 +174,16 @@ def test_gelu_inside_the_product():
 @pytest.mark.parametrize("bias", [True, False])
 def test_linears_whose_weight_is_cut_once(monkeypatch, bias):
     linear = torch.nn.Linear(33, 21, bias=bias)
-    for product, rounded, tolerance in ((F.linear, False, 1e-6), (machine.onednn, False, 1e-6), (machine.onednn, True, 1e-2)):
-        monkeypatch.setattr(machine, "products", lambda: (product, False))
+    for product, rounded, tolerance in ((F.linear, False, 1e-6), (machine.onednn, False, 1e-6),
+                                        (machine.onednn, True, 1e-2)):
+        monkeypatch.setattr(machine, "products", lambda product=product: (product, False))
         cut = layers.Linear.of(copy.deepcopy(linear), rounded)
         for shape in ((33,), (1, 33), (2, 3, 33), (2, layers.PIECE + 3, 33)):
             x = torch.randn(shape)
             with torch.no_grad():
                 y, expected = cut(x), linear(x)
-            assert y.dtype == torch.float32 and y.shape == expected.shape and minivl.relative_error(y, expected) < tolerance
+            assert y.dtype == torch.float32 and y.shape == expected.shape
+            assert minivl.relative_error(y, expected) < tolerance
         with pytest.raises(minivl.InputError, match="no gradients"):
             cut(torch.randn(2, 33, requires_grad=True))
         with pytest.raises(minivl.InputError, match="cannot be saved"):
@@ -192,7 +195,8 @@ def test_linears_whose_weight_is_cut_once(monkeypatch, bias):
 
 
 def test_pieces():
-    for shape, sizes in (((5,), [1]), ((3, 5), [3]), ((2, 1025, 5), [1025, 1025]), ((0, 5), [0]), ((1535, 5), [1535]), ((1537, 5), [769, 768])):
+    for shape, sizes in (((5,), [1]), ((3, 5), [3]), ((2, 1025, 5), [1025, 1025]), ((0, 5), [0]), ((1535, 5), [1535]),
+                         ((1537, 5), [769, 768])):
         found = layers.pieces(torch.randn(shape))
         assert [len(rows) for rows in found] == sizes and all(len(rows) <= 2 * layers.PIECE for rows in found)
 
@@ -201,7 +205,8 @@ def test_scratch_is_kept_for_each_thread_and_written_in_every_mode():
     with torch.inference_mode():
         first = machine.scratch(10, torch.float32, 7)
     first.zero_()
-    assert machine.scratch(6, torch.float32, 7).data_ptr() == first.data_ptr() != machine.scratch(6, torch.float32, 8).data_ptr()
+    assert machine.scratch(6, torch.float32, 7).data_ptr() == first.data_ptr()
+    assert machine.scratch(6, torch.float32, 8).data_ptr() != first.data_ptr()
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(machine.scratch, 10, torch.float32, 7).result()
     assert other.data_ptr() != first.data_ptr() and len(machine.scratch(11, torch.float32, 7)) == 11
@@ -209,7 +214,9 @@ def test_scratch_is_kept_for_each_thread_and_written_in_every_mode():
 
 def test_a_long_prompt_through_the_mlp(uncompiled):
     """In pieces, in one memory: rows of one piece must not show in another's."""
-    linears = [awq_linear(32, 40, 32, bias=False), awq_linear(32, 40, 32, bias=False, seed=1), awq_linear(40, 32, 40, bias=False, seed=2)]
+    linears = [awq_linear(32, 40, 32, bias=False),
+               awq_linear(32, 40, 32, bias=False, seed=1),
+               awq_linear(40, 32, 40, bias=False, seed=2)]
     mlp = qwen2.MLP(types.SimpleNamespace(hidden_size=32, intermediate_size=40), lambda I, O, bias: linears[0])
     mlp.gate_proj, mlp.up_proj, mlp.down_proj = linears
     quick = copy.deepcopy(mlp)
@@ -240,7 +247,8 @@ def test_head_and_embedding_in_half_precision(uncompiled):
         for rows in (1, 3, 4, 9):
             x = torch.randn(2, rows, 48)
             for part in (x, x[:1]):
-                torch.testing.assert_close(head(part).double(), part.double() @ head.weight.double().T, rtol=1e-5, atol=1e-5)
+                expected = part.double() @ head.weight.double().T
+                torch.testing.assert_close(head(part).double(), expected, rtol=1e-5, atol=1e-5)
     table = torch.nn.Embedding(9, 5)
     table.weight.data = table.weight.data.half()
     table.__class__ = layers.HalfEmbedding
@@ -258,7 +266,8 @@ def test_huge_memory():
 @pytest.fixture
 def every_model_is_large(monkeypatch, uncompiled):
     monkeypatch.setattr(fast, "LARGE", 0)
-    monkeypatch.setattr("minivl.fast.replace.relays", lambda model: True)     # not compiled, they may have a single group
+    # not compiled, they may have a single group
+    monkeypatch.setattr("minivl.fast.replace.relays", lambda model: True)
 
 
 @torch.no_grad()
@@ -286,8 +295,9 @@ def test_a_whole_model(tiny, every_model_is_large):
 
 def test_generated_tokens_are_the_same(tiny, every_model_is_large):
     ids = [[3, 4, 9], [8, 1, 2, 77, 5, 6]]
-    a, b = (minivl.generate(minivl.load(tiny, precision=p), ids, max_new_tokens=12, ignore_eos=True) for p in (None, "exact"))
-    assert a == b
+    plain, exact = (minivl.generate(minivl.load(tiny, precision=precision), ids, max_new_tokens=12, ignore_eos=True)
+                    for precision in (None, "exact"))
+    assert plain == exact
 
 
 def test_small_models_stay_as_they_are(tiny):
@@ -306,7 +316,8 @@ def test_half_precision_is_left_alone(tiny, every_model_is_large):
 @pytest.mark.skipif(not fast.has_compiler(), reason="no C++ compiler")
 def test_compiled_loops_are_the_functions():
     """One compilation serves all shapes, with gradients on, off and in inference mode."""
-    linears = [awq_linear(*size, seed=i) for i, size in enumerate(((256, 24, 128), (384, 8, 128), (2560, 40, 128), (22016, 8, 128)))]
+    sizes = ((256, 24, 128), (384, 8, 128), (2560, 40, 128), (22016, 8, 128))
+    linears = [awq_linear(*size, seed=i) for i, size in enumerate(sizes)]
     for linear, mode in zip(linears, (torch.enable_grad, torch.no_grad, torch.inference_mode, torch.enable_grad)):
         packed = layers.Words(linear)
         for rows in (1, 3, 4, 6, 66):
@@ -335,7 +346,8 @@ def test_compiled_loops_are_the_functions():
     files[list(compiled._loops).index(key)].write_bytes(b"cut")         # a full disk, say
     del compiled._loops[key]
     with torch.no_grad():
-        torch.testing.assert_close(head(x[:2, :64]).double(), x[:2, :64].double() @ head.weight.double().T, rtol=1e-5, atol=1e-5)
+        x = x[:2, :64]
+        torch.testing.assert_close(head(x).double(), x.double() @ head.weight.double().T, rtol=1e-5, atol=1e-5)
 
 
 def test_a_broken_compiler_is_named(monkeypatch, tmp_path):
@@ -380,6 +392,7 @@ def test_without_a_compiler_the_definition_serves(tiny, every_model_is_large, mo
     monkeypatch.setattr(machine, "has_compiler", lambda: False)
     monkeypatch.setattr(fast, "has_compiler", lambda: False)
     exact = minivl.load(tiny, precision="exact")
-    assert any(isinstance(m, AWQLinear) for m in exact.modules()) and exact.language_model.lm_head.weight.dtype == torch.float16
+    assert any(isinstance(m, AWQLinear) for m in exact.modules())
+    assert exact.language_model.lm_head.weight.dtype == torch.float16
     a, b = (minivl.generate(m, [[3, 4, 9]], max_new_tokens=8, ignore_eos=True) for m in (exact, minivl.load(tiny)))
     assert a == b

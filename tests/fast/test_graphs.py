@@ -1,4 +1,5 @@
-"""The recorded step's arithmetic, run here as it is: a cache of fixed size and a position on the device give what the growing cache gives."""
+"""The recorded step's arithmetic, run here as it is: a cache of fixed size and a position on the device give what the
+growing cache gives."""
 import gc
 import weakref
 
@@ -16,7 +17,8 @@ def language(tiny):
 
 
 def embedded(language, *shape):
-    return language.embeddings(torch.randint(0, 500, shape, generator=torch.Generator().manual_seed(len(shape) + shape[-1])))
+    generator = torch.Generator().manual_seed(len(shape) + shape[-1])
+    return language.embeddings(torch.randint(0, 500, shape, generator=generator))
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 import minivl
+from minivl.demo import SAMPLES, TOUR, demo, in_terminal
 from minivl.files.find import SHIPPED
 from minivl.files.formats import safetensors_header
-from minivl.demo import SAMPLES, TOUR, demo, in_terminal
 from weights_tools.nano import evaluate, recipe, ship, train, world
 from weights_tools.nano.draw import draw
 

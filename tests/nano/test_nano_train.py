@@ -349,7 +349,7 @@ def test_half_precision_keeps_the_weights_whole(tmp_path, monkeypatch):
         return result
     monkeypatch.setattr(train, "train_step", seen)
     for fast, half in ((True, True), (True, False), (False, True)):
-        monkeypatch.setattr(train, "half_is_faster", lambda device: fast)
+        monkeypatch.setattr(train, "half_is_faster", lambda device, fast=fast: fast)
         folder = train.train(tmp_path / f"{fast} {half}", (replace(TINY, steps=1, warmup=0, half=half),), watch_n=8)
         expected = torch.bfloat16 if fast and half else torch.float32
         assert set(dtypes) == {expected}
@@ -418,7 +418,7 @@ def test_teacher_forced_accuracy_is_greedy_accuracy(tmp_path, tokenizer):
             messages = evaluate.prompt(item, [], [t.answer for t in example.turns[:i]])
             right += pipe(messages).text == turn.answer
             total += 1
-    assert forced == pytest.approx(right / total) and 0 < forced
+    assert forced == pytest.approx(right / total) and forced > 0
 
 
 @pytest.mark.parametrize("change, says", [

@@ -56,10 +56,10 @@ def test_a_loss_that_is_no_number_moves_nothing(value):
 
 def test_bfloat16_where_it_was_measured_to_be_faster(monkeypatch):
     for answer in (True, False):
-        monkeypatch.setattr("weights_tools.train.step.products", lambda: (None, answer))
+        monkeypatch.setattr("weights_tools.train.step.products", lambda answer=answer: (None, answer))
         assert half_is_faster("cpu") is answer
     for version, answer in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: version)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, version=version: version)
         assert half_is_faster("cuda") is answer
     linear = nn.Linear(3, 3)
     for half, dtype in ((True, torch.bfloat16), (False, torch.float32)):

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors import safe_open
 
 import minivl
-from minivl.files.find import SHIPPED
 from minivl.config import Config
+from minivl.files.find import SHIPPED
 from minivl.limits import InputError
 from weights_tools.files import save_safetensors
 from weights_tools.verify import __main__ as cli

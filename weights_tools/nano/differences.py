@@ -83,7 +83,7 @@ def loss_and_hits(scores: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Ten
     asked = wanted[..., 0].flatten() != IGNORE
     if not bool(asked.any()):
         return loss, hits
-    for i, ((field, n), part) in enumerate(zip(FIELDS, scores.split([n for _, n in FIELDS], dim=-1))):
+    for i, ((field, _), part) in enumerate(zip(FIELDS, scores.split([n for _, n in FIELDS], dim=-1))):
         part = part.flatten(0, -2)[asked]
         target = wanted[..., i].flatten()[asked].long()
         loss = loss + F.cross_entropy(part.float(), target) / len(FIELDS)

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from minivl import MiniVL, Tokenizer, load_image
-from minivl.files.find import SHIPPED, find
 from minivl.config import Config
+from minivl.files.find import SHIPPED, find
 from minivl.limits import InputError, Limits
 from minivl.tracing import kind, stages
 from weights_tools import run

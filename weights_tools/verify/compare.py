@@ -16,8 +16,8 @@ from tqdm import tqdm
 import minivl
 from minivl import MiniVL, Tokenizer
 from minivl.cache import KVCache
-from minivl.files.find import find
 from minivl.config import Config
+from minivl.files.find import find
 from minivl.limits import InputError
 from minivl.prompt import encode, render
 from minivl.tracing import hook, kind, relative_error, stages

@@ -68,7 +68,8 @@ class Weights:
         for path in weight_files(folder):
             if path.suffix == ".safetensors":
                 file = safe_open(path, "pt")
-                self.read |= {name: partial(file.get_tensor, name) for name in file.keys()}
+                self.read |= {name: partial(file.get_tensor, name)
+                              for name in file.keys()}      # noqa: SIM118  no dict
             else:
                 tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 self.read |= {name: partial(tensors.__getitem__, name) for name in tensors}
