@@ -12,6 +12,7 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import textwrap
 import tokenize
 import warnings
@@ -24,24 +25,24 @@ from minivl import awq, cache, qwen2, vit
 # sha256 of each hidden definition as shipped, the first 16 digits.
 SHIPPED = {
     "awq.AWQLinear.forward": "3aad7bef81338ec3",
-    "awq.matmul": "d7cf5fdf1f8895ec",
-    "awq.dequantize": "0862e3e7320d8a3d",
-    "awq.unpack": "d028664c6369d127",
+    "awq.matmul": "5d16a9e262995b77",
+    "awq.dequantize": "32a7684808fbc3e3",
+    "awq.unpack": "e8a6a4420f265c19",
     "awq.PACK_ORDER": "954cd3739830663f",
-    "qwen2.Attention.qkv": "847e2ac36c3e736b",
-    "qwen2.Attention.rotated": "7da497ed6d37166d",
-    "qwen2.rotate": "0331d23b7f665c38",
-    "qwen2.MLP.gate_up": "fa5d9cccd22d83c4",
-    "qwen2.MLP.gated": "c5a561677f4e1312",
+    "qwen2.Attention.qkv": "051ad38e2d6c518d",
+    "qwen2.Attention.rotated": "4d097a68d653e6ab",
+    "qwen2.rotate": "198971a076741804",
+    "qwen2.MLP.gate_up": "befceb8a6d0d8c34",
+    "qwen2.MLP.gated": "32e6ee2a3b710034",
     "qwen2.MLP.forward": "88b047e200b1bfd8",
     "qwen2.RMSNorm.forward": "6543ad51824b31bd",
     "qwen2.Attend.forward": "da954c8878513483",
-    "qwen2.Qwen2ForCausalLM.scores": "b890a47255034d6c",
-    "qwen2.Qwen2Model.forward": "e2865977bb73a41d",
-    "qwen2.attention_mask": "c71acaf482015cca",
-    "cache.KVCache.append": "78ba19e4e731254d",
+    "qwen2.Qwen2ForCausalLM.scores": "df4579b2a1cc4301",
+    "qwen2.Qwen2Model.forward": "edf7b0c9951d74f1",
+    "qwen2.attention_mask": "380d95cbe19f3ef2",
+    "cache.KVCache.append": "d1102d110f3171b8",
     "vit.Attend.forward": "30583e0ef6d49842",
-    "vit.MLP.widened": "3e4c56aee05d16db",
+    "vit.MLP.widened": "55bce7a34b54fc5d",
     "vit.MLP.forward": "11909da4dcb66da2",
 }
 TORCHS_OWN = {(nn.Linear, "forward"): nn.Linear.forward, (nn.Embedding, "forward"): nn.Embedding.forward}
@@ -61,9 +62,10 @@ def digest(value) -> str:
     source = textwrap.dedent(inspect.getsource(code))
     layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
     tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in layout]
-    doc = inspect.getdoc(value) is not None
-    body = next(i for i, t in enumerate(tokens) if t.string == ":" and t.line.rstrip().endswith(":"))
-    if doc and tokens[body + 1].type == tokenize.STRING:
+    depth = itertools.accumulate((t.string in "([{") - (t.string in ")]}") for t in tokens)
+    # Outside brackets: annotations of arguments have colons too.
+    body = next(i for i, (t, inside) in enumerate(zip(tokens, depth)) if t.string == ":" and not inside)
+    if tokens[body + 1].type == tokenize.STRING:
         del tokens[body + 1]
     return hashlib.sha256("".join("".join(t.string.split()) for t in tokens).encode()).hexdigest()[:16]
 

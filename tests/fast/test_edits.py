@@ -268,6 +268,27 @@ def test_the_warning_names_what_stays_slow(checkpoint, monkeypatch):
     assert type(first(model).mlp) is qwen2.MLP and type(first(model).self_attn) is layers.FastAttention
 
 
+def test_a_docstring_is_no_edit_whatever_the_signature():
+    def with_one():
+        def definition(x: int, y: int = {"a": 1}["a"]) -> int:
+            """Add: the body begins behind the last colon."""
+            return x + y
+        return definition
+
+    def without():
+        def definition(x: int,
+                       y: int = {"a": 1}["a"]) -> int:
+            return x + y
+        return definition
+
+    def another():
+        def definition(x: int, y: int = {"a": 1}["a"]) -> int:
+            return x - y
+        return definition
+
+    assert edits.digest(with_one()) == edits.digest(without()) != edits.digest(another())
+
+
 def test_a_comment_is_no_edit(tmp_path):
     """The text of a definition counts, without its comments, docstring and spaces."""
     def definition(x):
