@@ -27,7 +27,8 @@ def test_a_whole_run(tiny):
 
 def test_accuracy(tiny, capsys):
     found = workers.accuracy(tiny, ["released", "lean", "op"])
-    assert found["lean"] == {"logits": 0.0, "KL": pytest.approx(0, abs=1e-6), "largest KL": pytest.approx(0, abs=1e-6), "same best": 1.0}
+    assert found["lean"] == {"logits": 0.0, "KL": pytest.approx(0, abs=1e-6),
+                             "largest KL": pytest.approx(0, abs=1e-6), "same best": 1.0}
     assert 1e-4 < found["op"]["logits"] < 0.2 and 0 < found["op"]["KL"] <= found["op"]["largest KL"]
     with pytest.raises(InputError, match="give two or more"):
         command.main([str(tiny), "--accuracy", "--precision", "exact"])

@@ -15,9 +15,9 @@ def test_the_whole_script_on_the_cpu(tmp_path, capsys):
     rows = json.loads((tmp_path / "gpu.json").read_text())
     assert code == 0 and all(row["good"] is not False for row in rows), said
     named = " ".join(row["what"] for row in rows)
-    for what in ("qwen2, float32", "qwen2-awq, bfloat16", "12 greedy tokens", "6B tower", "an edit of qwen2.MLP", "nano, float32, fast",
-                 "nano-awq, bfloat16, fast", "fast: load", "fast: 7 tiles", "fast: a prompt of", "fast: new tokens, 4 prompts",
-                 "generate, sampled", "released: new tokens, 1 prompt"):
+    for what in ("qwen2, float32", "qwen2-awq, bfloat16", "12 greedy tokens", "6B tower", "an edit of qwen2.MLP",
+                 "nano, float32, fast", "nano-awq, bfloat16, fast", "fast: load", "fast: 7 tiles", "fast: a prompt of",
+                 "fast: new tokens, 4 prompts", "generate, sampled", "released: new tokens, 1 prompt"):
         assert what in named, what
     assert said.count("|") > 4 * len(rows)
     assert not torch.is_inference_mode_enabled()

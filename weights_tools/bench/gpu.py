@@ -1,7 +1,7 @@
-"""Prove and measure everything on a GPU in one go: python -m weights_tools.bench --device cuda   (make gpu)
+"""Prove and measure everything on a GPU in one go (make gpu): python -m weights_tools.bench --device cuda
 
-    proof       the recorded stages of the original code in three dtypes; nano's answers in every form, beside the CPU's;
-                precision="fast" with its recorded steps, and that an edit made between two prompts counts there
+    proof       the recorded stages of the original code in three dtypes; nano's answers in every form, beside the
+                CPU's; precision="fast" with its recorded steps, and that an edit made between two prompts counts there
     speed       a random AWQ checkpoint of full size, made on the spot: loading, memory, tiles, a prompt, new tokens at
                 four batch sizes, each beside its floor
     peers       the same beside transformers' own InternVL, in bfloat16, where it is installed
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +28,6 @@ from safetensors import safe_open
 
 import minivl
 from minivl import GenerationConfig, qwen2
-from minivl.cache import KVCache
 from minivl.config import VisionConfig
 from minivl.limits import InputError
 from minivl.vit import InternVisionModel
@@ -42,20 +42,25 @@ PROMPT = 1792               # tokens of a picture of 7 tiles
 
 
 class Report:
-    """What was found: rows for the table, printed at once and written after each, so that a run cut short keeps them."""
+    """Collect rows for the table: printed at once and written after each, so that a run cut short keeps them."""
 
     def __init__(self, out: Path | None):
-        self.out, self.rows, self.started = out, [], time.perf_counter()
+        self.out = out
+        self.rows = []
+        self.started = time.perf_counter()
 
     def add(self, what: str, found, *, limit=None, unit: str = "", good: bool | None = None):
-        """Note one row. `limit`: what may be reached at best, or must be kept; `good` None: a number that proves nothing."""
+        """Note one row.
+
+        `limit` is what may be reached at best, or must be kept; `good` None marks a number that proves nothing.
+        """
         row = {"what": what, "found": found, "limit": limit, "unit": unit, "good": good}
         self.rows.append(row)
         print(f"[{time.perf_counter() - self.started:6.1f} s] {line(row)}", flush=True)
         if self.out:
             (self.out / "gpu.json").write_text(json.dumps(self.rows, indent=1) + "\n")
 
-    def part(self, work, *args):
+    def part(self, work: Callable, *args):
         """Run a part; one that fails is a row, and the others go on."""
         try:
             with torch.inference_mode():
@@ -65,7 +70,8 @@ class Report:
             self.add(work.__name__, f"{type(error).__name__}: {str(error)[:200]}", good=False)
 
     @property
-    def failed(self) -> list:
+    def failed(self) -> list[dict]:
+        """List the rows that are wrong."""
         return [row for row in self.rows if row["good"] is False]
 
 
@@ -90,13 +96,13 @@ def table(report: Report) -> str:
 
 # ---- proof ----------------------------------------------------------------------------------------------------------
 
-def tensors_of(path: Path) -> dict:
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file."""
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}        # noqa: SIM118  no dict
 
 
-def stages_of(folder: Path, device: str, dtype: str, want: dict) -> tuple:
+def stages_of(folder: Path, device: str, dtype: str, want: dict) -> tuple[dict, list[int]]:
     """Run a golden case: ({stage: tensor}, greedy tokens)."""
     model = minivl.load(folder, device=device, dtype=dtype)
     model.img_context_token_id = json.loads((folder / "case.json").read_text())["image_token_id"]
@@ -127,7 +133,7 @@ def golden(report: Report, device: str, case: str):
 
 
 def tower_6b(report: Report, device: str):
-    """The tower of the 6B kind, its layers and all, in float32."""
+    """Compare every layer of a tower of the 6B kind with the recorded one, in float32."""
     folder = GOLDEN / "vit6b-internlm2"
     want = tensors_of(folder / "expected.safetensors")
     config = VisionConfig.from_json(json.loads((folder / "config.json").read_text())["vision_config"])
@@ -144,8 +150,8 @@ def tower_6b(report: Report, device: str):
                good=errors[worst] <= 1e-4)
 
 
-def forms(pipe) -> list:
-    """Nano's answers in every form there is: alone, in a batch, as a stream, in a session, sampled."""
+def forms(pipe: minivl.Pipeline) -> list[str]:
+    """Ask nano in every form there is: alone, in a batch, as a stream, in a session, sampled, with prompt lookup."""
     from minivl.demo import SAMPLES
     image = minivl.load_image(SAMPLES / "shapes.png")
     words = minivl.load_image(SAMPLES / "words.png")
@@ -161,13 +167,14 @@ def forms(pipe) -> list:
     return answers
 
 
-def pipe_of(model: str, device: str, dtype: str, precision: str = "exact"):
+def pipe_of(model: str, device: str, dtype: str, precision: str = "exact") -> minivl.Pipeline:
     """Open nano on a device."""
-    return minivl.pipeline(model, minivl.EngineConfig(device=device, dtype=dtype, precision=precision, max_batch_size=25))
+    config = minivl.EngineConfig(device=device, dtype=dtype, precision=precision, max_batch_size=25)
+    return minivl.pipeline(model, config)
 
 
 def answers(report: Report, device: str, model: str):
-    """The device writes in float32 what the CPU writes, in every form, recorded steps included."""
+    """Check that the device writes in float32 what the CPU writes, in every form, recorded steps included."""
     expected = forms(pipe_of(model, "cpu", "float32"))
     for precision in ("exact", "fast"):
         if precision == "fast" and model != "nano":     # its int4 is rounded: see `questions`
@@ -179,7 +186,7 @@ def answers(report: Report, device: str, model: str):
 
 
 def questions(report: Report, device: str, model: str, count: int):
-    """Held-out questions, ten of each of nano's tasks (or fewer): the share that is answered right."""
+    """Ask held-out questions, ten of each of nano's tasks (or fewer), and compare the share that is answered right."""
     from weights_tools.nano import evaluate
     tasks = list(evaluate.TARGETS)[:count]
     each = -(-count // len(tasks))
@@ -202,13 +209,14 @@ def questions(report: Report, device: str, model: str, count: int):
 
 
 def edits(report: Report, device: str):
-    """An edit between two prompts counts also where steps are recorded, and is gone when it is taken back."""
+    """Check that an edit between two prompts counts where steps are recorded, and is gone when it is taken back."""
     pipe = pipe_of("nano", device, "float32", "fast")
 
     def text():
         return pipe("Hello, what can you do?").text
 
-    before, shipped = text(), qwen2.MLP.gated
+    before = text()
+    shipped = qwen2.MLP.gated
     try:
         qwen2.MLP.gated = lambda self, x: F.relu(self.gate_up(x)[0])
         during = text()
@@ -222,14 +230,14 @@ def edits(report: Report, device: str):
 
 # ---- speed ----------------------------------------------------------------------------------------------------------
 
-def timed(work, device: str, repeats: int = 5) -> float:
-    """Seconds of a function: the median, after two runs that warm up."""
+def timed(work: Callable, device: str, repeats: int = 5) -> float:
+    """Time a function: the median of its seconds, after two runs that warm up."""
     def wait():
         if device != "cpu":
             torch.cuda.synchronize()
 
     seconds = []
-    for i in range(repeats + 2):
+    for _ in range(repeats + 2):
         wait()
         start = time.perf_counter()
         work()
@@ -238,23 +246,31 @@ def timed(work, device: str, repeats: int = 5) -> float:
     return statistics.median(seconds[2:])
 
 
-def floors(report: Report, device: str) -> dict:
-    """What the device does: TB read and written a second, and TFLOP in bfloat16 a second."""
-    size = 2 ** 30 if device != "cpu" else 2 ** 24
-    n = 8192 if device != "cpu" else 512
-    x = torch.randn(size, device=device, dtype=torch.bfloat16)
+def copying(device: str) -> float:
+    """Measure TB read and written a second; what it copies is freed when it returns."""
+    x = torch.randn(2 ** 30 if device != "cpu" else 2 ** 24, device=device, dtype=torch.bfloat16)
     y = torch.empty_like(x)
-    memory = 2 * x.nbytes / timed(lambda: y.copy_(x), device) / 1e12
-    del x, y
+    return 2 * x.nbytes / timed(lambda: y.copy_(x), device) / 1e12
+
+
+def multiplying(device: str) -> float:
+    """Measure TFLOP a second in bfloat16."""
+    n = 8192 if device != "cpu" else 512
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    rate = 2 * n ** 3 / timed(lambda: a @ b, device) / 1e12
+    return 2 * n ** 3 / timed(lambda: a @ b, device) / 1e12
+
+
+def floors(report: Report, device: str) -> dict[str, float]:
+    """Measure what the device does at best: {"TB/s": read and written, "TFLOP/s": in bfloat16}."""
+    memory = copying(device)
+    rate = multiplying(device)
     report.add("memory, read and written", memory, unit="TB/s")
     report.add("bfloat16 product", rate, unit="TFLOP/s")
     return {"TB/s": memory, "TFLOP/s": rate}
 
 
 def speed(report: Report, device: str, size: str, floor: dict, engines=("fast",)):
-    """A random AWQ checkpoint: loading, memory, tiles, a prompt and new tokens, each beside its floor."""
+    """Measure a random AWQ checkpoint: loading, memory, tiles, a prompt and new tokens, each beside its floor."""
     from weights_tools.synthesize import synthesize
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -265,7 +281,7 @@ def speed(report: Report, device: str, size: str, floor: dict, engines=("fast",)
 
 
 def measure(report: Report, device: str, checkpoint: Path, engine: str, floor: dict):
-    """Time one precision: what `engine` is called, None stands for the modules as released."""
+    """Measure one precision; the engine "released" is the modules as released."""
     cuda = device != "cpu"
     gc.collect()            # what ran before is gone, its memory too
     held = torch.cuda.memory_allocated() if cuda else 0
@@ -292,8 +308,9 @@ def measure(report: Report, device: str, checkpoint: Path, engine: str, floor: d
 
 
 def whole_answer(report: Report, ours: Ours, cuda: bool):
-    """A picture of 7 tiles: the first token, sampled tokens, and the memory that it took."""
-    model, tiles = ours.model, 7 if cuda else 1
+    """Measure an answer about a picture of 7 tiles: its first token, the tokens after it, and the memory it took."""
+    model = ours.model
+    tiles = 7 if cuda else 1
     c = model.config
     model.img_context_token_id = c.llm_config.vocab_size - 7
     ids = [1] * 40 + [model.img_context_token_id] * (tiles * c.num_image_token) + [2] * 20
@@ -306,7 +323,8 @@ def whole_answer(report: Report, ours: Ours, cuda: bool):
         (few, first), (many, whole) = seconds.items()
         if name == "greedy":
             report.add(f"fast: picture of {tiles} tiles, until the first token", 1e3 * first, unit="ms")
-        report.add(f"fast: generate, {name}, new tokens after the picture", (many - few) / (whole - first), unit="tok/s")
+        rate = (many - few) / (whole - first)
+        report.add(f"fast: generate, {name}, new tokens after the picture", rate, unit="tok/s")
     if cuda:
         report.add("fast: most memory while it answers, batches of 64 before", torch.cuda.max_memory_allocated() / 1e9,
                    unit="GB")
@@ -320,7 +338,7 @@ def whole_answer(report: Report, ours: Ours, cuda: bool):
 
 
 def peers(report: Report, device: str, size: str):
-    """transformers' InternVL with random weights of this size in bfloat16 (not int4), as it comes."""
+    """Measure transformers' InternVL as it comes, with random weights of this size in bfloat16 (not int4)."""
     try:
         from transformers import DynamicCache, InternVLForConditionalGeneration
     except ImportError:
@@ -352,16 +370,18 @@ def peers(report: Report, device: str, size: str):
         cache = DynamicCache()
         last = step(torch.ones(batch, 64, dtype=torch.int64, device=device), cache)
         seconds = timed(lambda last=last, cache=cache: step(last, cache), device, 20)
-        report.add(f"transformers, bfloat16: new tokens, {batch} prompt{'s' * (batch > 1)}", batch / seconds, unit="tok/s")
+        report.add(f"transformers, bfloat16: new tokens, {batch} prompt{'s' * (batch > 1)}", batch / seconds,
+                   unit="tok/s")
 
 
 # ---- all ------------------------------------------------------------------------------------------------------------
 
-def run(device: str = "cuda", size: str = "4B", count: int = 200, out=None, parts=("proof", "speed", "peers")) -> Report:
-    """Run the parts and print the table; `count` questions of nano's, the results as JSON into the folder `out`."""
+def run(device: str = "cuda", size: str = "4B", count: int = 200, out: str | Path | None = None,
+        parts=("proof", "speed", "peers")) -> Report:
+    """Run the parts and print the table; `count` questions for nano, the results as JSON in the folder `out`."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"torch {torch.__version__} finds no CUDA device here; --device cpu --size tiny runs the same script "
-                         "without one")
+        raise InputError(f"torch {torch.__version__} finds no CUDA device here; "
+                         "--device cpu --size tiny runs the same script without one")
     out = out and Path(out)
     if out:
         out.mkdir(parents=True, exist_ok=True)

@@ -5,16 +5,21 @@ import os
 import platform
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
+from minivl import fast
+from minivl.config import Config
+
 
 def machine() -> dict:
-    """Bytes read a second (float32 summed), and float32 and bfloat16 products a second, the better of torch's two."""
-    import torch
-
-    from minivl import fast
-    big, n = torch.ones(2 ** 27), 2048
+    """Measure GB read a second (float32 summed) and GFLOP a second; in float32 the better of torch's two products."""
+    big = torch.ones(2 ** 27)
+    n = 2048
     x, w = torch.randn(512, n), torch.randn(n, n)
     halves = x.bfloat16(), w.bfloat16()
-    reading, floating, half = fast.fastest(big.sum, lambda: fast.products()[0](x, w), lambda: torch.nn.functional.linear(*halves), repeats=5)
+    reading, floating, half = fast.fastest(
+        big.sum, lambda: fast.products()[0](x, w), lambda: F.linear(*halves), repeats=5)
     name = next((line.split(":")[1].strip() for line in lines_of("/proc/cpuinfo") if line.startswith("model name")),
                 platform.processor())
     return {"cpu": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
@@ -22,13 +27,16 @@ def machine() -> dict:
             "GFLOP/s bfloat16": 2 * 512 * n * n / half / 1e9}
 
 
-def lines_of(path) -> list[str]:
+def lines_of(path: str | os.PathLike) -> list[str]:
     """Read the lines of a file, none where it is not."""
     return Path(path).read_text().splitlines() if os.path.exists(path) else []
 
 
-def work_of(config) -> dict:
-    """What the model asks for: multiply-adds of a tile and of a prompt token (two operations each), bytes read for a new token."""
+def work_of(config: Config) -> dict[str, float]:
+    """Count what the model asks for: GFLOP of a tile and of a prompt token, GB read for a new token.
+
+    A multiply-add is two operations.
+    """
     v, llm = config.vision_config, config.llm_config
     P, C = (config.force_image_size // v.patch_size) ** 2, v.hidden_size
     layer = 4 * C * C + 2 * C * v.intermediate_size

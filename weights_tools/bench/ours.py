@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -15,10 +16,10 @@ OURS = {"exact": "exact", "fast": "fast", "lean": "exact", "op": "fast", "releas
 UNCOMPILED = ("lean", "op")     # as on a machine without a C++ compiler
 
 
-def part_of(name: str, module) -> str | None:
+def part_of(name: str, module: torch.nn.Module) -> str | None:
     """Say which part of a step a module is, for the profile; None: it belongs to the rest.
 
-    An Int4 whose words lie beside others' is passed by: its neighbours' product has its time, and a hook would part them.
+    An Int4 whose words lie beside others' is passed by: its time is in their product, and a hook would part them.
     """
     if isinstance(module, (Words, OpWords)) or type(module) is AWQLinear:
         return "int4"
@@ -26,9 +27,9 @@ def part_of(name: str, module) -> str | None:
 
 
 class Ours:
-    """minivl on one device."""
+    """Run minivl on one device."""
 
-    def __init__(self, checkpoint, precision, device="cpu", dtype=None):
+    def __init__(self, checkpoint, precision: str | None, device: str = "cpu", dtype: str | None = None):
         self.model = minivl.load(checkpoint, precision=precision, device=device, dtype=dtype)
         self.language = self.model.language_model
 
@@ -37,31 +38,31 @@ class Ours:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def timed(self, work) -> float:
-        """Seconds of a function."""
+    def timed(self, work: Callable) -> float:
+        """Time a function: its seconds."""
         self.wait()
         start = time.perf_counter()
         work()
         self.wait()
         return time.perf_counter() - start
 
-    def embed(self, batch, tokens):
-        """float[B, T, D] of some ids."""
+    def embed(self, batch: int, tokens: int) -> torch.Tensor:
+        """Embed some ids: float[B, T, D]."""
         ids = torch.arange(batch * tokens).view(batch, tokens) % min(1000, self.model.config.llm_config.vocab_size)
         return self.language.embeddings(ids.to(self.model.device))
 
-    def tiles(self, n):
+    def tiles(self, n: int) -> float:
         """Look at n tiles of noise."""
         R = self.model.config.force_image_size
         x = torch.randn(n, 3, R, R, device=self.model.device)
         return self.timed(lambda: self.model.visual_tokens(x))
 
-    def prompt(self, tokens):
+    def prompt(self, tokens: int) -> float:
         """Read a prompt."""
         x = self.embed(1, tokens)
         return self.timed(lambda: self.language.scores(x, KVCache()))
 
-    def batch(self, n, tokens):
+    def batch(self, n: int, tokens: int) -> float:
         """Add a token to each of n prompts: the median step."""
         cache = KVCache()
 
@@ -71,12 +72,16 @@ class Ours:
             return scores
 
         last = self.language.scores(self.embed(n, CONTEXT), cache)
-        for _ in range(2 if self.model.device.type == "cuda" else 0):       # there the first records what the others replay
-            last = step(last)
+        if self.model.device.type == "cuda":
+            for _ in range(2):              # the first records what the others replay
+                last = step(last)
         return median_step(step, last, tokens)
 
-    def scores(self, path):
-        """Into a file: log probabilities [68, V] of the last 64 tokens of a prompt with a tile, and of four more, one by one."""
+    def scores(self, path: str) -> float:
+        """Write log probabilities [68, V] to a file: of a prompt's last 64 tokens, then of four read one by one.
+
+        The prompt starts with a tile. Nothing is timed.
+        """
         c = self.model.config
         cache = KVCache()
         generator = torch.Generator().manual_seed(0)
@@ -88,8 +93,8 @@ class Ours:
         torch.save(torch.cat(found).float().log_softmax(-1), path)
         return 0.0
 
-    def profile(self, tokens):
-        """Share of a step by what it is in: {int4 products: ..., head: ..., attention: ..., the rest: ...}.
+    def profile(self, tokens: int) -> dict[str, float]:
+        """Split a step into shares by what it is spent on: {"int4", "head", "attention", "the rest"}.
 
         The rest is what is missing to a step without hooks: looking takes time too. Each the fastest of three runs.
         """
@@ -102,7 +107,8 @@ class Ours:
             return time.perf_counter() - start
 
         total = min(seconds() for _ in range(3))
-        spent, hooks = {"int4": 0.0, "head": 0.0, "attention": 0.0}, []
+        spent = {"int4": 0.0, "head": 0.0, "attention": 0.0}
+        hooks = []
         for name, module in self.language.named_modules():
             if kind := part_of(name, module):
                 def before(module, inputs):
