@@ -1,21 +1,21 @@
 """The same model, fast. `awq.py`, `qwen2.py` and `vit.py` say what is computed; this folder computes it in less time.
 
     prepare(model, "exact")     what the modules as released compute, up to the order of additions
-    prepare(model, "fast")      what this machine does faster in bfloat16 may be rounded to it
+    prepare(model, "fast")      may round to bfloat16 whatever this machine computes faster in it
 
-    edits.py      what a reader changed counts: a faster version gives way to a definition that is not the shipped one
-    machine.py    what this machine has: a compiler, which product is faster, memory
+    edits.py      a reader's changes count: a faster version gives way to a definition that is not the shipped one
+    machine.py    what this machine has: a compiler, the faster of torch's products, memory
     loops.py      int4 as three loops over re-laid words, and a head in half precision
     compiled.py   these loops compiled ahead of time by torch (AOTInductor) and kept on disk
     layers.py     the faster modules; each is the definition's class with one method replaced
     graphs.py     on a GPU: a step of the decoder recorded once and replayed (CUDA graphs)
-    replace.py    which modules of a model get which
+    replace.py    which modules of a model become which of these
 
-Beyond plain torch this uses private parts of it: `torch._inductor` (compiled.py), `torch.ops.mkldnn` (machine.py) and
-`torch._weight_int4pack_mm` (layers.py). And it changes one thing for the whole process, which nothing puts back: after
-a large model is loaded on Linux, glibc keeps up to 256 MB of freed memory (`machine.keep_memory`).
+Some parts of torch used here are private: `torch._inductor` (compiled.py), `torch.ops.mkldnn` (machine.py, layers.py)
+and `torch._weight_int4pack_mm` (layers.py). One thing changes for the whole process, and nothing puts it back: after a
+large model is loaded on Linux, glibc keeps up to 256 MB of freed memory (`machine.keep_memory`).
 """
-# Numbers in a model. Below this, measuring and compiling would take longer than what is saved; 0: every model is large.
+# Numbers in a model. Below this, measuring and compiling would take longer than they save. 0: every model is large.
 LARGE = 10 ** 8
 
 from minivl.fast.compiled import loop, warm  # noqa: E402

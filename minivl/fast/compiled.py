@@ -16,9 +16,9 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable
 
 import torch
 from torch import nn
@@ -32,9 +32,10 @@ ROWS = 4                # rows of x that one pass over the words serves
 
 
 def sample(function: Callable, *fixed) -> tuple:
-    """Make up what a loop is compiled for: its arguments, and which of their sizes may be any from 2 on: {dimension: o, g, multiples}.
+    """Make up arguments to compile a loop for, and say which of their sizes are free: any number from 2 on.
 
-    The sizes here are those of a large model: the compiler looks at them when it decides how many threads a loop gets.
+    The latter are {dimension: o, g or a multiple of them} for each argument. The arguments are as large as in a large
+    model: the compiler looks at their sizes when it decides how many threads a loop gets.
     """
     from torch.export import Dim
     o, g, O, G = Dim("o", min=2, max=2 ** 24), Dim("g", min=2, max=2 ** 16), 4096, 16
@@ -59,19 +60,19 @@ def sample(function: Callable, *fixed) -> tuple:
 class Call(nn.Module):
     """A function as a module, which is what torch.export takes."""
 
-    def __init__(self, function):
+    def __init__(self, function: Callable):
         super().__init__()
         self.function = function
 
-    def forward(self, arguments):
+    def forward(self, arguments: tuple):
         return self.function(*arguments)
 
 
 @lru_cache
 def cache_folder() -> Path:
-    """Find where compiled loops are kept: the user's cache if nobody else can write there, else a folder of this process alone.
+    """Find the folder of compiled loops: the user's cache if only the user can write there, else one of this process.
 
-    What lies there is run.
+    What lies there is run, so nobody else may write there.
     """
     try:
         xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -81,7 +82,7 @@ def cache_folder() -> Path:
         mine = not hasattr(os, "getuid") or about.st_uid == os.getuid() and not about.st_mode & 0o022
         if mine and os.access(folder, os.W_OK):
             return folder
-    except (OSError, RuntimeError):         # no home, or not for us
+    except (OSError, RuntimeError):         # no home, or no permission
         pass
     folder = tempfile.mkdtemp(prefix="minivl-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -101,7 +102,7 @@ def loop_file(function: Callable, *fixed) -> Path:
 
 
 def build(function: Callable, *fixed) -> Path:
-    """Compile a loop into its file: some seconds, for the first of a process some more."""
+    """Compile a loop into its file. This takes some seconds, and some more for the first loop of a process."""
     path = loop_file(function, *fixed)
     arguments, sizes = sample(function, *fixed)
     settings = {"cpp.enable_floating_point_contract_flag": "fast"}
@@ -115,8 +116,8 @@ def build(function: Callable, *fixed) -> Path:
     return path
 
 
-def read(function: Callable, *fixed):
-    """Load a loop from its file; one that cannot be read (a disk that was full) is built again."""
+def read(function: Callable, *fixed) -> Callable:
+    """Load a loop from its file; build it again if that cannot be read (the disk was full, say)."""
     path = loop_file(function, *fixed)
     if path.exists():
         try:
@@ -126,24 +127,25 @@ def read(function: Callable, *fixed):
     return torch._inductor.aoti_load_package(str(build(function, *fixed)))
 
 
-def hush():
+def hush() -> None:
     """Ignore two warnings of torch's compiler: it looks for numpy, and imports deprecated parts of torch.
 
-    The filters stay for the process: putting them back, as catch_warnings does, would undo what another thread sets meanwhile.
+    The filters stay for the whole process: putting the old ones back, as catch_warnings does, would undo what another
+    thread sets meanwhile.
     """
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch(\.|$)")
 
 
 _loops, _lock = {}, threading.Lock()
-atexit.register(_loops.clear)               # a loop unpacks itself into a temporary folder, and removes it when it goes
+atexit.register(_loops.clear)               # a loop that goes removes the temporary folder it was unpacked into
 
 
-def loop(function: Callable, *fixed):
-    """Have a function of loops.py compiled for fixed sizes and types.
+def loop(function: Callable, *fixed) -> Callable:
+    """Get a function of loops.py compiled for fixed sizes and types.
 
-    few_rows (n, J), relayout (J), dequantize (J, dtype), half_rows (n, D, dtype). Arguments must be contiguous and on
-    the CPU: nothing is checked. One thread builds or loads it, others wait.
+    These are: few_rows (n, J), relayout (J), dequantize (J, dtype), half_rows (n, D, dtype). The result takes one tuple
+    of arguments, contiguous and on the CPU: nothing is checked. One thread builds or loads it, others wait.
     """
     if (function, fixed) not in _loops:
         with _lock:
@@ -153,26 +155,27 @@ def loop(function: Callable, *fixed):
                     _loops[function, fixed] = read(function, *fixed)
                 except Exception as error:              # the compiler's own, of many kinds
                     raise InputError(f"the C++ compiler could not make a loop of {function.__name__}{fixed} in "
-                                     f"{cache_folder()} ({type(error).__name__}: {error}); mend it, or set MINIVL_COMPILE=0 "
-                                     "to go without, slower") from error
+                                     f"{cache_folder()} ({type(error).__name__}: {error}); mend it, "
+                                     "or set MINIVL_COMPILE=0 to go without, slower") from error
     return _loops[function, fixed]
 
 
-def warm(J: int, D: int, half: torch.dtype, rounded: bool):
-    """Have all loops of a model ready, in a thread, while the main one waits for the disk."""
+def warm(J: int, D: int, half: torch.dtype, rounded: bool) -> None:
+    """Load or compile all loops of a model in a thread, while the main one waits for the disk."""
     wide = torch.bfloat16 if rounded else torch.float32
     wanted = [(relayout, J), (few_rows, ROWS, J), (few_rows, 1, J), (dequantize, J, wide)]
     if half != torch.float32:
         wanted += [(half_rows, ROWS, D, half), (half_rows, 1, D, half)]
 
-    products()      # measured now: not while the thread compiles beside it
+    products()      # measured now, and not while the thread compiles beside it
 
-    def work():
+    def work() -> None:
         try:
             missing = sum(not loop_file(*one).exists() for one in wanted)
-            for one in tqdm(wanted, desc=f"compiling {missing} loops, once", disable=None if missing else True, leave=False):
+            desc = f"compiling {missing} loops, once"
+            for one in tqdm(wanted, desc=desc, disable=None if missing else True, leave=False):
                 loop(*one)
-        except (InputError, OSError):                   # met again, in the main thread, where the loop is needed
+        except (InputError, OSError):                   # the main thread meets it again, where it needs the loop
             return
 
     threading.Thread(target=work, daemon=True).start()

@@ -1,10 +1,10 @@
-"""What a reader changed counts: a faster version stands in only for the definition it was written for.
+"""A reader's changes count: a faster version stands in only for the definition it was written for.
 
-Each faster method names the definitions it hides. Whenever it runs, each must be the shipped one, by the text of its source
-(comments and docstrings aside); if one is not, because somebody edited the file or replaced the function in a running
-Python, the definition runs instead, and a warning says what is slow now.
+Each faster method names the definitions it hides. Whenever it runs, each must be the shipped one, by the text of its
+source (comments and docstrings aside). If one is not, because somebody edited the file or replaced the function in a
+running Python, the definition runs instead, and a warning says what is slow now.
 
-    python -m minivl.fast           prints SHIPPED anew: after a change of a definition *and* of what stands in for it
+    python -m minivl.fast           prints SHIPPED anew: after a change to a definition *and* to what stands in for it
 """
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import itertools
 import textwrap
 import tokenize
 import warnings
-from types import FunctionType
+from collections.abc import Callable, Iterable
+from types import FunctionType, ModuleType
 
 from torch import nn
 
@@ -48,17 +49,17 @@ SHIPPED = {
 TORCHS_OWN = {(nn.Linear, "forward"): nn.Linear.forward, (nn.Embedding, "forward"): nn.Embedding.forward}
 
 
-def name_of(owner, name: str) -> str:
+def name_of(owner: type | ModuleType, name: str) -> str:
     """Name a definition: "qwen2.Attention.qkv"."""
     module = owner.__name__ if inspect.ismodule(owner) else f"{owner.__module__}.{owner.__qualname__}"
     return f"{module.removeprefix('minivl.')}.{name}"
 
 
-def digest(value) -> str:
+def digest(value: object) -> str:
     """Hash a function by its source without comments, docstring and spaces; anything else by its repr."""
     if not isinstance(value, FunctionType):
         return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-    code = inspect.unwrap(value).__code__     # not inspect.getsource of the function: a decorator could point elsewhere
+    code = inspect.unwrap(value).__code__     # not getsource of the function itself: a decorator could point elsewhere
     source = textwrap.dedent(inspect.getsource(code))
     layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
     tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in layout]
@@ -70,10 +71,10 @@ def digest(value) -> str:
     return hashlib.sha256("".join("".join(t.string.split()) for t in tokens).encode()).hexdigest()[:16]
 
 
-_verdicts = {}          # (definition's name, what stands there now) -> whether that is the shipped one
+_verdicts = {}          # (owner, name, what stands there now) -> whether that is the shipped one
 
 
-def is_shipped(owner, name: str) -> bool:
+def is_shipped(owner: type | ModuleType, name: str) -> bool:
     """Say whether `owner` (a class or a module) still has the definition that was shipped."""
     value = getattr(owner, name)
     key = owner, name, value
@@ -81,7 +82,8 @@ def is_shipped(owner, name: str) -> bool:
         try:
             _verdicts[key] = (value is TORCHS_OWN[owner, name] if (owner, name) in TORCHS_OWN else
                               digest(value) == SHIPPED.get(name_of(owner, name)))
-        except (OSError, TypeError, SyntaxError, tokenize.TokenError, StopIteration):     # no source: typed at a prompt, say
+        except (OSError, TypeError, SyntaxError, tokenize.TokenError, StopIteration):
+            # no source: it was typed at a prompt, say
             _verdicts[key] = False
     return _verdicts[key]
 
@@ -89,49 +91,48 @@ def is_shipped(owner, name: str) -> bool:
 _told = set()
 
 
-def changed(definitions) -> list[str]:
+def changed(definitions: Iterable[tuple]) -> list[str]:
     """Name those of [(owner, name), ...] that are not as shipped."""
     return [name_of(owner, name) for owner, name in definitions if not is_shipped(owner, name)]
 
 
-def tell(names):
+def tell(names: Iterable[str]) -> None:
     """Warn, once for each definition, that it runs as it is written now."""
     new = sorted(set(names) - _told)
     if new:
         _told.update(new)
-        warnings.warn(f"{', '.join(new)} {'is' if len(new) == 1 else 'are'} not as shipped: what was changed runs as written, "
-                      "without its faster version", stacklevel=4)
+        warnings.warn(f"{', '.join(new)} {'is' if len(new) == 1 else 'are'} not as shipped: "
+                      "what was changed runs as written, without its faster version", stacklevel=4)
 
 
-def stands_for(*definitions):
-    """Decorate a method that is a faster version of the first of `definitions`, (owner, name) each, and hides the others too.
+def stands_for(*definitions: tuple) -> Callable:
+    """Decorate a faster version of the first of `definitions`, each (owner, name), that hides the others too.
 
-    It runs as long as all of them are the shipped ones; otherwise the first one runs, as it is now.
+    It runs as long as all of them are the shipped ones; otherwise the first definition runs, as it is now.
     """
     owner, name = definitions[0]
 
-    def decorate(faster):
+    def decorate(faster: Callable) -> Callable:
         @functools.wraps(faster)
         def run(self, *args):
             for where, what in definitions:
-                if not _verdicts.get((where, what, getattr(where, what))):
-                    # not judged yet, or not shipped
-                    if not is_shipped(where, what):
-                        tell(changed(definitions))
-                        return getattr(owner, name)(self, *args)
+                # A look at the verdicts decides nearly always. The rest: not judged yet, or not shipped.
+                if not _verdicts.get((where, what, getattr(where, what))) and not is_shipped(where, what):
+                    tell(changed(definitions))
+                    return getattr(owner, name)(self, *args)
             return faster(self, *args)
         run.definitions = definitions
         return run
     return decorate
 
 
-def definitions_of(faster_class) -> list:
+def definitions_of(faster_class: type) -> list[tuple]:
     """List what the methods of a faster class hide: [(owner, name), ...]."""
     return [pair for method in vars(faster_class).values() for pair in getattr(method, "definitions", ())]
 
 
-def untouched(module) -> bool:
-    """Say whether a module may be passed by: no hook would miss a call, and no `forward` of its own hides its class's."""
+def untouched(module: nn.Module) -> bool:
+    """Say whether a module need not be called: no hook would miss it, and no `forward` of its own hides its class's."""
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 

@@ -1,45 +1,49 @@
 """On a GPU: one step of the decoder recorded once and replayed for every token (CUDA graphs).
 
-A step of the 4B is some thousand small kernels; launching them one by one takes six times as long as running them. A
-recording replays them all in one go, but always on the same memory. So, while it is in use, a recording owns the keys and
-values, and where the next token goes is a number on the device:
+A step of the 4B model is about a thousand small kernels, and launching them one by one takes six times as long as
+running them. A recording replays them all in one go, but always on the same memory. So while it is in use, a recording
+owns the keys and values, and the place of the next token is a number on the device:
 
     KVCache      keys [B, K, S, E] that grow        position: a Python number       mask: none, or by padding
     Fixed        keys [B, K, capacity, E]           position: int64[1] on the GPU   mask: hides what is not filled
 
-The step is the definition's own modules; what a reader changed between two prompts is found by `signature`, and recorded
-anew. B prompts, D width, S tokens so far, V vocabulary.
+The step runs the definition's own modules. If a reader changes them between two prompts, `signature` shows it and the
+step is recorded anew. B prompts, K kv heads, E head dim, D width, S tokens so far, V vocabulary.
 """
 from __future__ import annotations
 
 import weakref
 
 import torch
+from torch import nn
 
 from minivl import qwen2
 from minivl.cache import KVCache
 from minivl.fast.edits import stands_for
 
-ROOM = 256              # tokens that a recording has room for beyond those that are there, at least
+ROOM = 256              # tokens that a new recording has room for, at least, beyond those in the cache
 IDLE = 4                # recordings kept for the next prompts
 
 
 class Fixed:
-    """What a recorded step sees of a KVCache: memory that stays where it is, and the place of the next token."""
+    """What a recorded step sees as its KVCache: memory that stays where it is, and the place of the next token."""
 
     def __init__(self, layers: dict, at: torch.Tensor):
         self.layers = layers        # layer index -> [keys, values], each float[B, K, capacity, E]
         self.at = at                # int64[1], on their device
 
-    def append(self, layer: int, k, v):
-        """Store k, v float[B, K, 1, E] of the new token -> all keys and values, also what is not filled: the mask hides it."""
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+        """Store k, v float[B, K, 1, E] of the new token -> keys and values, each float[B, K, capacity, E].
+
+        Places that are not filled yet are among them: the mask hides these.
+        """
         for stored, new in zip(self.layers[layer], (k, v)):
             stored.index_copy_(2, self.at, new)
         return self.layers[layer]
 
 
-def step(language, inputs, fixed: Fixed, padding):
-    """Compute float[B, 1, D] of one token each -> logits float32[B, 1, V], as `scores` does, with the position on the device.
+def step(language: nn.Module, inputs: torch.Tensor, fixed: Fixed, padding: torch.Tensor) -> torch.Tensor:
+    """Compute logits as `scores` does, with the position on the device: float[B, 1, D] -> float32[B, 1, V].
 
     padding int64[B]: tokens at the start of each row that nobody sees. Advances `fixed.at`.
     """
@@ -53,8 +57,11 @@ def step(language, inputs, fixed: Fixed, padding):
     return scores
 
 
-def signature(language):
-    """What a recording depends on, to compare: modules, their code, where their weights lie. None if a hook would miss its call."""
+def signature(language: nn.Module) -> list | None:
+    """List what a recording depends on, to compare: the modules, their code, where their weights lie.
+
+    None if there are hooks: a replay would not call them.
+    """
     modules = list(language.modules())
     if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
         return None
@@ -62,16 +69,16 @@ def signature(language):
     code = [value for kind in kinds for value in vars(kind).values() if callable(value)]
     functions = [value for value in vars(qwen2).values() if callable(value)]
     patched = [value for module in modules for value in vars(module).values() if callable(value)]
-    places = [tensor.data_ptr() for module in modules for tensor in (*module._parameters.values(), *module._buffers.values())
-              if tensor is not None]
-    # Weak, of the modules: the list hangs on one of them, and a circle would keep a model in memory until it is collected.
+    tensors = [t for module in modules for t in (*module._parameters.values(), *module._buffers.values())]
+    places = [t.data_ptr() for t in tensors if t is not None]
+    # Weak references to modules: this list hangs on one of them, and a cycle would keep a model until it is collected.
     return [*map(weakref.ref, modules), *code, *functions, *patched, *places]
 
 
 class Recording:
-    """A step of `B` prompts with room for `capacity` tokens, and the memory that it works on."""
+    """A step of B prompts with room for `capacity` tokens, and the memory that it works on."""
 
-    def __init__(self, cache: KVCache, inputs, capacity: int):
+    def __init__(self, cache: KVCache, inputs: torch.Tensor, capacity: int):
         self.capacity, self.graph = capacity, None
         keys = cache.layers[0][0]
         self.layers = {layer: [t.new_zeros(*t.shape[:2], capacity, t.shape[3]) for t in both]
@@ -80,21 +87,21 @@ class Recording:
         self.padding = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
         self.fixed = Fixed(self.layers, torch.zeros(1, dtype=torch.int64, device=keys.device))
 
-    def fits(self, cache: KVCache, inputs) -> bool:
+    def fits(self, cache: KVCache, inputs: torch.Tensor) -> bool:
         """Say whether a cache can move in: the same prompts, layers and dtype, and room for more."""
         return (self.inputs.shape == inputs.shape and self.inputs.dtype == inputs.dtype
                 and self.layers.keys() == cache.layers.keys() and cache.length + 1 <= self.capacity)
 
-    def take(self, cache: KVCache, padding):
-        """Copy what a cache holds, and let it hold this memory from now on."""
+    def take(self, cache: KVCache, padding: torch.Tensor | None) -> None:
+        """Copy what a cache holds, and make it hold this memory from now on."""
         for layer, both in cache.layers.items():
             for mine, its in zip(self.layers[layer], both):
                 mine[:, :, :cache.length] = its[:, :, :cache.length]
-        cache.layers = dict(self.layers)        # a dict of its own: when it grows, it leaves
+        cache.layers = dict(self.layers)        # a dict of its own: when the cache grows, it moves out
         self.padding.copy_(torch.zeros_like(self.padding) if padding is None else padding)
 
-    def record(self, language, length: int):
-        """Run the step once, so that all it needs is there, then record it."""
+    def record(self, language: nn.Module, length: int) -> None:
+        """Run the step once, so that all it needs is set up, then record it."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -105,8 +112,8 @@ class Recording:
         with torch.cuda.graph(self.graph):
             self.scores = step(language, self.inputs, self.fixed, self.padding)
 
-    def replay(self, inputs, length: int):
-        """float[B, 1, D] of the token at position `length` -> logits float32[B, 1, V]."""
+    def replay(self, inputs: torch.Tensor, length: int) -> torch.Tensor:
+        """Replay the step for the tokens at position `length`: float[B, 1, D] -> logits float32[B, 1, V]."""
         self.inputs.copy_(inputs)
         self.fixed.at.fill_(length)
         self.graph.replay()
@@ -114,14 +121,15 @@ class Recording:
 
 
 class Recorded(qwen2.Qwen2ForCausalLM):
-    """The decoder, whose steps of one token for each prompt are recorded. Prompts are read as ever."""
+    """The decoder, with its steps of one token per prompt recorded. Prompts are read as in the definition."""
 
     @stands_for((qwen2.Qwen2ForCausalLM, "scores"), (qwen2.Qwen2Model, "forward"), (qwen2, "attention_mask"),
                 (KVCache, "append"))
-    def scores(self, inputs_embeds, cache=None, padding=None, last=1):
+    def scores(self, inputs_embeds: torch.Tensor, cache: KVCache | None = None, padding: torch.Tensor | None = None,
+               last: int = 1) -> torch.Tensor:
         one = inputs_embeds.shape[1] == 1 and type(cache) is KVCache and cache.length > 0
         if not one or torch.is_grad_enabled():
-            vars(self).pop("seen", None)        # a prompt is read: its first step looks at what was changed meanwhile
+            vars(self).pop("seen", None)        # a prompt is read: its first step looks again at what was changed
             return super().scores(inputs_embeds, cache, padding, last)
         if "seen" not in vars(self):
             vars(self)["seen"] = signature(self)
@@ -137,7 +145,7 @@ class Recorded(qwen2.Qwen2ForCausalLM):
             cache.length += 1
         return scores
 
-    def recording_of(self, cache: KVCache, inputs, padding) -> Recording:
+    def recording_of(self, cache: KVCache, inputs: torch.Tensor, padding: torch.Tensor | None) -> Recording:
         """Find the recording that a cache lives in, or move it into an idle or a new one."""
         found = vars(cache).get("recording")
         if found and cache.layers[0] is found.layers[0] and found.fits(cache, inputs):
@@ -155,11 +163,11 @@ class Recorded(qwen2.Qwen2ForCausalLM):
             found = Recording(cache, inputs, capacity)
         found.take(cache, padding)
         cache.recording = found
-        cache.leaves = weakref.finalize(cache, keep, idle, found)           # when the cache is gone, the next may have it
+        cache.leaves = weakref.finalize(cache, keep, idle, found)       # when the cache is gone, the next may have it
         return found
 
 
-def keep(idle: list, recording: Recording):
-    """Keep a recording for the next prompts; the oldest goes where there are too many."""
+def keep(idle: list, recording: Recording) -> None:
+    """Keep a recording for the next prompts; the oldest goes if there are too many."""
     idle.append(recording)
     del idle[:-IDLE]

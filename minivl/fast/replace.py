@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -13,36 +14,36 @@ from minivl.fast.edits import INT4, changed, definitions_of, tell
 from minivl.fast.machine import huge, onednn
 
 
-def is_large(model) -> bool:
+def is_large(model: nn.Module) -> bool:
     """Say whether a model (also on `meta`) is worth the seconds that measuring and compiling take."""
     return sum(t.numel() for t in [*model.parameters(), *model.buffers()]) >= fast.LARGE
 
 
-def int4_linears(model) -> list:
+def int4_linears(model: nn.Module) -> list[AWQLinear]:
     """List the AWQLinears of a model."""
     return [m for m in model.modules() if type(m) is AWQLinear]
 
 
-def keeps_half(model) -> bool:
+def keeps_half(model: nn.Module) -> bool:
     """Say whether embeddings and head stay in half precision as released: in a large AWQ model."""
     return is_large(model) and bool(int4_linears(model))
 
 
-def relays(model) -> bool:
-    """Say whether the int4 fits the compiled loops: whole words in a group, and two groups or more."""
+def relays(model: nn.Module) -> bool:
+    """Say whether a model's int4 fits the compiled loops: whole words in a group, and two groups or more."""
     linears = int4_linears(model)
     return bool(linears) and all(m.qweight.shape[0] // len(m.scales) % 8 == 0 and len(m.scales) > 1 for m in linears)
 
 
-def exactly(modules, kind) -> list:
-    """List the modules of a class itself: a subclass computes something else."""
+def exactly(modules: Iterable[nn.Module], kind: type) -> list:
+    """List the modules of a class itself, not of a subclass: that may compute something else."""
     return [m for m in modules if type(m) is kind]
 
 
-def become(module, faster, slow: list) -> bool:
-    """Make a module the faster version of its class, if all that this hides is as shipped; else note in `slow` what is not.
+def become(module: nn.Module, faster: type, slow: list[str]) -> bool:
+    """Make a module the faster version of its class if all that this hides is as shipped, and say whether it was.
 
-    A module with hooks of its own keeps them: they hang on the object, which stays.
+    If not, `slow` gets the names of what was changed. Hooks of the module stay: they hang on the object, which stays.
     """
     names = changed(definitions_of(faster))
     slow += names
@@ -51,12 +52,13 @@ def become(module, faster, slow: list) -> bool:
     return not names
 
 
-def prepare(model, precision: str):
-    """Make modules of a MiniVL faster, in place. Returns it.
+def prepare(model: nn.Module, precision: str) -> nn.Module:
+    """Make modules of a MiniVL faster, in place. Returns the model.
 
-    "exact": what the model computes, up to the order of additions. "fast": rounded to bfloat16 where that is faster here.
-    Small models on the CPU keep their modules, but that "fast" takes torch's int4 product. What a reader has changed stays
-    as it is, and one warning names it.
+    "exact": what the model computes, up to the order of additions.
+    "fast": rounded to bfloat16 where that is faster here.
+    Small models on the CPU keep their modules, except that "fast" takes torch's int4 product. What a reader has changed
+    stays as it is, and one warning names it.
     """
     slow = []
     if model.device.type == "cuda":
@@ -65,13 +67,14 @@ def prepare(model, precision: str):
     elif model.device.type == "cpu":
         prepare_for_cpu(model, precision, slow)
     elif precision == "fast":
-        warnings.warn(f"precision='fast' was never tried on {model.device.type}; the modules stay as released", stacklevel=3)
+        warnings.warn(f"precision='fast' was never tried on {model.device.type}; the modules stay as released",
+                      stacklevel=3)
     tell(slow)
     machine.forget_scratch()
     return model
 
 
-def prepare_for_cpu(model, precision: str, slow: list):
+def prepare_for_cpu(model: nn.Module, precision: str, slow: list[str]) -> None:
     """Replace what is faster on a CPU: a large float32 model's linears, attention and int4; with "fast" any int4."""
     large = is_large(model)
     if large and model.dtype == torch.float32:
@@ -83,7 +86,7 @@ def prepare_for_cpu(model, precision: str, slow: list):
                     become(module, layers.HeadByHead, slow)
                 for module in exactly([layer.mlp], vit.MLP):
                     become(module, layers.GeluInside, slow)
-        machine.glibc("malloc_trim", 0)     # what the weights before were leaves the memory before the int4 comes
+        machine.glibc("malloc_trim", 0)     # the old weights leave memory before the int4 comes
         if machine.has_compiler() and relays(model):
             prepare_int4(model, lambda *linears: layers.Words(*linears, rounded=rounded), slow)
             for norm in exactly(model.language_model.modules(), qwen2.RMSNorm):
@@ -93,10 +96,10 @@ def prepare_for_cpu(model, precision: str, slow: list):
     if precision == "fast":
         int4_by_themselves(model, layers.OpWords, slow)
     if large:
-        machine.keep_memory()       # now: while weights are replaced, what they leave goes back
+        machine.keep_memory()       # only now: memory freed while weights are replaced should go back
 
 
-def prepare_for_gpu(model, slow: list):
+def prepare_for_gpu(model: nn.Module, slow: list[str]) -> None:
     """Replace int4 by torch's own product, norms by one call, and the steps of the decoder by recorded ones."""
     prepare_int4(model, layers.OpWords, slow)
     for norm in exactly(model.language_model.modules(), qwen2.RMSNorm):
@@ -105,7 +108,7 @@ def prepare_for_gpu(model, slow: list):
         become(decoder, graphs.Recorded, slow)
 
 
-def prepare_linears(model, rounded: bool, slow: list):
+def prepare_linears(model: nn.Module, rounded: bool, slow: list[str]) -> None:
     """Cut the weights of float32 linears for the faster product; a head and an embedding kept as released stay so."""
     for linear in exactly(model.modules(), nn.Linear):
         if linear.weight.dtype == torch.float32:
@@ -120,14 +123,14 @@ def prepare_linears(model, rounded: bool, slow: list):
         embedding.__class__ = layers.HalfEmbedding
 
 
-def slow_parts(faster, slow: list) -> list:
-    """Name, and note in `slow`, what a faster class hides and is not as shipped."""
+def slow_parts(faster: type, slow: list[str]) -> list[str]:
+    """Name what a faster class hides that is not as shipped, and add it to `slow`."""
     names = changed(definitions_of(faster))
     slow += names
     return names
 
 
-def prepare_int4(model, make_store, slow: list):
+def prepare_int4(model: nn.Module, make_store: Callable, slow: list[str]) -> None:
     """Put the int4 of each decoder layer into stores: q, k and v together, gate and up together, all others alone."""
     if changed(INT4):
         slow += changed(INT4)
@@ -140,13 +143,13 @@ def prepare_int4(model, make_store, slow: list):
     int4_by_themselves(model, make_store, slow)
 
 
-def side_by_side(module, linears: list, faster, make_store, slow: list):
-    """Put linears that read the same input into one store, if the module is one whose product of them may be one."""
+def side_by_side(module: nn.Module, linears: list, faster: type, make_store: Callable, slow: list[str]) -> None:
+    """Put int4 linears that read the same input into one store, if their module can become the faster one."""
     if len(exactly(linears, AWQLinear)) == len(linears) and become(module, faster, slow):
         module.side_by_side = layers.pack(make_store(*linears), linears)
 
 
-def int4_by_themselves(model, make_store, slow: list):
+def int4_by_themselves(model: nn.Module, make_store: Callable, slow: list[str]) -> None:
     """Put each AWQLinear that is left into a store of its own."""
     if changed(INT4):
         slow += changed(INT4)
