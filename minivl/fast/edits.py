@@ -101,8 +101,15 @@ def tell(names: Iterable[str]) -> None:
     new = sorted(set(names) - _told)
     if new:
         _told.update(new)
-        warnings.warn(f"{', '.join(new)} {'is' if len(new) == 1 else 'are'} not as shipped: "
-                      "what was changed runs as written, without its faster version", stacklevel=4)
+        once(f"{', '.join(new)} {'is' if len(new) == 1 else 'are'} not as shipped: what was changed runs as written, "
+             "without its faster version")
+
+
+def once(message: str) -> None:
+    """Warn, unless it was said before in this process: a model has hundreds of modules of a kind."""
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, stacklevel=5)
 
 
 def stands_for(*definitions: tuple) -> Callable:

@@ -7,7 +7,6 @@ at it by its released name gets it back, and the module is its definition again.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from types import FunctionType
@@ -20,7 +19,7 @@ from minivl import qwen2, vit
 from minivl.awq import AWQLinear, unpack
 from minivl.fast import compiled, machine
 from minivl.fast.compiled import ROWS
-from minivl.fast.edits import INT4, stands_for, untouched
+from minivl.fast.edits import INT4, once, stands_for, untouched
 from minivl.fast.loops import SHIFTS, dequantize, few_rows, half_rows, numbers, packed_words, released, rows_of_numbers
 from minivl.fast.machine import huge, onednn, scratch
 from minivl.limits import InputError
@@ -77,9 +76,8 @@ def told_apart(module: nn.Module, definition: type, tensors: dict[str, torch.Ten
             module.register_parameter(name, tensor)
         else:
             module.register_buffer(name, tensor)
-    warnings.warn(f"a weight of {definition.__name__} was looked at: this module is computed by its definition "
-                  "from now on, so that a change of it counts. "
-                  f"{WAY_OUT[0].upper() + WAY_OUT[1:]} to look at all of them", stacklevel=4)
+    once(f"a weight of {definition.__name__} was looked at: this module is computed by its definition from now on, so "
+         f"that a change of it counts. {WAY_OUT[0].upper() + WAY_OUT[1:]} to look at all of them")
 
 
 # ---- linears --------------------------------------------------------------------------------------------------------

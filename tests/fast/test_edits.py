@@ -327,3 +327,15 @@ def test_the_table_is_that_of_these_sources():
     assert hidden == {*edits.HIDDEN, *edits.TORCHS_OWN}
 
 
+
+
+def test_hundreds_of_modules_are_one_warning(checkpoint, monkeypatch):
+    """An edit of AWQLinear brings every layer's words back: said once."""
+    model = minivl.load(checkpoint, precision="exact")
+    monkeypatch.setattr(AWQLinear, "forward", rolled(AWQLinear.forward))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        scores(model)
+        scores(model)
+    assert sum("was looked at" in str(w.message) for w in said) == 1
+    assert sum("not as shipped" in str(w.message) for w in said) == 1
