@@ -59,6 +59,7 @@ def test_no_traces_is_no_success(tiny, tmp_path, capsys):
     assert "holds no traces" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @needs_nano
 def test_every_mistake_is_caught_on_the_shipped_model(tmp_path):
     """Against transformers' committed traces, in float32, bfloat16 and the quiet copy; and the page says so."""
