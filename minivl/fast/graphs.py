@@ -137,10 +137,11 @@ class Recorded(qwen2.Qwen2ForCausalLM):
             return super().scores(inputs_embeds, cache, padding, last)
         with torch.inference_mode():
             recording = self.recording_of(cache, inputs_embeds, padding)
-            if recording.graph is None or recording.of != self.seen:
+            # At every token: the same list is not compared entry by entry.
+            if recording.graph is None or recording.of is not self.seen and recording.of != self.seen:
                 recording.inputs.copy_(inputs_embeds)
                 recording.record(self, cache.length)
-                recording.of = self.seen
+            recording.of = self.seen
             scores = recording.replay(inputs_embeds, cache.length)
             cache.length += 1
         return scores

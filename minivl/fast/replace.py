@@ -40,16 +40,22 @@ def exactly(modules: Iterable[nn.Module], kind: type) -> list:
     return [m for m in modules if type(m) is kind]
 
 
+def as_shipped(definitions: Iterable[tuple], slow: list[str]) -> bool:
+    """Say whether all definitions are the shipped ones, and add the names of those that are not to `slow`."""
+    names = changed(definitions)
+    slow += names
+    return not names
+
+
 def become(module: nn.Module, faster: type, slow: list[str]) -> bool:
     """Make a module the faster version of its class if all that this hides is as shipped, and say whether it was.
 
     If not, `slow` gets the names of what was changed. Hooks of the module stay: they hang on the object, which stays.
     """
-    names = changed(definitions_of(faster))
-    slow += names
-    if not names:
-        module.__class__ = faster
-    return not names
+    if not as_shipped(definitions_of(faster), slow):
+        return False
+    module.__class__ = faster
+    return True
 
 
 def prepare(model: nn.Module, precision: str) -> nn.Module:
@@ -112,7 +118,7 @@ def prepare_linears(model: nn.Module, rounded: bool, slow: list[str]) -> None:
     """Cut the weights of float32 linears for the faster product; a head and an embedding kept as released stay so."""
     for linear in exactly(model.modules(), nn.Linear):
         if linear.weight.dtype == torch.float32:
-            if not slow_parts(layers.Linear, slow):
+            if as_shipped(definitions_of(layers.Linear), slow):
                 layers.Linear.of(linear, rounded)
         else:                                       # the head, kept as released
             linear.__class__ = layers.HalfLinear
@@ -123,18 +129,8 @@ def prepare_linears(model: nn.Module, rounded: bool, slow: list[str]) -> None:
         embedding.__class__ = layers.HalfEmbedding
 
 
-def slow_parts(faster: type, slow: list[str]) -> list[str]:
-    """Name what a faster class hides that is not as shipped, and add it to `slow`."""
-    names = changed(definitions_of(faster))
-    slow += names
-    return names
-
-
 def prepare_int4(model: nn.Module, make_store: Callable, slow: list[str]) -> None:
     """Put the int4 of each decoder layer into stores: q, k and v together, gate and up together, all others alone."""
-    if changed(INT4):
-        slow += changed(INT4)
-        return
     for layer in model.language_model.layers:
         for module in exactly(layer.children(), qwen2.Attention):
             side_by_side(module, [module.q_proj, module.k_proj, module.v_proj], layers.FastAttention, make_store, slow)
@@ -151,8 +147,7 @@ def side_by_side(module: nn.Module, linears: list, faster: type, make_store: Cal
 
 def int4_by_themselves(model: nn.Module, make_store: Callable, slow: list[str]) -> None:
     """Put each AWQLinear that is left into a store of its own."""
-    if changed(INT4):
-        slow += changed(INT4)
+    if not as_shipped(INT4, slow):
         return
     for linear in int4_linears(model.language_model):
         store = layers.pack(make_store(linear), [linear])
