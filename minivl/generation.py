@@ -6,7 +6,7 @@ start at the first real token: each prompt gets what it gets alone.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -36,17 +36,20 @@ def prompt_lookup(ids: list[int], most: int) -> list[int]:
 
 @torch.inference_mode()
 def steps(model: MiniVL, inputs_embeds: torch.Tensor, samplers: list, *, cache: KVCache | None = None,
-          padding: torch.Tensor | None = None, lookup: int = 0) -> Iterator[tuple[list[int], torch.Tensor]]:
+          padding: torch.Tensor | None = None, lookup: int = 0,
+          unused: Sequence[int] = ()) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Read float[B, T, D], then write forever: yields (tokens: B ids, logits float32[B, V] they were chosen from).
 
     `samplers`: one for each prompt, called with float32[V]. The caller stops. At each yield the cache holds everything
     but the tokens just yielded. `lookup`: with one prompt, so many guessed tokens are read along with each chosen one,
-    and those are kept that would have been chosen anyway (see `prompt_lookup`).
+    and those are kept that would have been chosen anyway (see `prompt_lookup`). `unused`: ids that no token has; their
+    scores become -inf, so that they are never chosen.
     """
     language = model.language_model
     cache = cache or KVCache()
     count = 0
     x = inputs_embeds
+    unused = torch.tensor(unused, dtype=torch.long, device=x.device)
     guessed = []
     while True:
         # Of the prompt only the last token's scores are needed.
@@ -61,6 +64,8 @@ def steps(model: MiniVL, inputs_embeds: torch.Tensor, samplers: list, *, cache: 
                 raise InputError("the model computed NaN or infinite scores for new token "
                                  f"{count + 1} in {model.dtype}; load it with dtype='bfloat16' or 'float32', or check "
                                  "the weights with `python -m weights_tools.inspect`")
+            if len(unused):
+                logits = logits.index_fill(1, unused, float("-inf"))
             tokens = [sample(row) for sample, row in zip(samplers, logits)]
             yield tokens, logits
             count += 1
@@ -102,7 +107,8 @@ def generate(model: MiniVL, input_ids: torch.Tensor | list[list[int]], pixel_val
     stop = {*(() if ignore_eos or config.ignore_eos else model.eos_token_ids), *(config.stop_token_ids or ())}
     samplers = [Sampler(config, row, stop, config.bad_token_ids or []) for row in rows]
     answers = [[] for _ in rows]
-    for count, (tokens, _) in enumerate(steps(model, x, samplers, padding=padding, lookup=config.lookup), start=1):
+    running = steps(model, x, samplers, padding=padding, lookup=config.lookup, unused=model.unused_ids)
+    for count, (tokens, _) in enumerate(running, start=1):
         for answer, token in zip(answers, tokens):
             if not (answer and answer[-1] in stop):
                 answer.append(token)

@@ -33,8 +33,9 @@ class MiniVL(nn.Module):
         self.pixel_unshuffle = PixelUnshuffle()
         self.mlp1 = projector(config.vision_config.hidden_size, config.llm_config.hidden_size)
         self.language_model = Qwen2ForCausalLM(config.llm_config, linear)
-        self.img_context_token_id = None    # the placeholder <IMG_CONTEXT>; `load` sets both from the files
+        self.img_context_token_id = None    # the placeholder <IMG_CONTEXT>; `load` sets these three from the files
         self.eos_token_ids = ()             # generation stops at these
+        self.unused_ids = ()                # rows of the head that no token has: never chosen
 
     @property
     def dtype(self) -> torch.dtype:

@@ -102,7 +102,8 @@ def penalise(logits: torch.Tensor, ids: list[int], penalty: float) -> torch.Tens
     """Penalise repetition in float[V]: divide the scores of the tokens `ids` by `penalty`, or multiply if negative."""
     ids = torch.tensor(sorted(set(ids)), dtype=torch.long, device=logits.device)
     seen = logits[ids]
-    return logits.index_copy(0, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
+    penalised = torch.where(seen > 0, seen / penalty, seen * penalty)
+    return logits.index_copy(0, ids, penalised.clamp(max=torch.finfo(logits.dtype).max))    # a tiny penalty overflows
 
 
 class Sampler:

@@ -2,14 +2,19 @@
 
 Text -> NFC -> split by a pattern (one digit at a time) -> bytes as printable characters -> merges -> ids.
 Added tokens (<|im_start|>, <img>, ...) are cut out of the text first and get one id each.
-Source: Qwen2Converter and tokenization_qwen2.py of transformers 4.37.2/4.52.4; special flags: InternVL
-internvl/train/constants.py @2410d1d.
+
+The files give a vocabulary, merges and added tokens; the recipe is ours, whichever files they come from. So nothing
+that was saved along with them (truncation, padding, a dropout) can change an id.
+Source: Qwen2Converter and tokenization_qwen2.py of transformers 4.37.2/4.52.4; which file's word on an added token
+counts: tokenization_utils_base.py of 5.23.0; special flags: InternVL internvl/train/constants.py @2410d1d.
 """
 from __future__ import annotations
 
 import codecs
 import os
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -23,10 +28,16 @@ from minivl.limits import InputError
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
-# Added tokens that stay visible in decoded text; all others are "special" and dropped by skip_special_tokens.
-NOT_SPECIAL = {"<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
-               "<|repo_name|>", "<|file_sep|>"}
+# The released added tokens that decoded text leaves out, for old folders where no file says so. All others stay in it.
+SPECIAL = {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+           "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+           "<|image_pad|>", "<|video_pad|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>",
+           "<box>", "</box>"}
 REQUIRED = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+JSON_FILES = ("vocab.json", "added_tokens.json", "tokenizer.json", "tokenizer_config.json")
+FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+         "additional_special_tokens", "extra_special_tokens")       # keys of tokenizer_config.json
 
 
 class Tokenizer:
@@ -40,33 +51,29 @@ class Tokenizer:
         missing = [token for token in REQUIRED if token not in self.added]
         if missing:
             raise InputError(f"the tokenizer has no {', '.join(missing)}; "
-                             "is added_tokens.json that of an InternVL model?")
+                             "are its files those of an InternVL model?")
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Tokenizer:
-        """Read the tokenizer of a checkpoint folder: vocab.json, merges.txt and added_tokens.json, or tokenizer.json.
+        """Read the tokenizer of a checkpoint folder: from tokenizer.json, or from vocab.json and merges.txt.
 
-        Where both are there the first three win: their recipe is verified. Raises InputError.
+        Added tokens may stand in tokenizer.json, tokenizer_config.json or added_tokens.json. All of these files that
+        are there are read and must agree. Raises InputError.
         """
-        folder = Path(folder)
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return cls(_qwen2(folder))
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise InputError(f"{folder} has neither vocab.json and merges.txt nor tokenizer.json; copy the tokenizer "
-                             "files of the model there")
-        read_json(path)     # says what is wrong in our words; the library's error is a Rust one
-        try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
-        except (InputError, KeyboardInterrupt):
-            raise
-        except BaseException:   # the library raises plain Exception, and Rust's panics are no Exception at all
-            raise InputError(f"{path} is JSON but not a tokenizer; download it again") from None
+        return cls(_qwen2(Path(folder)))
 
     @cached_property
     def vocab_size(self) -> int:
         """Count the ids: one more than the largest."""
-        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+        return 1 + max(self._ids)
+
+    @cached_property
+    def _ids(self) -> list[int]:
+        return sorted(self.backend.get_vocab(with_added_tokens=True).values())
+
+    def unused(self, rows: int) -> list[int]:
+        """List the ids below `rows` that no token has: the padding of an embedding, or holes."""
+        return without_token(self._ids, rows)
 
     def id(self, token: str) -> int:
         """Look up the id of one added token or vocabulary entry, e.g. `<|im_end|>`."""
@@ -92,17 +99,16 @@ class Tokenizer:
     def decode(self, ids: Iterable[int] | torch.Tensor, *, skip_special_tokens: bool = True) -> str:
         """Decode ids (a tensor: int64[T]) into a text. Broken UTF-8 becomes U+FFFD, as everywhere."""
         ids = list(ids.tolist() if hasattr(ids, "tolist") else ids)
-        unknown = [i for i in ids
-                   if not isinstance(i, int) or not 0 <= i < 2 ** 31 or self.backend.id_to_token(i) is None]
-        if unknown:
-            raise InputError(f"id {str(unknown[0])[:30]} is not in the vocabulary (0..{self.vocab_size - 1})")
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if unknown := [i for i in ids if type(i) is not int]:
+            raise InputError(f"id {str(unknown[0])[:30]!r} is a {type(unknown[0]).__name__}; ids are whole numbers")
+        skip = self.special_ids if skip_special_tokens else ()
+        return b"".join([self.token_bytes(i) for i in ids if i not in skip]).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
         """Look up the bytes one token stands for; a character may be spread over several tokens."""
-        token = self.backend.id_to_token(id)
+        token = self.backend.id_to_token(id) if 0 <= id < 2 ** 31 else None
         if token is None:
-            raise InputError(f"id {id} is not in the vocabulary (0..{self.vocab_size - 1})")
+            raise InputError(f"id {str(id)[:30]} is not in the vocabulary (0..{self.vocab_size - 1})")
         if token in self.added or not all(c in self._byte_of for c in token):
             return token.encode("utf-8")
         return bytes(self._byte_of[c] for c in token)
@@ -114,7 +120,7 @@ class Tokenizer:
         """
         if text not in self._containing:
             wanted = text.encode()
-            self._containing[text] = [i for i in range(self.vocab_size) if wanted in self.token_bytes(i)]
+            self._containing[text] = [i for i in self._ids if wanted in self.token_bytes(i)]
         return self._containing[text]
 
     @cached_property
@@ -147,35 +153,224 @@ class TextStream:
         return self.decoder.decode(b"", final=True)
 
 
-def _qwen2(folder: Path) -> tokenizers.Tokenizer:
-    """Build the tokenizer of vocab.json, merges.txt and added_tokens.json."""
-    vocabulary = read_json(folder / "vocab.json")
-    added = read_json(folder / "added_tokens.json")
-    for name, table in (("vocab.json", vocabulary), ("added_tokens.json", added)):
-        if not all(isinstance(i, int) and i >= 0 for i in table.values()):
+# ---- from files -----------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Listing:
+    """Say what the tokenizer's files list, whichever of them are in a folder. Any of the tables may be empty."""
+    files: dict[str, dict]          # name -> the parsed JSON
+    vocabulary: dict[str, int]      # token -> id, of the model
+    added: dict[str, int]           # token -> id, in the order of the ids
+    flags: dict[str, dict]          # added token -> {"special": bool, ...}
+
+    def unused(self, rows: int) -> list[int]:
+        """List the ids below `rows` that no token has; none where the folder has no vocabulary."""
+        return without_token([*self.vocabulary.values(), *self.added.values()], rows) if self.vocabulary else []
+
+
+def without_token(ids: Iterable[int], rows: int) -> list[int]:
+    """List the numbers below `rows` that are not among the ids."""
+    return sorted(set(range(rows)).difference(ids))
+
+
+def read_listing(folder: Path) -> Listing:
+    """Read which tokens the files of a folder list, with which ids. Refuses files that contradict each other."""
+    files = {name: read_json(folder / name) for name in JSON_FILES if (folder / name).is_file()}
+    vocabularies, added, flags = {}, {}, {}
+    if "vocab.json" in files:
+        vocabularies["vocab.json"] = files["vocab.json"]
+    if "added_tokens.json" in files:
+        added["added_tokens.json"] = files["added_tokens.json"]
+    # tokenizer_config.json comes last: as in transformers, its word on a token's flags counts most.
+    if "tokenizer.json" in files:
+        model, tokens = (files["tokenizer.json"].get(key) for key in ("model", "added_tokens"))
+        if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or not _are_tokens(tokens):
+            raise InputError(f"tokenizer.json in {folder} is JSON but not a BPE tokenizer; download it again")
+        vocabularies["tokenizer.json"] = model["vocab"]
+        added["tokenizer.json"] = {token["content"]: token.get("id") for token in tokens}
+        flags.update((token["content"], token) for token in tokens)
+    config = files.get("tokenizer_config.json", {})
+    if listed := config.get("added_tokens_decoder"):
+        if not isinstance(listed, dict) or not _are_tokens([*listed.values()]):
+            raise InputError(f"added_tokens_decoder of tokenizer_config.json in {folder} must map ids to tokens; "
+                             "download it again")
+        added["tokenizer_config.json"] = {token["content"]: int(i) if re.fullmatch("[0-9]{1,10}", i) else i
+                                          for i, token in listed.items()}
+        flags.update((token["content"], token) for token in listed.values())
+    for name, table in (*vocabularies.items(), *added.items()):
+        if not all(type(i) is int and 0 <= i < 2 ** 31 for i in table.values()):
             raise InputError(f"{name} in {folder} must map tokens to ids; download it again")
-        if any("\ud800" <= c <= "\udfff" for token in table for c in token):
-            raise InputError(f"{name} in {folder} holds half a surrogate pair, which is no text; download it again")
-    ids = [*vocabulary.values(), *added.values()]
-    if sorted(ids) != list(range(len(ids))):
-        raise InputError(f"vocab.json ({len(vocabulary)} entries) and added_tokens.json ({len(added)}) in {folder} do "
-                         f"not number their tokens 0..{len(ids) - 1} once each; the files do not belong together")
-    lines = read_text(folder / "merges.txt").split("\n")
-    try:
-        merges = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version"):] if line]
-        model = models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, byte_fallback=False)
-    except Exception:       # not UTF-8, a line without two halves, a merge of unknown tokens
-        raise InputError(f"merges.txt in {folder} does not fit vocab.json; download both again") from None
-    backend = tokenizers.Tokenizer(model)
+        if "" in table or any("\ud800" <= c <= "\udfff" for token in table for c in token):
+            raise InputError(f"{name} in {folder} holds an empty token or half a surrogate pair, which is no text; "
+                             "download it again")
+    tokens = _agreed(added, folder)
+    vocabulary = _same_vocabulary(vocabularies, tokens, folder)
+    _agreed({"the added tokens": tokens, **vocabularies}, folder)
+    owner = {}
+    for token, i in (*vocabulary.items(), *tokens.items()):
+        if owner.setdefault(i, token) != token:
+            raise InputError(f"the tokenizer files in {folder} give id {i} to {owner[i]!r} and to {token!r}; they do "
+                             "not belong together, download them again")
+    named = {text for key in NAMED for text in _texts(config.get(key))}
+    return Listing(files, vocabulary, dict(sorted(tokens.items(), key=lambda item: item[1])),
+                   {token: _flags(token, flags.get(token), token in named) for token in tokens})
+
+
+def _are_tokens(listed: object) -> bool:
+    """Whether it is a list of objects with a content, and nothing but true or false in their flags."""
+    return isinstance(listed, list) and all(
+        isinstance(token, dict) and isinstance(token.get("content"), str)
+        and all(isinstance(token.get(flag, False), bool) for flag in FLAGS) for token in listed)
+
+
+def _agreed(tables: dict[str, dict[str, int]], folder: Path) -> dict[str, int]:
+    """Put tables token -> id together; a token must have the same id in all of them."""
+    together, source = {}, {}
+    for name, table in tables.items():
+        for token, i in table.items():
+            if together.setdefault(token, i) != i:
+                raise InputError(f"{token!r} has id {together[token]} in {source[token]} and {i} in {name} ({folder}); "
+                                 "the files are of different models, keep those of one")
+            source.setdefault(token, name)
+    return together
+
+
+def _same_vocabulary(found: dict[str, dict[str, int]], added: dict[str, int], folder: Path) -> dict[str, int]:
+    """Return the vocabulary of any of the files; but for added tokens, all must have the same."""
+    vocabularies = list(found.values())
+    for one, other in zip(vocabularies, vocabularies[1:]):
+        if differing := {t for t, _ in one.items() ^ other.items()} - added.keys():
+            token = min(differing)
+            raise InputError(f"{' and '.join(found)} in {folder} differ in {len(differing)} tokens of their "
+                             f"vocabularies ({token!r} is {one.get(token)} and {other.get(token)}); keep the files of "
+                             "one model")
+    return {token: i for table in vocabularies for token, i in table.items()}
+
+
+def _texts(named: object) -> list[str]:
+    """List the texts of the tokens that a key of tokenizer_config.json names: one, a list, or a dict of them."""
+    if isinstance(named, dict) and "content" not in named:
+        named = list(named.values())
+    items = named if isinstance(named, list) else [named]
+    texts = [item.get("content") if isinstance(item, dict) else item for item in items]
+    return [text for text in texts if isinstance(text, str)]
+
+
+def _flags(token: str, said: dict | None, named: bool) -> dict[str, bool]:
+    """Collect the flags of an added token: what a file said, else the released list."""
+    flags = {flag: (said or {}).get(flag, False) for flag in FLAGS}
+    return {**flags, "special": named or (flags["special"] if said else token in SPECIAL)}
+
+
+def _merges(listing: Listing, folder: Path) -> list[tuple[str, str]]:
+    """Read the merges, from merges.txt, tokenizer.json or both; each must join two tokens to a third."""
+    found = {}
+    if (folder / "merges.txt").is_file():
+        lines = read_text(folder / "merges.txt").split("\n")
+        found["merges.txt"] = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version"):] if line]
+    if "tokenizer.json" in listing.files:
+        listed = listing.files["tokenizer.json"]["model"].get("merges")
+        good = isinstance(listed, list) and all(
+            isinstance(m, str) or isinstance(m, list) and all(isinstance(part, str) for part in m) for m in listed)
+        if not good:
+            raise InputError(f"tokenizer.json in {folder} is JSON but not a BPE tokenizer; download it again")
+        found["tokenizer.json"] = [tuple(m.split(" ") if isinstance(m, str) else m) for m in listed]
+    words = listing.vocabulary
+    for name, merges in found.items():      # the library panics at some that do not fit
+        bad = [m for m in merges if len(m) != 2 or m[0] not in words or m[1] not in words or m[0] + m[1] not in words]
+        if bad:
+            raise InputError(f"{name} in {folder} does not fit the vocabulary: {len(bad)} of {len(merges)} merges "
+                             f"(the first is {' '.join(bad[0])[:40]!r}) do not join two tokens to a third; download "
+                             "both again")
+    if len(found) == 2 and found["merges.txt"] != found["tokenizer.json"]:
+        raise InputError(f"merges.txt ({len(found['merges.txt'])}) and tokenizer.json ({len(found['tokenizer.json'])}) "
+                         f"in {folder} hold different merges; keep the files of one model")
+    return next(iter(found.values()), [])
+
+
+# ---- Qwen2's recipe -------------------------------------------------------------------------------------------------
+
+def _qwen2(folder: Path) -> tokenizers.Tokenizer:
+    """Build the tokenizer of a folder by Qwen2's recipe. Refuses files that were written by another."""
+    listing = read_listing(folder)
+    pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    if not pair and "tokenizer.json" not in listing.files:
+        raise InputError(f"{folder} has neither vocab.json and merges.txt nor tokenizer.json; copy the tokenizer "
+                         "files of the model there")
+    if not listing.added:
+        raise InputError(f"{folder} lists no added tokens; copy added_tokens.json, tokenizer_config.json or "
+                         "tokenizer.json of the model there")
+    _refuse_other_recipes(listing.files, folder)
+    vocabulary, added = listing.vocabulary, listing.added
+    if lacking := [c for c in pre_tokenizers.ByteLevel.alphabet() if c not in vocabulary]:
+        raise InputError(f"the vocabulary in {folder} has tokens for {256 - len(lacking)} of the 256 bytes, text with "
+                         "the others would vanish; is it that of a Qwen2 model?")
+    merges = _merges(listing, folder)
+    own = [i for token, i in vocabulary.items() if token not in added]
+    if [*sorted(own), *added.values()] != list(range(len(own) + len(added))):
+        # The library numbers added tokens on from the vocabulary; those with ids of their own have to be in it.
+        vocabulary = {**vocabulary, **added}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, byte_fallback=False))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    for token in sorted(added, key=added.get):      # one by one, in id order: the library numbers them as they come
-        backend.add_tokens([AddedToken(token, normalized=False, special=token not in NOT_SPECIAL)])
-        if backend.token_to_id(token) != added[token]:
-            raise InputError(f"added token {token} got id {backend.token_to_id(token)}, added_tokens.json in {folder} "
-                             f"says {added[token]}; is it in vocab.json too?")
+    backend.add_tokens([AddedToken(token, **listing.flags[token]) for token in added])
+    for token, i in added.items():
+        if backend.token_to_id(token) != i:
+            raise InputError(f"added token {token!r} in {folder} got id {backend.token_to_id(token)} instead of {i}; "
+                             "download the tokenizer files again")
     return backend
+
+
+def _refuse_other_recipes(files: dict[str, dict], folder: Path):
+    """Refuse a tokenizer.json or tokenizer_config.json that would give other ids, or another text, than the recipe.
+
+    Options that cannot change anything are not looked at: with a token for every byte nothing is ever unknown, and
+    truncation and padding are about whole batches, not about how a text is encoded.
+    """
+    if "tokenizer.json" in files:
+        data = files["tokenizer.json"]
+        model = data["model"]
+        _refuse("model.type", model.get("type", "BPE"), model.get("type", "BPE") == "BPE", folder)
+        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+            _refuse(f"model.{option}", model.get(option), not model.get(option), folder)
+        for part, inside in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"),
+                             ("post_processor", "processors"), ("decoder", "decoders")):
+            value = data.get(part)
+            steps = value.get(inside) if isinstance(value, dict) and value.get("type") == "Sequence" else [value]
+            steps = [step for step in steps if step is not None] if isinstance(steps, list) else [steps]
+            good = all(isinstance(step, dict) for step in steps) and _as_in_the_recipe(part, steps)
+            _refuse(part, value, good, folder)
+    config = files.get("tokenizer_config.json", {})
+    for option, token in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token"), ("add_prefix_space", None)):
+        acts = config.get(option) and (token is None or config.get(token))
+        _refuse(option, config.get(option), not acts, folder, "tokenizer_config.json")
+
+
+def _as_in_the_recipe(part: str, steps: list[dict]) -> bool:
+    """Whether the steps of a part of tokenizer.json mean what the recipe does."""
+    kinds = [step.get("type") for step in steps]
+    if part == "normalizer":        # transformers' Qwen2 tokenizer has NFC even where the file has null
+        return kinds in ([], ["NFC"])
+    if part == "pre_tokenizer":
+        split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+        return (kinds == ["Split", "ByteLevel"] and steps[0] == split
+                and steps[1].get("add_prefix_space") is False and steps[1].get("use_regex") is False)
+    if part == "decoder":
+        return kinds == ["ByteLevel"]
+    # A template that only repeats the text adds no id.
+    bare = [step for step in steps if step.get("type") == "TemplateProcessing" and _adds_nothing(step.get("single"))]
+    return all(step.get("type") == "ByteLevel" or step in bare for step in steps)
+
+
+def _adds_nothing(single: object) -> bool:
+    return isinstance(single, list) and len(single) == 1 and isinstance(single[0], dict) and "Sequence" in single[0]
+
+
+def _refuse(name: str, value: object, good: bool, folder: Path, file: str = "tokenizer.json"):
+    if not good:
+        raise InputError(f"{name} of {file} in {folder} is {str(value)[:80]}, which is not the recipe of Qwen2 that "
+                         "minivl follows; take the tokenizer files of the original model")

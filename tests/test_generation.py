@@ -92,6 +92,25 @@ def test_lookup_changes_nothing_but_the_number_of_passes(sampled):
         model, rows, max_new_tokens=8)
 
 
+@pytest.mark.parametrize("sampled", [{}, {"do_sample": True, "random_seed": 5, "temperature": 2.0, "top_k": 0},
+                                     {"do_sample": True, "random_seed": 6, "repetition_penalty": 1e-40}])
+def test_ids_that_no_token_has_are_never_chosen(sampled):
+    model, part = build(), [5, 6, 7, 8, 9, 10, 11]
+    free = minivl.generate(model, [part * 3], max_new_tokens=20, ignore_eos=True)[0]
+    unused = {*free[:4], 69, 70}                # those it would like best, and the end of the rows
+    model.unused_ids = tuple(unused)
+    answers = [minivl.generate(model, [part * 3], max_new_tokens=20, ignore_eos=True,
+                               config=GenerationConfig(lookup=lookup, **sampled))[0] for lookup in (0, 3)]
+    assert answers[0] == answers[1] and not unused & {*answers[0]} and len(answers[0]) == 20
+    with torch.no_grad():
+        x = model.embed(torch.tensor([part, part]))
+        want = model.language_model.scores(x)[:, -1]
+        _, logits = next(steps(model, x, [scripted([1]), scripted([2])], unused=model.unused_ids))
+    assert all(torch.isneginf(logits[:, i]).all() for i in unused)
+    kept = [i for i in range(71) if i not in unused]
+    assert torch.equal(logits[:, kept], want[:, kept])
+
+
 def test_lookup_leaves_the_cache_right_for_the_next_turn():
     model = build()
     with torch.no_grad():

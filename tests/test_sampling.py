@@ -60,6 +60,13 @@ def test_repetition_penalty_by_hand():
     assert logits.tolist() == [2.0, -2.0, 1.0, 3.0]
 
 
+def test_a_tiny_penalty_does_not_overflow():
+    logits = torch.tensor([2.0, -2.0, 0.0, float("-inf")])
+    assert penalise(logits, [0, 1, 2, 3], 1e-40).isinf().tolist() == [False, False, False, True]
+    config = GenerationConfig(do_sample=True, repetition_penalty=1e-40, random_seed=0)
+    assert Sampler(config, [0, 1, 3])(logits) == 0
+
+
 def test_sampler():
     logits = torch.tensor([0.0, 3.0, 2.0, 1.0])
     assert Sampler(GenerationConfig(), [])(logits) == 1

@@ -122,6 +122,18 @@ def test_text_that_spells_a_placeholder(small):
     assert small.decode(ids).endswith("user\n\nwhat is <IMG_CONTEXT> and <image>?\nassistant\n".replace("\n\n", "\n"))
 
 
+def test_a_mark_in_the_systems_or_the_assistants_text_is_text(small):
+    turns = [("<image>\nwrite html", "<image> is no tag, <img> is"), ("and <image>?", None)]
+    text = render(turns, [1, 2], "Never write <image>.", tokens_per_tile=2)
+    assert "Never write <image>." in text and "assistant\n<image> is no tag" in text
+    assert text.count("<IMG_CONTEXT>") == 6 and text.count("<image>") == 2
+    spelled = [{"type": "text", "text": "<image>"}]
+    messages = [{"role": "system", "content": spelled}, {"role": "user", "content": "x"},
+                {"role": "assistant", "content": spelled}, {"role": "user", "content": "y"}]
+    assert render(messages).count("<image>") == 2 and "<img>" not in render(messages)
+    assert encode(small, messages) == encode(small, messages, plain=True)
+
+
 @pytest.mark.parametrize("tiles, marks", [([], 1), ([1], 0), ([1, 1], 1), ([1], 2)])
 def test_marks_and_pictures_must_match(tiles, marks):
     with pytest.raises(InputError, match=rf"{marks} picture marks \(<image>\) but {len(tiles)} pictures are given"):
@@ -155,6 +167,7 @@ def test_stream_gives_whole_characters_and_the_same_text(small):
             stream = TextStream(small, skip)
             pieces = [stream.push(i) for i in ids] + [stream.finish()]
             assert "".join(pieces) == small.decode(ids, skip_special_tokens=skip)
+            assert "".join(pieces) == small.backend.decode(ids, skip_special_tokens=skip)       # the library's word
     stream = TextStream(small)
     pieces = [stream.push(i) for i in small.encode("aé世🐅", plain=True)] + [stream.finish()]
     assert "".join(pieces) == "aé世🐅" and "�" not in "".join(pieces) and pieces[-1] == ""
@@ -165,7 +178,8 @@ def test_stream_with_the_real_vocabulary(qwen2):
     for _ in range(100):
         ids = [chosen.randrange(qwen2.vocab_size) for _ in range(40)]
         stream = TextStream(qwen2)
-        assert "".join([stream.push(i) for i in ids]) + stream.finish() == qwen2.decode(ids)
+        streamed = "".join([stream.push(i) for i in ids]) + stream.finish()
+        assert streamed == qwen2.decode(ids) == qwen2.backend.decode(ids)
 
 
 def test_bad_text_and_ids(small):
@@ -197,9 +211,9 @@ def test_bad_tokenizer_files(tiny, tmp_path):
         with pytest.raises(InputError, match=message):
             Tokenizer.load(tmp_path)
     broken("is not valid JSON at line 1", vocab_json="{broken")
-    broken("merges.txt in .* does not fit vocab.json", merges_txt="#version: 0.2\nxyzzy plugh\n")
-    broken("merges.txt in .* does not fit vocab.json", merges_txt="#version: 0.2\none_half\n")
-    broken("do not number their tokens 0..", added_tokens_json=json.dumps({**added, "<img>": 99999}))
+    broken("merges.txt in .* does not fit the vocabulary", merges_txt="#version: 0.2\nxyzzy plugh\n")
+    broken("merges.txt in .* does not fit the vocabulary", merges_txt="#version: 0.2\none_half\n")
+    broken("give id 570 to '<|im_start|>' and to '<img>'", added_tokens_json=json.dumps({**added, "<img>": 570}))
     broken("must map tokens to ids", added_tokens_json='{"<img>": "x"}')
     without = {t: i for t, i in added.items() if t != "<IMG_CONTEXT>"}
     ids = sorted(without.values())
@@ -208,5 +222,5 @@ def test_bad_tokenizer_files(tiny, tmp_path):
     for name in ("vocab.json", "merges.txt", "added_tokens.json"):
         (tmp_path / name).unlink()
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
-    with pytest.raises(InputError, match="is JSON but not a tokenizer"):
+    with pytest.raises(InputError, match="is JSON but not a BPE tokenizer"):
         Tokenizer.load(tmp_path)

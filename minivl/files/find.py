@@ -14,7 +14,7 @@ from pathlib import Path
 from minivl.limits import InputError, offline
 
 SMALL_FILES = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-               "tokenizer.json"]
+               "tokenizer.json", "tokenizer_config.json"]
 WEIGHT_FILES = ["model.safetensors.index.json", "model.safetensors",
                 "pytorch_model.bin.index.json", "pytorch_model.bin"]      # in this order; the first that exists is read
 PACKAGE = Path(__file__).parents[1]

@@ -21,6 +21,7 @@ from minivl.files.formats import DTYPES, StoredTensor, open_weights
 from minivl.limits import InputError
 from minivl.memory import full_memory_told
 from minivl.model import MiniVL
+from minivl.tokenizer import read_listing
 
 KEPT = (".scales",)                                     # rounding a scale would change 128 weights at once
 KEPT_HALF = ("embed_tokens.weight", "lm_head.weight")   # by the fast layers, see minivl.fast
@@ -57,7 +58,7 @@ def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: 
     size = sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in model.state_dict().values())
     with full_memory_told(device, f"{size / 1e9:.1f} GB of weights", "take a smaller or an AWQ model, or device='cpu'"):
         model.load_state_dict(_read_tensors(model, tensors, device, dtype, kept), strict=True, assign=True)
-        model.img_context_token_id, model.eos_token_ids = _token_ids(folder, config)
+        model.img_context_token_id, model.eos_token_ids, model.unused_ids = _token_ids(folder, config)
         return (fast.prepare(model, precision) if precision else model).eval()
 
 
@@ -148,18 +149,12 @@ def _refuse_non_finite(name: str, tensor: torch.Tensor, why: str):
         raise InputError(f"{name} holds NaN or infinity ({low}..{high}); {why}")
 
 
-def _token_ids(folder: Path, config: Config) -> tuple[int | None, tuple[int, ...]]:
-    """Read (id of <IMG_CONTEXT> or None, ids that end an answer) from the small files of the checkpoint."""
-    added = {}
+def _token_ids(folder: Path, config: Config) -> tuple[int | None, tuple[int, ...], tuple[int, ...]]:
+    """Read (id of <IMG_CONTEXT> or None, ids that end an answer, ids without a token) from the checkpoint's files."""
     vocabulary = config.llm_config.vocab_size
-    if (folder / "added_tokens.json").is_file():
-        added = read_json(folder / "added_tokens.json")
-    elif (folder / "tokenizer.json").is_file():
-        listed = read_json(folder / "tokenizer.json").get("added_tokens")
-        listed = [token for token in listed if isinstance(token, dict)] if isinstance(listed, list) else []
-        added = {str(token.get("content")): token.get("id") for token in listed}
-    added = {token: i for token, i in added.items() if isinstance(i, int)}
-    largest = max(added.values(), default=0)
+    listing = read_listing(folder)
+    added = listing.added
+    largest = max([*listing.vocabulary.values(), *added.values()], default=0)
     if largest >= vocabulary:
         raise InputError(f"the tokenizer has ids up to {largest}, the model's vocab_size is {vocabulary}; tokenizer "
                          "and weights are of different models")
@@ -172,4 +167,4 @@ def _token_ids(folder: Path, config: Config) -> tuple[int | None, tuple[int, ...
     for source in sources:
         ids = source.get("eos_token_id")
         eos.update(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and 0 <= i < vocabulary)
-    return added.get("<IMG_CONTEXT>"), tuple(sorted(eos))
+    return added.get("<IMG_CONTEXT>"), tuple(sorted(eos)), tuple(listing.unused(vocabulary))
