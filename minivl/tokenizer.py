@@ -200,7 +200,7 @@ def read_listing(folder: Path) -> Listing:
     for name, table in (*vocabularies.items(), *added.items()):
         if not all(type(i) is int and 0 <= i < 2 ** 31 for i in table.values()):
             raise InputError(f"{name} in {folder} must map tokens to ids; download it again")
-        if "" in table or any("\ud800" <= c <= "\udfff" for token in table for c in token):
+        if "" in table or re.search("[\ud800-\udfff]", "".join(table)):
             raise InputError(f"{name} in {folder} holds an empty token or half a surrogate pair, which is no text; "
                              "download it again")
     tokens = _agreed(added, folder)
