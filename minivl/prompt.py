@@ -18,7 +18,7 @@ from minivl.tokenizer import Tokenizer
 # language model developed jointly by Shanghai AI Laboratory, Tsinghua University and several partners."
 SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
           "联合开发的多模态大语言模型。")
-IMAGE = "<image>"                   # in a message's text: a picture goes here
+IMAGE = "<image>"                   # in a user's text: a picture goes here
 CONTEXT = "<IMG_CONTEXT>"
 ROLES = ("system", "user", "assistant")
 _PICTURE = object()                 # stands between the texts of a message, where a picture goes
@@ -31,7 +31,8 @@ def render(messages: Sequence, tiles_per_image: Sequence[int] = (), system: str 
     `messages`: [{"role": "user", "content": "<image>\\nWhat is this?"}, ...] or the original's history of pairs
     [(question, answer), ..., (question, None)]. Content may be a list of {"type": "text", "text": ...} and
     {"type": "image"}. Pictures are taken from `tiles_per_image` (tiles of each, thumbnail included) in order.
-    `system` None: a leading system message, else SYSTEM. `plain`: text is only text, `<image>` is no mark.
+    `system` None: a leading system message, else SYSTEM. `plain`: text is only text, `<image>` is no mark. In the
+    system's and the assistant's text it never is one.
     """
     return "".join(text for _, text in _segments(messages, tiles_per_image, system, tokens_per_tile, plain))
 
@@ -74,8 +75,8 @@ def _segments(messages: Sequence, tiles_per_image: Sequence[int], system: str | 
             raise InputError("a system text is given twice, as `system` and as the first message; give one of them")
         system = messages[0]["content"]
         messages = messages[1:]
-    contents = [(m["role"], _split(m["content"], plain)) for m in messages]
-    system = _split(SYSTEM if system is None else system, plain)
+    contents = [(m["role"], _split(m["content"], plain or m["role"] != "user")) for m in messages]
+    system = _split(SYSTEM if system is None else system, plain=True)
     everything = [part for parts in [system, *(parts for _, parts in contents)] for part in parts]
     marks = everything.count(_PICTURE)
     if marks != len(tiles_per_image):

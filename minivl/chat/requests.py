@@ -67,7 +67,8 @@ def read_request(prompt, config: Config, tokenizer: Tokenizer, *, limits: Limits
     """
     messages, blocks = [], []
     for message in read_messages(prompt):
-        content, found = place_pictures(message["content"], plain_text)
+        # only the user brings pictures: what the others wrote is text, whatever it spells
+        content, found = place_pictures(message["content"], plain_text or message["role"] != "user")
         if message["role"] != "user" and found:
             raise InputError(f"a {message['role']} message holds pictures; they belong to the user's messages")
         messages.append({"role": message["role"], "content": content})
@@ -161,7 +162,7 @@ def place_pictures(items: list[dict], plain_text: bool = False) -> tuple[list[di
     if not plain_text and MARK.search(text):
         return _at_the_marks(text, pictures)
     if len(pictures) > 1 and not plain_text:
-        _warn(f"{len(pictures)} pictures without {IMAGE_TOKEN} in the text share one <img></img> pair; "
+        warn(f"{len(pictures)} pictures without {IMAGE_TOKEN} in the text share one <img></img> pair; "
               f"number them for better answers: 'Image-1: {IMAGE_TOKEN}\\nImage-2: {IMAGE_TOKEN}\\n...'")
     if not pictures:
         return [_text(text)], []
@@ -234,7 +235,7 @@ def _data(picture) -> dict:
     return {"type": "image_data", "image_data": {"data": picture}}
 
 
-def _warn(message: str):
+def warn(message: str):
     """Warn at the caller's line, however deep in this package it happens."""
     level, frame = 1, sys._getframe()
     while frame.f_back and frame.f_code.co_filename.startswith(PACKAGE):

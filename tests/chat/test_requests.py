@@ -76,6 +76,21 @@ def test_spelled_tokens_in_a_prompt(pipe):
     assert plain(("what?", TIGER), SHORT).token_ids == pipe(("what?", TIGER), SHORT).token_ids
 
 
+@pytest.mark.parametrize("mark", [IMAGE_TOKEN, prompt.IMAGE, f"<img>{IMAGE_TOKEN}</img>"])
+def test_a_mark_of_the_system_or_the_assistant_is_text(pipe, mark):
+    picture = {"type": "image_data", "image_data": {"data": TIGER}}
+    for answer in (f"write {mark}", [{"type": "text", "text": f"write {mark}"}, {"type": "text", "text": " ok"}]):
+        messages = [{"role": "system", "content": f"A place is {mark}."},
+                    {"role": "user", "content": [{"type": "text", "text": "how do I place a picture?"}, picture]},
+                    {"role": "assistant", "content": answer}, {"role": "user", "content": "and two?"}]
+        turn = pipe.turn(messages)
+        text = pipe.tokenizer.decode(turn.ids, skip_special_tokens=False)
+        assert f"A place is {mark}." in text and f"write {mark}" in text
+        assert turn.ids.count(pipe.model.img_context_token_id) == 7 * 4 and len(turn.tiles) == 7
+    session = pipe.chat([messages[0], {"role": "user", "content": "hi"}], gen_config=SHORT)
+    assert pipe.chat("more", session, SHORT).history[-1][0] == "more"
+
+
 @pytest.mark.parametrize("marks, pictures", [(1, 2), (2, 1), (1, 0), (3, 2)])
 def test_marks_and_pictures_must_match(pipe, marks, pictures):
     for mark in (IMAGE_TOKEN, prompt.IMAGE):
