@@ -7,13 +7,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minivl.chat.requests import Turn
+from minivl.limits import InputError
 from minivl.sampling import Sampler
 from minivl.tokenizer import TextStream, Tokenizer
 
 
 @dataclass
 class Response:
-    """One answer. `finish_reason`: "stop" (the model, a stop word or stop token) or "length"."""
+    """One answer. `finish_reason`: "stop" (the model, a stop word or stop token), "length", or "error".
+
+    "error": one prompt of a batch could not be finished. `text` is what was written until then, `error` says why.
+    """
     text: str
     generate_token_len: int
     input_token_len: int                # of this turn, placeholders counted
@@ -22,6 +26,7 @@ class Response:
     token_ids: list[int]                # without the stop token
     logprobs: list[dict] | None = None  # per token {id: log-probability}, if asked for
     index: int = 0                      # of the prompt in its batch
+    error: str | None = None
 
 
 class Answer:
@@ -40,6 +45,7 @@ class Answer:
         self.token_ids = []
         self.logprobs = []
         self.finish_reason = None
+        self.error = None
         self.sizes = []                     # characters of text after each token, given out or waiting
         self.written = None                 # how many of token_ids the model wrote, where that is not all of them
 
@@ -78,12 +84,19 @@ class Answer:
         self.sizes.append(len(self.text) + len(text) + 0.5 * self.stream.incomplete)
         if self.turn.config.logprobs:
             best = logits.log_softmax(-1).topk(min(self.turn.config.logprobs, len(logits)))
-            self.logprobs.append(dict(zip(best.indices.tolist(), best.values.tolist())))
+            # -inf: an id that no token has
+            self.logprobs.append({i: value for i, value in zip(best.indices.tolist(), best.values.tolist())
+                                  if value > float("-inf")})
 
     def _possible_stop_word(self, text: str) -> int:
         """Count the characters at the end of a text that a stop word begins with."""
         return max((n for word in self.stop_words for n in range(1, min(len(word), len(text) + 1))
                     if text.endswith(word[:n])), default=0)
+
+    def fail(self, error: InputError):
+        """End it because the model cannot go on; what was written stays."""
+        self._end("error", self.waiting + self.stream.finish())
+        self.error = str(error)
 
     def _end(self, reason: str, rest: str) -> str:
         self.finish_reason = reason
@@ -103,4 +116,5 @@ class Answer:
     def response(self) -> Response:
         """Make the Response of what is written so far."""
         return Response(self.text, len(self.token_ids), len(self.turn.ids), self.session_id, self.finish_reason,
-                        list(self.token_ids), self.logprobs if self.turn.config.logprobs else None, self.index)
+                        list(self.token_ids), self.logprobs if self.turn.config.logprobs else None, self.index,
+                        self.error)

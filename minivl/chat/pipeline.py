@@ -9,7 +9,7 @@ Source of the behaviour: LMDeploy v0.6.4 serve/vl_async_engine.py, serve/async_e
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ from minivl import prompt as template
 from minivl import tiling
 from minivl.cache import KVCache
 from minivl.chat.answers import Answer, Response
-from minivl.chat.requests import Turn, is_whole, read_request
+from minivl.chat.requests import Turn, is_whole, read_request, warn
 from minivl.config import Config
 from minivl.files.find import find
 from minivl.files.load import load
@@ -68,6 +68,10 @@ class Session:
     ids: list = field(default_factory=list)         # all tokens so far, the answers' as really generated
     cache: KVCache | None = field(default_factory=KVCache)
 
+    def __repr__(self) -> str:
+        turns = f"{len(self.history)} turn{'s' * (len(self.history) != 1)}"
+        return f"<Session {self.id}: {turns}, {len(self.ids)} tokens{', closed' * (self.cache is None)}>"
+
     def close(self):
         """Free the cache; the history stays readable."""
         self.cache = None
@@ -98,13 +102,13 @@ def pipeline(model_path="nano", backend_config: EngineConfig | None = None) -> P
     Config.load(folder)     # before the tokenizer: the better message for a folder that is no checkpoint
     tokenizer = Tokenizer.load(folder)
     model = load(folder, device=config.device, dtype=config.dtype, precision=config.precision)
-    return Pipeline(model, tokenizer, config)
+    return Pipeline(model, tokenizer, config, name=str(model_path))
 
 
 class Pipeline:
     """A loaded model and its tokenizer. Call it with one prompt, or a list of prompts for a batch."""
 
-    def __init__(self, model: MiniVL, tokenizer: Tokenizer, config: EngineConfig | None = None):
+    def __init__(self, model: MiniVL, tokenizer: Tokenizer, config: EngineConfig | None = None, *, name: str = ""):
         _check_tokenizer(model, tokenizer)
         self.model = model
         self.tokenizer = tokenizer
@@ -113,11 +117,17 @@ class Pipeline:
         self.room = positions if self.config.session_len is None else self.config.session_len
         if not 1 <= self.room <= positions:
             raise InputError(f"session_len {self.room} must be in 1..{positions}, the positions of this model")
+        self.name = name                    # in its repr
+        # of the tokenizer at hand: a model that was put together by hand does not know them
+        self.unused_ids = tokenizer.unused(model.config.llm_config.vocab_size)
         self.stop_ids = {*model.eos_token_ids, tokenizer.id("<|im_end|>")}
         self._session_ids = itertools.count()
 
     def __call__(self, prompts, gen_config=None) -> Response | list[Response]:
         """Answer one prompt -> Response; a list of prompts -> [Response, ...].
+
+        All prompts are checked before any is run. If the model then cannot finish one of a list, the others get their
+        answers, its own Response has finish_reason "error", and a warning says so; a single prompt raises InputError.
 
         A prompt is a text, (text, picture), (text, [pictures]) or OpenAI-style messages (a list of dicts). A picture is
         a PIL image, a path, a URL, a data: URL, bytes, or Picture(any of them, max_num=). `gen_config`: one, or one
@@ -134,11 +144,42 @@ class Pipeline:
         # All prompts are read and checked before any is run: a bad one costs nothing that was done for the others.
         turns = [self.turn(prompt, config) for prompt, config in zip(prompts, configs)]
         answers = [self._answer(turn, next(self._session_ids), index) for index, turn in enumerate(turns)]
-        for first in range(0, len(answers), self.config.max_batch_size):
-            for _ in write(self.model, answers[first:first + self.config.max_batch_size]):
+        if one:
+            for _ in self._write(answers):
                 pass
-        responses = [answer.response() for answer in answers]
-        return responses[0] if one else responses
+            return answers[0].response()
+        size = self.config.max_batch_size
+        return [answer.response() for first in range(0, len(answers), size)
+                for answer in self._finish(answers[first:first + size])]
+
+    def _finish(self, answers: list[Answer]) -> list[Answer]:
+        """Write a batch to its end; if one prompt stops it, write each alone and mark those that cannot be finished."""
+        troubled = None
+        try:
+            for _ in self._write(answers):
+                pass
+        except InputError as error:
+            troubled = InputError(str(error))       # without its traceback, which holds the batch's memory
+        if troubled is None:
+            return answers
+        if len(answers) > 1:
+            again = [self._answer(answer.turn, answer.session_id, answer.index) for answer in answers]
+            return [answer for one in again for answer in self._finish([one])]
+        answers[0].fail(troubled)
+        warn(f"prompt {answers[0].index + 1} of the list was not finished: {troubled}")
+        return answers
+
+    def _write(self, answers: list[Answer], session: Session | None = None) -> Iterator[str]:
+        return write(self.model, answers, session, self.unused_ids)
+
+    def __repr__(self) -> str:
+        model = self.model
+        llm = model.config.llm_config
+        size = sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6
+        int4 = "int4, computed in " if model.config.quantization_config else ""
+        return (f"<Pipeline {self.name or 'without a name'}: {size:,.0f} MB, {llm.num_hidden_layers} layers of "
+                f"{llm.hidden_size}, {int4}{str(model.dtype).removeprefix('torch.')} on {model.device}, "
+                f"precision {self.config.precision}, context {self.room}>")
 
     def stream(self, prompt, gen_config=None, session: Session | None = None) -> Iterator[str]:
         """Yield the answer's text piece by piece, whole characters only. With `session`: as its next turn.
@@ -196,7 +237,7 @@ class Pipeline:
     def _stream(self, prompt, turn: Turn, session: Session | None):
         if session is None:
             answer = self._answer(turn, next(self._session_ids))
-            yield from write(self.model, [answer])
+            yield from self._write([answer])
             return answer.response()
         if session.cache is None or len(session.ids) != turn.start:
             raise InputError("the session went on or was closed before this stream was read; read a stream to its end "
@@ -204,7 +245,7 @@ class Pipeline:
         answer = self._answer(turn, session.id)
         before = session.cache.length
         try:
-            yield from write(self.model, [answer], session)
+            yield from self._write([answer], session)
         except BaseException:       # also Ctrl-C and an abandoned iteration: nothing half-said stays
             session.cache.truncate(before)
             raise
@@ -227,10 +268,11 @@ def _check_tokenizer(model: MiniVL, tokenizer: Tokenizer):
 # ---- on the model ---------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def write(model: MiniVL, answers: list[Answer], session: Session | None = None) -> Iterator[str]:
+def write(model: MiniVL, answers: list[Answer], session: Session | None = None,
+          unused_ids: Sequence[int] = ()) -> Iterator[str]:
     """Write all answers together, one token of each at a time, and yield new text as it becomes certain.
 
-    `session`: what its one answer continues.
+    `session`: what its one answer continues. `unused_ids`: those that no token has.
     """
     earlier = [] if session is None else session.ids
     with progress(model, [answer.turn for answer in answers]):
@@ -240,7 +282,7 @@ def write(model: MiniVL, answers: list[Answer], session: Session | None = None) 
         x, padding = left_pad(rows)                                                         # (B, T, D)
         samplers = [answer.sampler(earlier, model.img_context_token_id) for answer in answers]
         running = steps(model, x, samplers, cache=session and session.cache, padding=padding,
-                        lookup=answers[0].turn.config.lookup)
+                        lookup=answers[0].turn.config.lookup, unused=unused_ids)
         tokens, logits = next(running)                                                      # B ids, (B, V)
     while True:
         for answer, token, scores in zip(answers, tokens, logits):
