@@ -231,7 +231,8 @@ def _warn_of_hurt(off: dict[str, torch.Tensor], method: str):
     tensors = ", ".join(f"{name} {hurt[name]}" for name in most) + (f", {len(hurt) - 3} more" if len(hurt) > 3 else "")
     warnings.warn(f"the method {method} puts {sum(hurt.values())} of {sum(map(torch.numel, off.values()))} groups of "
                   f"weights off by more than half a step, in {len(hurt)} tensors ({tensors}), the worst by "
-                  f"{float(off[worst].max()):.1f} steps, in {worst}; the method {METHODS[0]} does not", stacklevel=3)
+                  f"{float(off[worst].max()):.1f} steps, in {worst}; use the method {METHODS[0]}, which does not",
+                  stacklevel=3)
 
 
 def save_quantized(source, out, tensors: dict, group_size: int = GROUP, overwrite: bool = False,
@@ -284,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     save_quantized(folder, args.out, tensors, args.group_size, args.overwrite)
     size = sum(p.stat().st_size for p in Path(args.out).iterdir() if p.is_file())
     how = "round to nearest" if args.plain else f"smoothed, alpha {args.alpha}"
-    print(f"{args.out}: int4 of group {args.group_size}, {how}, range {args.method}, {size / 1e6:.2f} MB")
+    print(f"{args.out}: int4 of group {args.group_size}, {how}, method {args.method}, {size / 1e6:.2f} MB")
     return 0
 
 

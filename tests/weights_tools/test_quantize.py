@@ -124,7 +124,8 @@ def test_what_rounding_hurts_is_told():
     total = sum(w.numel() // 128 for n, w in model.named_parameters() if w.ndim == 2) - 10
     message = (rf"the method lmdeploy puts 131 of {total} groups of weights off by more than half a step, in 2 tensors "
                r"\(language_model.blocks.0.attention.wo 128, language_model.blocks.1.feed_forward.w2 3\), "
-               r"the worst by 15.0 steps, in language_model.blocks.1.feed_forward.w2; the method with-zero does not")
+               r"the worst by 15.0 steps, in language_model.blocks.1.feed_forward.w2; use the method with-zero, "
+               r"which does not")
     with pytest.warns(UserWarning, match=message):
         q.quantize(model, None, method="lmdeploy")
     tensors = q.quantize(model, None)           # warns of nothing: a warning is an error here
@@ -298,7 +299,7 @@ def tiny_float(tmp_path_factory):
 
 def test_the_command(tiny_float, tmp_path, capsys):
     assert q.main([str(tiny_float), str(tmp_path / "awq"), "--examples", "2"]) == 0
-    assert "smoothed, alpha 0.5" in capsys.readouterr().out
+    assert "smoothed, alpha 0.5, method with-zero" in capsys.readouterr().out
     assert len(pipeline(tmp_path / "awq")("hello").token_ids) > 0
     names = set(open_weights(tmp_path / "awq"))
     assert "language_model.model.layers.0.mlp.up_proj.qweight" in names
@@ -307,6 +308,10 @@ def test_the_command(tiny_float, tmp_path, capsys):
         q.main([str(tiny_float), str(tmp_path / "awq")])
     with pytest.raises(InputError, match="quantised already"):
         q.main([str(tmp_path / "awq"), str(tmp_path / "again")])
+    assert q.main([str(tiny_float), str(tmp_path / "theirs"), "--plain", "--method", "lmdeploy"]) == 0
+    assert "round to nearest, method lmdeploy" in capsys.readouterr().out
+    with pytest.raises(InputError, match="cannot be packed: group size 96 must be at least 1"):
+        q.main([str(tiny_float), str(tmp_path / "x"), "--group-size", "96"])
     with pytest.raises(InputError, match="alpha 2.0"):
         q.main([str(tiny_float), str(tmp_path / "x"), "--alpha", "2"])
 
