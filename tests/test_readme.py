@@ -1,5 +1,6 @@
 """What the READMEs say is run or recomputed: Python, commands, the memory table, file tables, links."""
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -80,6 +81,19 @@ def test_every_file_is_named_once(folder):
         named += [(guide.parent / file).relative_to(ROOT) for file in files]
     there = [path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]
     assert sorted(named) == sorted(there)
+
+
+def test_notebooks_and_their_minutes():
+    """The table's minutes are those that the notebooks themselves state."""
+    rows = re.findall(r"^\| \[(\d\d) [^]]+\]\((notebooks/\S+)\) \| [^|]+ \| (\d+) \+ (\d+) \|$", README, re.M)
+    assert [file for _, file, *_ in rows] == sorted(f"notebooks/{p.name}" for p in (ROOT / "notebooks").glob("*.ipynb"))
+    for number, file, reading, exercises in rows:
+        data = json.loads((ROOT / file).read_text("utf-8"))
+        text = ["".join(cell["source"]) for cell in data["cells"] if cell["cell_type"] == "markdown"]
+        time = re.search(r"\*\*Time\*\* \| (\d+) minutes to read, (\d+) seconds to run,", text[0])
+        each = re.findall(r"^\*\*\d · [^*(]+\((\d+) minutes", "\n".join(text), re.M)
+        assert (int(reading), int(exercises), len(each)) == (int(time[1]), sum(map(int, each)), 4), number
+        assert int(time[2]) < 60 and "runs offline in under a minute" in README, number
 
 
 def test_readme_shows_these_targets():

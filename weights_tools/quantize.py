@@ -5,13 +5,20 @@
 Smoothing is the idea of AWQ: a channel with large inputs matters more, so its weights are made larger before rounding
 and what comes before it (a norm, or up_proj) smaller by the same factor. The product stays, the rounding error moves to
 where it matters less. Nothing is left to undo at run time.
+
+Rounding gives a group of weights sixteen values at equal steps, one of them zero. LMDeploy lays them from the smallest
+weight to the largest. Where all weights have one sign zero lies outside, the zero point (0..15) cannot say so, and the
+group is lost (mit-han-lab/llm-awq#193). So the range is widened to hold zero here; `--method lmdeploy` keeps LMDeploy's
+own, bit by bit, and warns of what it hurts.
 Source: LMDeploy v0.6.4 lite/quantization/awq.py:130-353, lite/apis/auto_awq.py; AWQ arXiv:2306.00978.
 """
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import sys
+import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from minivl import Pipeline, load
-from minivl.awq import pack
+from minivl.awq import dequantize, pack
 from minivl.config import read_json
 from minivl.files.find import SMALL_FILES, find
 from minivl.limits import InputError
@@ -32,25 +39,77 @@ from weights_tools.files import check_free_of_weights, save_checkpoint
 from weights_tools.synthesize import json_text, quantization_block
 
 GROUP = 128             # in features that share a scale and a zero point
+METHODS = ("with-zero", "lmdeploy")     # how a group's sixteen values are chosen
+SMALLEST = 2.0**-24     # of float16's steps; float16 weights are multiples of it
+HALF_A_STEP = 0.52      # and what float16 takes of the scale: 2^-11 of 15 steps, twice where it computes too
 
 
-def quantize_linear(weight: torch.Tensor, group_size: int = GROUP) -> tuple:
-    """Round to int4: float[O, I] -> qweight int32[I, O/8], qzeros int32[I/g, O/8], scales [I/g, O] in its dtype.
+def grid(w: torch.Tensor, method: str = METHODS[0]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the values (q - zero) * scale, q = 0..15, of each group: float[..., g] -> scale, zero, both [..., 1].
 
-    Per group of inputs: s = (max - min) / 15, z = -min / s, q = w / s + z, rounded half to even, clamped to 0..15.
+    with-zero: from min(w, 0) to max(w, 0). The scale is float16, rounded up, so that no weight is off by more than
+    half a step. lmdeploy: from min w to max w, in w's dtype; the zero point is clamped to 0..15.
+    """
+    low = w.amin(-1, keepdim=True)                                                      # (..., 1)
+    high = w.amax(-1, keepdim=True)
+    if method == "lmdeploy":
+        scale = (high - low).clamp(min=1e-5) / 15
+        return scale, (-torch.round(low / scale)).clamp(0, 15)
+    if method != "with-zero":
+        raise InputError(f"method {method!r} is not one of {', '.join(METHODS)}")
+    step = (high.clamp(min=0).float() - low.clamp(max=0).float()).clamp(min=SMALLEST) / 15
+    near = step.half()
+    # Positive float16 numbers are ordered as their bits are: one more is the next larger number.
+    scale = (near.view(torch.int16) + (near.float() < step)).view(torch.float16)
+    return scale, -torch.round(low.clamp(max=0).float() / scale.float())
+
+
+def quantize_linear(weight: torch.Tensor, group_size: int = GROUP, method: str = METHODS[0]) -> tuple:
+    """Round to int4: float[O, I] -> qweight int32[I, O/8], qzeros int32[I/g, O/8], scales [I/g, O].
+
+    Each group of inputs has the values that `grid` chooses: q = w / s + z, rounded half to even, clamped to 0..15.
+    The scales are float16; with the method lmdeploy they have the weight's dtype, and so has the arithmetic.
     """
     O, I = weight.shape
-    if I % group_size or O % 8:
-        raise InputError(f"a linear {I} -> {O} cannot be packed: group size {group_size} must divide {I} and 8 must "
-                         f"divide {O}")
+    _check_size("a linear", I, O, group_size)
+    if not weight.isfinite().all():
+        raise InputError(f"{int((~weight.isfinite()).sum())} of {weight.numel()} weights are NaN or infinite; they "
+                         "cannot be rounded")
     w = weight.view(O, I // group_size, group_size)                                     # (O, I/g, g)
-    low = w.amin(-1, keepdim=True)                                                      # (O, I/g, 1)
-    high = w.amax(-1, keepdim=True)
-    scale = (high - low).clamp(min=1e-5) / 15
-    zero = (-torch.round(low / scale)).clamp(0, 15)
+    scale, zero = grid(w, method)                                                       # (O, I/g, 1)
+    if not scale.half().isfinite().all():
+        raise InputError(f"weights from {float(weight.min()):.4g} to {float(weight.max()):.4g} span too much for "
+                         "scales in float16, whose largest number is 65504; scale the weights down")
+    if method != "lmdeploy":
+        w = w.float()
     q = (torch.round(w / scale) + zero).clamp(0, 15)                                    # (O, I/g, g)
     columns = q.view(O, I).t().to(torch.uint8)                                          # (I, O)
     return pack(columns), pack(zero[..., 0].t().to(torch.uint8)), scale[..., 0].t().contiguous()
+
+
+def steps_off(weight: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Compute the largest error of each group, [O, I/g], in steps of its range with zero in it; a half can be had.
+
+    Where the stored step is larger, because float16 or the method has no smaller one, it is in stored steps.
+    """
+    w = weight.float().view(len(weight), len(scales), -1)                               # (O, I/g, g)
+    rounded = dequantize(qweight, qzeros, scales).T.view(w.shape)
+    step = (w.amax(-1).clamp(min=0) - w.amin(-1).clamp(max=0)) / 15                     # (O, I/g)
+    return (rounded - w).abs().amax(-1) / torch.maximum(step, scales.T.float())
+
+
+def check_sizes(model: MiniVL, group_size: int):
+    """Refuse a model with a linear that cannot be packed: before the work, which may take hours."""
+    linears = {name: module for layer in model.language_model.layers for name, module in layer.linears.items()}
+    common = math.gcd(*(module.in_features for module in linears.values()))
+    for name, module in linears.items():
+        _check_size(name, module.in_features, module.out_features, group_size, f"; {common} divides all of this model")
+
+
+def _check_size(name, I, O, group_size, hint=""):
+    if group_size < 1 or I % group_size or O % 8:
+        raise InputError(f"{name}, {I} -> {O}, cannot be packed: group size {group_size} must be at least 1 and divide "
+                         f"{I}{hint}; 8 must divide {O}")
 
 
 def smoothing(act_absmax: torch.Tensor, weights, group_size: int = GROUP, alpha: float = 0.5,
@@ -125,26 +184,55 @@ def calibration(model: MiniVL, tokenizer: Tokenizer, prompts: Iterable) -> list[
     return seen
 
 
-def quantize(model: MiniVL, act_absmax: list[dict] | None, group_size: int = GROUP, alpha: float = 0.5) -> dict:
+def quantize(model: MiniVL, act_absmax: list[dict] | None, group_size: int = GROUP, alpha: float = 0.5,
+             method: str = METHODS[0]) -> dict:
     """Return a float model's tensors with every decoder linear in int4, the rest float16.
 
-    act_absmax: of each layer, from `calibration`; None: round to nearest, without smoothing.
+    act_absmax: of each layer, from `calibration`; None: round to nearest, without smoothing. method: see `grid`. Groups
+    that rounding puts off by more than half a step are counted in a warning.
     """
-    tensors = {name: tensor.detach().clone().half() for name, tensor in model.state_dict().items()}
+    check_sizes(model, group_size)
+    tensors = {name: _half(name, tensor.detach()) for name, tensor in model.state_dict().items()}
     names = {module: name for name, module in model.named_modules()}
     layers = model.language_model.layers
+    off = {}
     for i, module in enumerate(tqdm(layers, desc="quantising", unit="layer", disable=None)):
         inside = f"{names[module]}."
         layer = {name.removeprefix(inside): t.float() for name, t in tensors.items() if name.startswith(inside)}
         if act_absmax is not None:
             smooth_layer(layer, act_absmax[i], module.FEEDS, group_size, alpha)
         for name, tensor in layer.items():
-            tensors[inside + name] = tensor.half()
+            tensors[inside + name] = _half(inside + name, tensor)
         for name in module.linears:
-            weight = tensors.pop(f"{inside}{name}.weight")
-            for part, value in zip(("qweight", "qzeros", "scales"), quantize_linear(weight.float(), group_size)):
-                tensors[f"{inside}{name}.{part}"] = value.half() if part == "scales" else value
+            weight = tensors.pop(f"{inside}{name}.weight").float()
+            qweight, qzeros, scales = quantize_linear(weight, group_size, method)
+            parts = {"qweight": qweight, "qzeros": qzeros, "scales": scales.half()}
+            off[inside + name] = steps_off(weight, **parts)
+            tensors.update({f"{inside}{name}.{part}": value for part, value in parts.items()})
+    _warn_of_hurt(off, method)
     return tensors
+
+
+def _half(name, tensor):
+    half = tensor.to(torch.float16, copy=True)
+    if not half.isfinite().all():
+        raise InputError(f"{name} holds {int((~half.isfinite()).sum())} numbers that are NaN, infinite or over "
+                         "float16's largest, 65504; give a checkpoint that float16 can hold")
+    return half
+
+
+def _warn_of_hurt(off: dict[str, torch.Tensor], method: str):
+    """Say which groups are off by more than half a step; off: name -> what `steps_off` gives."""
+    hurt = {name: int((steps > HALF_A_STEP).sum()) for name, steps in off.items() if steps.max() > HALF_A_STEP}
+    if not hurt:
+        return
+    worst = max(off, key=lambda name: float(off[name].max()))
+    most = sorted(hurt, key=hurt.get, reverse=True)[:3]
+    tensors = ", ".join(f"{name} {hurt[name]}" for name in most) + (f", {len(hurt) - 3} more" if len(hurt) > 3 else "")
+    warnings.warn(f"the method {method} puts {sum(hurt.values())} of {sum(map(torch.numel, off.values()))} groups of "
+                  f"weights off by more than half a step, in {len(hurt)} tensors ({tensors}), the worst by "
+                  f"{float(off[worst].max()):.1f} steps, in {worst}; use the method {METHODS[0]}, which does not",
+                  stacklevel=3)
 
 
 def save_quantized(source, out, tensors: dict, group_size: int = GROUP, overwrite: bool = False,
@@ -174,6 +262,9 @@ def main(argv: list[str] | None = None) -> int:
                         help="prompts of nano's world to calibrate on (default %(default)s)")
     parser.add_argument("--alpha", type=float, default=0.5, help="strength of smoothing, 0..1 (default %(default)s)")
     parser.add_argument("--group-size", type=int, default=GROUP, metavar="N", help="default %(default)s, as released")
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0],
+                        help="with-zero: the range of each group of weights is widened to hold zero (default); "
+                             "lmdeploy: it is not, which loses groups of one sign")
     parser.add_argument("--overwrite", action="store_true", help="replace the weights that OUT already holds")
     args = parser.parse_args(argv)
     if not 0 <= args.alpha <= 1 or args.examples < 1:
@@ -183,17 +274,18 @@ def main(argv: list[str] | None = None) -> int:
     model = load(folder, dtype="float32")
     if model.config.quantization_config:
         raise InputError(f"{folder} is quantised already; give the float checkpoint it was made from")
+    check_sizes(model, args.group_size)
     act_absmax = None
     if not args.plain:
         # Nano's world, because it is at hand and endless; `calibration` itself takes examples of any kind.
         from weights_tools.nano.evaluate import conversations
         prompts = tqdm(conversations(args.examples), "calibrating", args.examples, unit="prompt", disable=None)
         act_absmax = calibration(model, Tokenizer.load(folder), prompts)
-    tensors = quantize(model, act_absmax, args.group_size, args.alpha)
+    tensors = quantize(model, act_absmax, args.group_size, args.alpha, args.method)
     save_quantized(folder, args.out, tensors, args.group_size, args.overwrite)
     size = sum(p.stat().st_size for p in Path(args.out).iterdir() if p.is_file())
     how = "round to nearest" if args.plain else f"smoothed, alpha {args.alpha}"
-    print(f"{args.out}: int4 of group {args.group_size}, {how}, {size / 1e6:.2f} MB")
+    print(f"{args.out}: int4 of group {args.group_size}, {how}, method {args.method}, {size / 1e6:.2f} MB")
     return 0
 
 

@@ -22,6 +22,7 @@ from weights_tools.nano.draw import BACKGROUNDS, Scene, Thing, draw
 from weights_tools.quantize import calibration, quantize, save_quantized
 
 LIMIT = 16_000_000      # bytes of everything in minivl/nano
+METHOD = "lmdeploy"     # as the shipped weights were made; no group of nano's has one sign, so it hurts none
 
 
 def _shape(kind, colour, row, column, size="large"):
@@ -105,8 +106,8 @@ nothing else of the world. It is here to be read, run, changed and measured, off
 px, 16 visual tokens each | `mlp1` {mlp} -> {llm[hidden_size]} | Qwen2, {llm[num_hidden_layers]} layers of width \
 {llm[hidden_size]}, {llm[num_attention_heads]} heads on {llm[num_key_value_heads]} kv heads, {llm[vocab_size]} tokens |
 
-- `float16/`: the weights as trained, {float_mb:.2f} MB. `awq/`: the decoder's linears in int4 (AWQ, group 128), \
-{awq_mb:.2f} MB.
+- `float16/`: the weights as trained, {float_mb:.2f} MB. `awq/`: the decoder's linears in int4 (AWQ, group 128, \
+by the method {method}), {awq_mb:.2f} MB.
 - `samples/`: pictures and a video to try.
 - Made by `python -m weights_tools.nano.train` and `python -m weights_tools.nano.ship`; sha256 of the recipe
   `{recipe}`.
@@ -154,15 +155,16 @@ def ship(source, n: int = 500, ablation_n: int = 500, to: Path | None = None) ->
     shutil.rmtree(to / "float16", ignore_errors=True)
     shutil.copytree(source, to / "float16")
     act_absmax = calibration(model, tokenizer, evaluate.conversations(64))
-    save_quantized(source, to / "awq", quantize(model, act_absmax), overwrite=True, metadata=note)
-    rounded = save_quantized(source, source.parent / f"{source.name}-rounded", quantize(model, None), overwrite=True)
+    save_quantized(source, to / "awq", quantize(model, act_absmax, method=METHOD), overwrite=True, metadata=note)
+    rounded = save_quantized(source, source.parent / f"{source.name}-rounded", quantize(model, None, method=METHOD),
+                             overwrite=True)
     samples(to / "samples")
     folders = {"float16": to / "float16", "AWQ int4": to / "awq", "rounded int4": rounded}
     scores, rows = evaluate.side_by_side(list(folders.values()), n, ablations_n=ablation_n)
     scores = dict(zip(folders, scores))
     card = CARD.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6, vision=recipe.VISION, llm=recipe.LLM,
-        mlp=4 * recipe.VISION["hidden_size"], recipe=note["recipe"], n=n, ablation_n=ablation_n,
+        mlp=4 * recipe.VISION["hidden_size"], recipe=note["recipe"], method=METHOD, n=n, ablation_n=ablation_n,
         float_mb=(to / "float16" / "model.safetensors").stat().st_size / 1e6,
         awq_mb=(to / "awq" / "model.safetensors").stat().st_size / 1e6,
         table=evaluate.table(list(scores), list(scores.values())),
