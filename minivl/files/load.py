@@ -146,7 +146,7 @@ def _check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
 
 def _refuse_other_kinds(tensors: dict[str, StoredTensor], wanted: dict[str, torch.Tensor], folder: Path):
     """Refuse, in one sentence, weights that are no damaged checkpoint but a whole one of another kind."""
-    lora = [n for n in tensors if "base_model.model." in n or "lora_" in n]
+    lora = [n for n in tensors if "base_model.model." in n or ".lora_" in n]
     if lora:
         raise InputError(f"the weights in {folder} are a LoRA checkpoint ({len(lora)} names like {lora[0]}), merge it "
                          "first: PEFT's merge_and_unload() and save_pretrained, or InternVL's own tools/merge_lora.py")
