@@ -12,10 +12,12 @@ from dataclasses import dataclass, fields
 import torch
 
 from minivl.limits import InputError
+from minivl.lmdeploy import GENERATION, takes_names_of_lmdeploy
 
 SAMPLING = ("top_p", "top_k", "min_p", "temperature", "repetition_penalty", "random_seed")   # fields for do_sample=True
 
 
+@takes_names_of_lmdeploy(GENERATION)
 @dataclass
 class GenerationConfig:
     """How to choose tokens and when to stop: LMDeploy's fields and defaults. Sampling values need do_sample=True."""
@@ -77,7 +79,7 @@ class GenerationConfig:
         ignored = [f.name for f in fields(self) if f.name in SAMPLING and getattr(self, f.name) != f.default]
         if ignored and not self.do_sample:      # LMDeploy ignores them without a word
             warnings.warn(f"do_sample is False, so decoding is greedy and {', '.join(ignored)} have no effect; set "
-                          "do_sample=True to sample", stacklevel=3)
+                          "do_sample=True to sample", stacklevel=4)
 
 
 def probabilities(logits: torch.Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,

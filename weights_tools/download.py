@@ -17,7 +17,7 @@ from pathlib import Path
 import huggingface_hub
 from tqdm import tqdm
 
-from minivl.files.find import choose_files, hub_errors
+from minivl.files.find import choose_files, hub_errors, hub_info
 from minivl.limits import InputError, offline
 from weights_tools import run
 from weights_tools.files import WEIGHT_FILE, weight_files
@@ -65,7 +65,7 @@ def download(hub_id: str, *, revision: str | None = None, to: str | Path | None 
 def remote_files(hub_id: str, revision: str | None = None, to: str | Path | None = None) -> list[RemoteFile]:
     """List what `download` would fetch. `to`: where to look for files that are there already; None: the hub's cache."""
     with hub_errors(hub_id, revision):
-        info = huggingface_hub.HfApi().model_info(hub_id, revision=revision, files_metadata=True)
+        info = hub_info(hub_id, revision, files_metadata=True)
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
 
     def here(sibling):

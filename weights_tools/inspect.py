@@ -24,8 +24,8 @@ import torch
 from tqdm import tqdm
 
 from minivl.config import Config, read_json
-from minivl.files.find import choose_files, find, hub_errors
-from minivl.files.formats import DTYPES, open_weights, safetensors_header
+from minivl.files.find import choose_files, find, hub_errors, hub_info
+from minivl.files.formats import DTYPES, choose_set, open_weights, safetensors_header
 from minivl.limits import InputError, offline
 from minivl.model import MiniVL
 from weights_tools import run
@@ -87,9 +87,8 @@ def inspect(path_or_id: str | Path, *, revision: str | None = None) -> Report:
         config, whole = path.parent / "config.json", False
     elif path.is_dir() or offline():
         folder = find(path_or_id, revision=revision)
-        files = choose_files(os.listdir(folder))
-        shards = [file for file in files if file.endswith(".safetensors")]
-        tensors = _headers(folder, shards) if shards else {
+        files = [file for file in choose_set(folder).files if (folder / file).is_file()]    # one that lacks is reported
+        tensors = _headers(folder, files) if all(file.endswith(".safetensors") for file in files) else {
             name: (t.dtype, t.shape, t.file.name) for name, t in open_weights(folder).items()}
         config, whole = folder / "config.json", True
     else:
@@ -147,7 +146,7 @@ def _remote(hub_id: str, revision: str | None) -> tuple[dict[str, tuple], Path]:
                          "OpenGVLab/InternVL2_5-4B-MPO-AWQ")
     with hub_errors(hub_id, revision):
         api = huggingface_hub.HfApi()
-        names = api.list_repo_files(hub_id, revision=revision)
+        names = [file.rfilename for file in hub_info(hub_id, revision).siblings or []]
         shards = [name for name in choose_files(names) if name.endswith(".safetensors")]
         if not shards:
             raise InputError(f"{hub_id} holds its weights as pickled .bin files, whose list of tensors cannot be read "

@@ -9,6 +9,7 @@ Source of the behaviour: LMDeploy v0.6.4 serve/vl_async_engine.py, serve/async_e
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from minivl.files.find import find
 from minivl.files.load import load
 from minivl.generation import check_ids, left_pad, steps
 from minivl.limits import InputError, Limits
+from minivl.lmdeploy import ENGINE, takes_names_of_lmdeploy
 from minivl.model import MiniVL
 from minivl.sampling import GenerationConfig
 from minivl.tokenizer import Tokenizer
@@ -33,9 +35,10 @@ from minivl.tokenizer import Tokenizer
 TILES_AT_ONCE = 13                  # through the vision tower; bounds its memory. 12 and a thumbnail: a whole picture
 
 
+@takes_names_of_lmdeploy(ENGINE)
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a pipeline runs. Stands where the card has TurbomindEngineConfig."""
+    """How a pipeline runs. Stands where the card has TurbomindEngineConfig; its other fields: see minivl.lmdeploy."""
     session_len: int | None = None      # tokens of prompt and answer together; default and most: the model's positions
     max_batch_size: int = 8             # prompts decoded together
     device: str | None = None           # default "cpu"
@@ -114,9 +117,11 @@ class Pipeline:
         self.tokenizer = tokenizer
         self.config = config or EngineConfig()
         positions = model.config.llm_config.max_position_embeddings
-        self.room = positions if self.config.session_len is None else self.config.session_len
-        if not 1 <= self.room <= positions:
-            raise InputError(f"session_len {self.room} must be in 1..{positions}, the positions of this model")
+        asked = self.config.session_len or positions
+        self.room = min(asked, positions)
+        if asked > positions:       # as in the card's snippets on a small model; what does not fit is refused later
+            warnings.warn(f"session_len {asked} is more than this model's {positions} positions; {positions} are used",
+                          stacklevel=3)
         self.name = name                    # in its repr
         # of the tokenizer at hand: a model that was put together by hand does not know them
         self.unused_ids = tokenizer.unused(model.config.llm_config.vocab_size)

@@ -15,9 +15,11 @@ from minivl.limits import InputError, offline
 
 SMALL_FILES = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "added_tokens.json",
                "tokenizer.json", "tokenizer_config.json"]
-WEIGHT_FILES = ["model.safetensors.index.json", "model.safetensors",
-                "pytorch_model.bin.index.json", "pytorch_model.bin"]      # in this order; the first that exists is read
+STEMS = {"safetensors": "model", "bin": "pytorch_model"}    # format, which is the suffix too -> name before the suffix
+ADAPTER = re.compile(r"adapter_(config\.json|model.*\.(safetensors|bin))")      # as PEFT names its files
+HUB_SECONDS = 10            # to wait for the hub's list of files
 PACKAGE = Path(__file__).parents[1]
+EXPECTED = "model.safetensors or pytorch_model.bin, whole or in shards (model-00001-of-00002.safetensors)"
 SHIPPED = {"nano": PACKAGE / "nano" / "float16", "nano-awq": PACKAGE / "nano" / "awq"}
 
 
@@ -38,6 +40,7 @@ def find(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Path:
     if os.path.isdir(text):
         if revision is not None:
             raise InputError(f"{text} is a local folder, it has no revision {revision!r}; leave `revision` out")
+        _refuse_adapter(text, os.listdir(text))
         return Path(text)
     if os.path.exists(text):
         raise InputError(f"{text} is a file; give the folder that holds config.json and the weights")
@@ -49,14 +52,30 @@ def find(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Path:
 
 
 def choose_files(names: Iterable[str]) -> list[str]:
-    """Choose from all file names of a repository those that `load` reads; shards by pattern, without the index."""
+    """Choose from all file names of a repository those that `load` reads: safetensors if there are any, else .bin."""
     names = set(names)
-    first = next((w for w in WEIGHT_FILES if w in names), None)
-    if first is None:
-        raise InputError(f"no weights among the {len(names)} files; expected one of {', '.join(WEIGHT_FILES)}")
-    shard = re.compile(r"model-\d+-of-\d+\.safetensors" if "safetensors" in first else r"pytorch_model-\d+-of-\d+\.bin")
-    shards = [n for n in names if shard.fullmatch(n)] if first.endswith("index.json") else []
-    return [n for n in SMALL_FILES if n in names] + [first] + sorted(shards)
+    _refuse_adapter("the repository", names)
+    for suffix, stem in STEMS.items():
+        whole = f"{stem}.{suffix}"
+        weights = [n for n in names if n == whole or shard_of(n, suffix)]
+        if weights:
+            return [n for n in [*SMALL_FILES, f"{whole}.index.json"] if n in names] + sorted(weights)
+    raise InputError(f"no weights among the {len(names)} files; expected {EXPECTED}")
+
+
+def shard_of(name: str, suffix: str) -> tuple[int, int] | None:
+    """Read k and n from a shard's name: model-00002-of-00003.safetensors -> (2, 3); None: not such a name."""
+    found = re.fullmatch(rf"{STEMS[suffix]}-(\d{{1,9}})-of-(\d{{1,9}})\.{suffix}", name)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _refuse_adapter(where: str, names: Iterable[str]):
+    """Refuse a LoRA adapter, alone or beside weights, which without it would be another model than the one meant."""
+    adapters = sorted(n for n in names if ADAPTER.fullmatch(n))
+    if adapters:
+        raise InputError(f"{where} holds a LoRA adapter ({', '.join(adapters)}), which minivl does not apply; merge it "
+                         "first (in PEFT: merge_and_unload(), then save_pretrained), or delete these files to use the "
+                         "weights without it")
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
@@ -64,7 +83,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
     if not offline():
         try:
             with hub_errors(hub_id, revision):
-                files = huggingface_hub.HfApi().list_repo_files(hub_id, revision=revision)
+                files = [file.rfilename for file in hub_info(hub_id, revision).siblings or []]
                 return Path(huggingface_hub.snapshot_download(hub_id, revision=revision,
                                                               allow_patterns=choose_files(files)))
         except InputError as problem:
@@ -78,6 +97,13 @@ def _download(hub_id: str, revision: str | None) -> Path:
         raise InputError(f"{_at(hub_id, revision)} is not in the local cache (nor a local folder) and offline mode is "
                          "set; unset HF_HUB_OFFLINE once to download it, or give a local folder")
     return cached
+
+
+def hub_info(hub_id: str, revision: str | None, files_metadata: bool = False):
+    """Ask the hub once what a repository holds. (The client's list_repo_files tries six times, half a minute.)"""
+    import huggingface_hub
+    return huggingface_hub.HfApi().model_info(hub_id, revision=revision, files_metadata=files_metadata,
+                                              timeout=HUB_SECONDS)
 
 
 def _cached(hub_id: str, revision: str | None) -> Path | None:

@@ -12,6 +12,7 @@ import mmap
 import os
 import pickletools
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -23,13 +24,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minivl.config import read_json
-from minivl.files.find import WEIGHT_FILES
+from minivl.files.find import EXPECTED, STEMS
+from minivl.files.sets import WeightSet, first_of, is_here, is_pointer, named, sets_of
 from minivl.limits import InputError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 MAX_HEADER = 16_000_000     # bytes; the released ones stay below 1 MB, and Python's JSON needs 25 times as much memory
+OLD_FORMAT = bytes.fromhex("8a0a6cfc9c46f9206aa85019")      # the number with which torch's format before 1.6 begins
 RECORD = re.compile(r"/data/(\d+)$")        # of a tensor, in a zip that torch wrote
 PICKLED = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
 
@@ -49,35 +51,92 @@ class StoredTensor:
 
 
 def open_weights(folder: str | os.PathLike) -> dict[str, StoredTensor]:
-    """Open all weights of a folder: name -> StoredTensor. Every file is checked to be whole first."""
+    """Open all weights of a folder: name -> StoredTensor. Every file is checked to be whole first.
+
+    Several sets of files that hold the same model are read as one, safetensors and the single file first, which is the
+    order of transformers; of different ones it would be a guess which is meant, so they are refused.
+    """
+    return _open_set(Path(folder), choose_set(folder))
+
+
+def choose_set(folder: str | os.PathLike) -> WeightSet:
+    """Find the weight files of a folder, by their names, the indexes, and, of several sets, their headers."""
     folder = Path(folder)
-    first = next((w for w in WEIGHT_FILES if (folder / w).is_file()), None)
-    if first is None:
-        raise InputError(f"{folder} has no weights; expected one of {', '.join(WEIGHT_FILES)}. "
-                         "Is the download complete?")
-    open_file = _open_safetensors if "safetensors" in first else _open_pickle
-    if not first.endswith(".index.json"):
-        return open_file(folder / first)
-    weight_map = read_json(folder / first).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise InputError(f"{first} in {folder} has no weight_map of tensor names to file names; download it again")
-    tensors = {}
-    files = sorted(set(weight_map.values()))
-    for file in files:
-        if Path(file).name != file or file.startswith("."):
-            raise InputError(f"{first} points outside its folder: {file!r}; do not use this checkpoint")
+    sets = [one for suffix in STEMS for one in sets_of(folder, suffix)]
+    # An index without its files is left by tools that save or download only the other form. It holds no model.
+    whole = [one for one in sets if any(is_here(folder / file) for file in one.files)]
+    if not sets:
+        raise InputError(f"{folder} has no weights; expected {EXPECTED}. Is the download complete?")
+    if not whole:
+        return sets[0]
+    for other in whole[1:]:
+        difference = _difference(folder, whole[0], other)
+        if difference:
+            raise InputError(f"{folder} holds two models, {whole[0].name} and {other.name}: {difference}; delete what "
+                             f"you do not mean, either {named(whole[0])}, or {named(other)}")
+    stale = f"{whole[0].name}.index.json"
+    if any(one.name == stale and one not in whole for one in sets):     # transformers leaves it when it saves one file
+        warnings.warn(f"{folder} holds {stale}, but none of the files that it names; {whole[0].name} is read. If you "
+                      "mean that, delete the index", stacklevel=4)
+    return whole[0]
+
+
+def _open_set(folder: Path, one: WeightSet, verify: bool = True) -> dict[str, StoredTensor]:
+    """Open the files of a set. `verify`: check the sums of the tensors too, where the files carry any."""
+    open_file = _open_pickle if ".bin" in one.name else _open_safetensors
+    for file in one.files:
         if len(file) > 200 or not (folder / file).is_file():
-            raise InputError(f"{folder} lacks the shard {file} that {first} names; download it again")
-    for file in files:
-        for name, tensor in open_file(folder / file).items():
-            if weight_map.get(name) != file:
-                raise InputError(f"{file} holds {name}, which {first} places in {weight_map.get(name, 'no file')}; the "
-                                 "shards do not belong together")
+            raise InputError(f"{folder} lacks the shard {file} that {one.name} names; download it again")
+    tensors = {}
+    for file in one.files:
+        for name, tensor in open_file(folder / file, verify).items():
+            if name in tensors:
+                raise InputError(f"{name} is in {tensors[name].file.name} and in {file}; the shards do not belong "
+                                 "together, download them again")
+            if one.weight_map is not None and one.weight_map.get(name) != file:
+                raise InputError(f"{file} holds {name}, which {one.name} places in "
+                                 f"{one.weight_map.get(name, 'no file')}; the shards do not belong together")
             tensors[name] = tensor
-    lost = [f"{name} (in {file})" for name, file in weight_map.items() if name not in tensors]
+    lost = [f"{name} (in {file})" for name, file in (one.weight_map or {}).items() if name not in tensors]
     if lost:
-        raise InputError(f"{first} names tensors that the shards lack: {', '.join(lost)}; download them again")
+        raise InputError(f"{one.name} names {len(lost)} tensors that the shards lack: {first_of(lost, ', ')}; download "
+                         "them again")
     return tensors
+
+
+def _difference(folder: Path, one: WeightSet, other: WeightSet) -> str | None:
+    """Say where two sets differ, None if they hold the same model: names, shapes, dtypes, and a look at each tensor.
+
+    The look is at 4096 bytes at its begin, middle and end: what was trained further or merged differs in many tensors.
+    """
+    try:
+        a, b = (_open_set(folder, either, verify=False) for either in (one, other))
+    except InputError as problem:
+        return f"they cannot be compared ({problem})"
+    if a.keys() != b.keys():
+        return f"{min(a.keys() ^ b.keys())} is only in one of them"
+    for name, left in a.items():
+        right = b[name]
+        if (left.shape, left.dtype) != (right.shape, right.dtype):
+            return f"{name} is {left.dtype} {list(left.shape)}, and {right.dtype} {list(right.shape)} in the other"
+        left, right = (tensor.read().flatten().view(torch.uint8) for tensor in (left, right))
+        for start in (0, len(left) // 2, max(len(left) - 4096, 0)):
+            if not torch.equal(left[start:start + 4096], right[start:start + 4096]):
+                return f"{name} has other values"
+    return None
+
+
+def _refuse_stand_in(path: Path):
+    """Refuse a text that lies where the weights should be."""
+    if is_pointer(path):
+        raise InputError(f"{path.name} in {path.parent} is a git-lfs pointer, a text of {path.stat().st_size} bytes in "
+                         "place of the weights; run `git lfs pull` in that folder, or download it again with python -m "
+                         "weights_tools.download")
+    with open(path, "rb") as f:
+        start = f.read(64).lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html")):
+        raise InputError(f"{path.name} in {path.parent} is a web page, not the weights; download it again with "
+                         "python -m weights_tools.download")
 
 
 def safetensors_header(path: str | os.PathLike, size: int | None = None,
@@ -91,6 +150,7 @@ def safetensors_header(path: str | os.PathLike, size: int | None = None,
     size = path.stat().st_size if size is None else size
     bad = f"{path.name} is not a whole safetensors file: "
     if data is None:
+        _refuse_stand_in(path)
         with open(path, "rb") as f:
             data = f.read(8)
             length = int.from_bytes(data, "little")
@@ -143,15 +203,16 @@ def _without_repetition(pairs: list) -> dict:
     return dict(pairs)
 
 
-def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
+def _open_safetensors(path: Path, verify: bool) -> dict[str, StoredTensor]:
     entries, metadata, start = safetensors_header(path)
-    _verify_sha256(path, entries, metadata, start)
+    if verify:
+        _verify_sha256(path, entries, metadata, start)
     try:
         safe_open(path, framework="pt")
     except (SafetensorError, OSError):
         raise InputError(f"{path.name} is refused by the safetensors library; download it again") from None
 
-    return {name: _stored(path, start + begin, shape, DTYPES[dtype])
+    return {name: _stored(path, start + begin, shape, None, DTYPES[dtype])
             for name, (dtype, shape, begin, _) in entries.items()}
 
 
@@ -175,8 +236,16 @@ def _verify_sha256(path: Path, entries: dict, metadata: dict, start: int):
                                      "damaged, make or download it again")
 
 
-def _open_pickle(path: Path) -> dict[str, StoredTensor]:
+def _open_pickle(path: Path, verify: bool) -> dict[str, StoredTensor]:
     """Open pytorch_model.bin: a zip of one pickle and a record per tensor. Only tensors are unpickled, no code runs."""
+    _refuse_stand_in(path)
+    with open(path, "rb") as f:
+        old = OLD_FORMAT in f.read(40)
+    if old:
+        raise InputError(f"{path.name} in {path.parent} is in the old format of torch.save (before torch 1.6, or "
+                         "_use_new_zipfile_serialization=False), without checksums, which cannot be mapped; convert "
+                         f"it once: python -c \"import torch; f = {str(path)!r}; torch.save(torch.load(f, "
+                         "weights_only=True), f)\"")
     damaged = f"{path.name} is not a whole PyTorch file (a zip of tensors); download it again"
     records = _check_zip(path, damaged)
     try:
@@ -187,30 +256,36 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
                                               for k, v in state.items()):
         raise InputError(f"{path.name} does not hold a dict of names and tensors; download it again")
     for name, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or not tensor.is_contiguous():
-            raise InputError(f"{path.name}: {name} is not a plain contiguous tensor; download it again")
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise InputError(f"{path.name}: {name} is not a plain dense tensor; download it again")
     # torch takes a storage's size from the pickle and maps that many bytes, beyond the end of its record if need be.
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.values()}
     if sum(storages.values()) != records:
         raise InputError(f"{path.name}: its tensors claim {sum(storages.values())} bytes, its records hold {records}; "
                          "the file was altered or damaged, download it again")
-    _verify_crc(path, list(state))
+    if verify:
+        _verify_crc(path, list(state))
     # torch maps the file as one piece, which stays in memory as long as any tensor of it. So each is mapped again when
     # it is read.
     base = min((start for start, size in storages.items() if size), default=0) - _first_record(path)
-    return {name: _stored(path, t.data_ptr() - base, tuple(t.shape), t.dtype) for name, t in state.items()}
+    return {name: _stored(path, t.data_ptr() - base, tuple(t.shape), t.stride(), t.dtype) for name, t in state.items()}
 
 
-def _stored(path: Path, at: int, shape: tuple, dtype: torch.dtype) -> StoredTensor:
-    return StoredTensor(path, shape, dtype, partial(_map, path, at, shape, dtype))
+def _stored(path: Path, at: int, shape: tuple, stride: tuple | None, dtype: torch.dtype) -> StoredTensor:
+    return StoredTensor(path, shape, dtype, partial(_map, path, at, shape, stride, dtype))
 
 
-def _map(path: Path, at: int, shape: tuple, dtype: torch.dtype) -> torch.Tensor:
-    """Map a tensor that lies at byte `at` of a file. Only the pages that are looked at come into memory."""
-    end = at + math.prod(shape) * dtype.itemsize
-    if end <= at:       # empty: it lies nowhere
+def _map(path: Path, at: int, shape: tuple, stride: tuple | None, dtype: torch.dtype) -> torch.Tensor:
+    """Map a tensor that lies at byte `at` of a file. Only the pages that are looked at come into memory.
+
+    `stride` None: row by row. A pickle can hold a transposed view of its record: its tensor comes as a copy.
+    """
+    if not math.prod(shape):       # empty: it lies nowhere
         return torch.empty(shape, dtype=dtype)
-    return torch.empty(0, dtype=dtype).set_(torch.UntypedStorage.from_file(str(path), False, end)[at:end], 0, shape)
+    numbers = math.prod(shape) if stride is None else 1 + sum((n - 1) * step for n, step in zip(shape, stride))
+    end = at + numbers * dtype.itemsize
+    storage = torch.UntypedStorage.from_file(str(path), False, end)[at:end]
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, *([] if stride is None else [stride])).contiguous()
 
 
 def _first_record(path: Path) -> int:

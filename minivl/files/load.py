@@ -18,6 +18,7 @@ from minivl import fast
 from minivl.config import Config, read_json
 from minivl.files.find import find
 from minivl.files.formats import DTYPES, StoredTensor, open_weights
+from minivl.files.sets import first_of
 from minivl.limits import InputError
 from minivl.memory import full_memory_told
 from minivl.model import MiniVL
@@ -25,6 +26,8 @@ from minivl.tokenizer import read_listing
 
 KEPT = (".scales",)                                     # rounding a scale would change 128 weights at once
 KEPT_HALF = ("embed_tokens.weight", "lm_head.weight")   # by the fast layers, see minivl.fast
+HEAD = "language_model.lm_head.weight"
+EMBEDDING = "language_model.model.embed_tokens.weight"
 
 
 def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: str | torch.device | None = None,
@@ -52,7 +55,7 @@ def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: 
     half = precision is not None and (device.type, dtype) == ("cpu", torch.float32) and fast.keeps_half(model)
     if half and fast.has_compiler() and fast.relays(model):
         fast.warm(config.quantization_config.group_size // 8, config.llm_config.hidden_size,
-                  tensors["language_model.lm_head.weight"].dtype, precision == "fast" and fast.products()[1])
+                  tensors[HEAD].dtype, precision == "fast" and fast.products()[1])
     kept = KEPT + (KEPT_HALF if half else ())
     # Nothing else may hold the tensors: what `prepare` replaces must leave the memory.
     size = sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in model.state_dict().values())
@@ -119,8 +122,9 @@ def _dtype(dtype, device: torch.device, config: Config, precision: str | None = 
 # ---- against the model ----------------------------------------------------------------------------------------------
 
 def _check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
-    """Refuse tensors that do not fit the model, with one error that names every missing and misshapen one."""
+    """Refuse tensors that do not fit the model, with one error: what kind of checkpoint it is, or what is wrong."""
     wanted = model.state_dict()
+    _refuse_other_kinds(tensors, wanted, folder)
     problems = [f"missing: {n} {list(wanted[n].shape)}" for n in wanted if n not in tensors]
     problems += [f"unexpected: {n} {list(t.shape)}" for n, t in tensors.items() if n not in wanted]
     for name in wanted.keys() & tensors.keys():
@@ -138,7 +142,27 @@ def _check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
                     if model.config.quantization_config else
                     " The weights are AWQ but config.json has no quantization_config.")
         raise InputError(f"the weights in {folder} do not fit its config.json, {len(problems)} problems:\n  "
-                         + "\n  ".join(sorted(problems)) + ("\n" + hint.strip() if hint else ""))
+                         + first_of(sorted(problems)) + ("\n" + hint.strip() if hint else ""))
+
+
+def _refuse_other_kinds(tensors: dict[str, StoredTensor], wanted: dict[str, torch.Tensor], folder: Path):
+    """Refuse, in one sentence, weights that are no damaged checkpoint but a whole one of another kind."""
+    lora = [n for n in tensors if "base_model.model." in n or ".lora_" in n]
+    if lora:
+        raise InputError(f"the weights in {folder} are a LoRA checkpoint ({len(lora)} names like {lora[0]}), merge it "
+                         "first: PEFT's merge_and_unload() and save_pretrained, or InternVL's own tools/merge_lora.py")
+    renamed = [n for n in tensors if "vision_tower." in n or "multi_modal_projector." in n]
+    if renamed:
+        raise InputError(f"the weights in {folder} have the names of transformers' own classes ({renamed[0]}), as the "
+                         "-hf repositories; take the original release, the repository without -hf, or convert it back "
+                         "with InternVL's tools/internvl_hf2custom.py")
+    if wanted.keys() - tensors.keys() == {HEAD}:
+        raise InputError(f"the weights in {folder} lack {HEAD}, which was tied to the embedding and not saved. The "
+                         "original class never ties the two and would begin with a random head; if they were one in "
+                         "training, write it once: python -c \"from minivl.files.formats import open_weights; "
+                         f"from weights_tools.files import save_checkpoint; f = {str(folder)!r}; "
+                         "t = {n: s.read() for n, s in open_weights(f).items()}; "
+                         f"t[{HEAD!r}] = t[{EMBEDDING!r}]; save_checkpoint(t, f, overwrite=True)\"")
 
 
 def _refuse_non_finite(name: str, tensor: torch.Tensor, why: str):

@@ -12,7 +12,7 @@ def test_folders_and_names(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="has no config.json; is the download complete?"):
         minivl.load(tmp_path)
     (tmp_path / "config.json").write_text((GOLDEN / "qwen2-awq" / "config.json").read_text())
-    with pytest.raises(InputError, match="has no weights; expected one of model.safetensors.index.json"):
+    with pytest.raises(InputError, match="has no weights; expected model.safetensors or"):
         minivl.load(tmp_path)
     with pytest.raises(InputError, match="is a file; give the folder"):
         minivl.load(tmp_path / "config.json")
@@ -56,7 +56,7 @@ def test_hub_errors_are_ours(monkeypatch, kind, message):
     def fail(self, *args, **options):
         raise kind.__new__(kind)
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
     with pytest.raises(InputError, match=message):
         find("some/model", revision="v2")
 
@@ -72,3 +72,25 @@ def test_offline_asks_nobody(monkeypatch):
         minivl.load("some/model")
     with pytest.raises(InputError, match="(?i)offline"):
         minivl.load_image("https://example.com/a.png")
+
+
+@pytest.mark.parametrize("how", ["find", "download", "inspect"])
+def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch, how, caplog):
+    """The real client against a port where nobody listens: one try, and nothing is said before our sentence."""
+    import socket
+    import time
+
+    import huggingface_hub
+
+    from weights_tools import download, inspect
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s to try again"))
+    ask = {"find": find, "download": download.download, "inspect": inspect.inspect}[how]
+    with pytest.raises(InputError, match=r"could not read some/model from the hub \(.*refused.*check the network"):
+        ask("some/model")
+    assert not caplog.records

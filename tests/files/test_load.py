@@ -41,7 +41,7 @@ def test_all_forms_give_the_same_logits(copy):
 def test_statistics_and_code_are_never_opened(copy):
     (copy / "inputs_stats.pth").write_bytes(b"not a pickle")
     (copy / "modeling_internvl_chat.py").write_text("raise SystemExit('executed')")
-    (copy / "pytorch_model.bin").write_bytes(b"safetensors come first")
+    (copy / "training_args.bin").write_bytes(b"not a pickle")
     minivl.load(copy)
 
 

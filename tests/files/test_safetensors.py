@@ -103,7 +103,7 @@ def test_bad_index(copy):
     written({**good, names[3]: "/etc/passwd"}, "points outside its folder")
     written({**good, names[3]: "model-00002-of-00002.safetensors"}, "lacks the shard model-00002-of-00002.safetensors")
     written({**good, "more.weight": "model-00001-of-00001.safetensors"},
-            r"names tensors that the shards lack: more.weight \(in")
+            r"names 1 tensors that the shards lack: more.weight \(in")
     written({n: f for n, f in good.items() if n != names[3]}, f"holds {names[3]}, which .* places in no file")
     written([1], "has no weight_map")
     index.write_text("{")

@@ -45,10 +45,12 @@ class Hub:
     def HfApi(self):
         api = huggingface_hub.hf_api.HfApi()
         return SimpleNamespace(**{name: self.checked(getattr(api, name)) for name in (
-            "model_info", "list_repo_files", "parse_safetensors_file_metadata")})
+            "model_info", "parse_safetensors_file_metadata")})
 
-    def model_info(self, repo_id, revision=None, files_metadata=False):
-        assert files_metadata       # without it the hub leaves sizes and digests out
+    def model_info(self, repo_id, revision=None, files_metadata=False, timeout=None):
+        if not files_metadata:      # the hub leaves sizes and digests out
+            names = sorted(os.listdir(self.folder))
+            return SimpleNamespace(siblings=[huggingface_hub.hf_api.RepoSibling(name) for name in names], sha=COMMIT)
         siblings = []
         for path in sorted(self.folder.iterdir()):
             size = path.stat().st_size
@@ -56,9 +58,6 @@ class Hub:
                 path.read_bytes()).hexdigest()) if path.suffix in (".bin", ".safetensors", ".pth") else None)
             siblings.append(huggingface_hub.hf_api.RepoSibling(path.name, size=size, lfs=lfs))
         return SimpleNamespace(siblings=siblings, sha=COMMIT)
-
-    def list_repo_files(self, repo_id, revision=None):
-        return sorted(os.listdir(self.folder))
 
     def parse_safetensors_file_metadata(self, repo_id, filename, revision=None):
         entries = safetensors_header(self.folder / filename)[0]

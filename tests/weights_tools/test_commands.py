@@ -18,7 +18,7 @@ def test_commands_end_in_one_line(tmp_path, capsys):
     assert weights_tools.run(lambda: synthesize.main([str(tmp_path / "x")])) == 2
     assert re.fullmatch(r"error: .* already holds weights .*\n", capsys.readouterr().err)
     assert weights_tools.run(lambda: inspect.main([str(tmp_path)])) == 2
-    assert re.fullmatch(r"error: no weights among .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: .* has no weights; .*\n", capsys.readouterr().err)
 
     def interrupted():
         raise KeyboardInterrupt

@@ -109,7 +109,7 @@ def test_hub_errors_become_words(name, message, tool, hub):
 
     def fail(**_):
         raise error
-    played.model_info = played.list_repo_files = fail
+    played.model_info = fail
     with pytest.raises(InputError, match=message):
         tool("Org/name", revision="v1")
 
