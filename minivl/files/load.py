@@ -138,7 +138,7 @@ def _check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
                     " The weights are AWQ but config.json has no quantization_config.")
         raise InputError(f"the weights in {folder} do not fit its config.json, {len(problems)} problems:\n  "
                          + "\n  ".join(sorted(problems)) + ("\n" + hint.strip() if hint else "")
-                         + _wrong_defaults(sorted(problems), folder))
+                         + "".join(f"\n{line}" for line in wrong_defaults(problems, read_json(folder / "config.json"))))
 
 
 SHOWN_BY = {        # a key that config.json may leave out: the problem with a tensor that shows its default to be wrong
@@ -159,15 +159,15 @@ SHOWN_BY = {        # a key that config.json may leave out: the problem with a t
     "quantization_config.group_size": r"shape: .*\.scales"}
 
 
-def _wrong_defaults(problems: list[str], folder: Path) -> str:
-    """Name the keys that config.json leaves out and whose defaults do not fit the tensors, a line each."""
+def wrong_defaults(problems: list[str], config: dict) -> list[str]:
+    """Name the keys that a parsed config.json leaves out and whose defaults do not fit the tensors, a line each."""
     lines = []
-    for key, default in left_out(read_json(folder / "config.json")).items():
-        shown = next((p for p in problems if key in SHOWN_BY and re.match(SHOWN_BY[key], p)), None)
+    for key, default in left_out(config).items():
+        shown = next((p for p in sorted(problems) if key in SHOWN_BY and re.match(SHOWN_BY[key], p)), None)
         if shown:
-            lines.append(f"\nconfig.json leaves out {key}; its default in the original class, {default!r}, does not "
-                         f"fit {shown.split()[1]}: write the model's own value into config.json.")
-    return "".join(lines)
+            lines.append(f"config.json leaves out {key}; its default in the original class, {default!r}, does not fit "
+                         f"{shown.split()[1]}: write the model's own value into config.json.")
+    return lines
 
 
 def _refuse_non_finite(name: str, tensor: torch.Tensor, why: str):
