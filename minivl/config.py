@@ -114,12 +114,14 @@ class QuantizationConfig:
             if other in data and str(data.setdefault(key, data[other])).lower() != str(data[other]).lower():
                 raise InputError(f"quantization_config has {key} {data[key]!r} and {other} {data[other]!r}, two names "
                                  "of one thing; keep the one that fits the tensors")
+        if isinstance(data.get("version"), str):
+            data["version"] = data["version"].lower()       # AutoAWQ writes GEMM
         method = data.get("quant_method", "awq" if "w_bit" in data else None)
         _choose("quantization_config.quant_method", method, ["awq"])
         _refuse_keys(cls, data, "quantization_config")
         config = _build(cls, data, "quantization_config")
         _choose("quantization_config.bits", config.bits, [4])
-        _choose("quantization_config.version", config.version.lower(), ["gemm"])
+        _choose("quantization_config.version", config.version, ["gemm"])
         _choose("quantization_config.zero_point", config.zero_point, [True])
         if config.group_size < 1:
             raise InputError(f"quantization_config.group_size is {config.group_size}, it must be 1 or more; the "
@@ -319,7 +321,7 @@ def _refuse_keys(cls: type, data: dict, where: str) -> None:
     """Refuse a key of REFUSED that changes what is computed, and a misspelt key of `cls`."""
     for key, (neutral, why) in {**REFUSED["every part"], **REFUSED.get(where, {})}.items():
         if key in data and data[key] not in neutral:
-            raise InputError(f"{where}: {key} is {data[key]!r}, not {neutral[0]!r}: {why}")
+            raise InputError(f"{where}: {key} is {repr(data[key])[:60]}, not {neutral[0]!r}: {why}")
     missing = [field.name for field in fields(cls) if field.name not in data]
     for key in sorted(data.keys() - known_keys(where)):
         for meant in difflib.get_close_matches(key.lower(), missing, 1, 0.85):
@@ -398,10 +400,11 @@ def _rope_theta(data: dict, positions: int, default: float) -> float:
     # A version that does not know rope_parameters keeps them when it saves again, and writes its default beside them.
     if beside is not None and not (found and beside == default):
         found["rope_theta"] = beside
-    if any(theta != beside for theta in found.values() for beside in found.values()):
+    first = next(iter(found.values()), default)
+    if any(theta != first for theta in found.values()):
         raise InputError("llm_config has " + " and ".join(f"{key} {theta!r}" for key, theta in found.items())
                          + "; keep the one the model was trained with, 1000000.0 in the released files")
-    return next(iter(found.values()), default)
+    return first
 
 
 def _scales_nothing(block: dict, positions: int) -> bool:
@@ -417,14 +420,18 @@ def _scales_nothing(block: dict, positions: int) -> bool:
     return not rest and (kinds == {"default"} and factor is None or kinds == {"linear"} and factor == 1)
 
 
-def _quantization_blocks(data: object) -> list[dict]:
+def _quantization_blocks(data: dict) -> list[dict]:
     """Find what describes quantized weights: LMDeploy writes it into llm_config, other tools at the top level."""
-    if isinstance(data, dict) and ("quant_method" in data or "w_bit" in data):
-        return [data]
-    children = list(data.values()) if isinstance(data, dict) else data if isinstance(data, list) else []
-    found = [block for child in children for block in _quantization_blocks(child)]
-    named = data.get("quantization_config") if isinstance(data, dict) else None
-    return found or ([named] if isinstance(named, dict) and named else [])
+    found, todo = [], [("", data)]
+    while todo:
+        key, part = todo.pop()
+        if isinstance(part, dict) and part and (key == "quantization_config" or "quant_method" in part):
+            found.append(part)
+        elif isinstance(part, dict):
+            todo += part.items()
+        elif isinstance(part, list):
+            todo += (("", child) for child in part)
+    return found
 
 
 def _build(cls: type, data: dict, where: str, **ready: object):

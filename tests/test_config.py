@@ -235,6 +235,19 @@ def test_quantization_in_the_words_of_autoawq(copy):
     assert torch.equal(logits(copy), want)
 
 
+def test_two_equal_quantization_blocks_are_one(copy):
+    def change(config):
+        block = config["llm_config"]["quantization_config"]
+        config["quantization_config"] = {**block, "version": "GEMM", "modules_to_not_convert": ["vision_model"]}
+        deep = block = {}
+        for _ in range(900):        # a note of somebody's, as deep as JSON can be read
+            block["x"] = block = {}
+        config["notes"] = deep
+    want = logits(copy)
+    edit(copy, change)
+    assert torch.equal(logits(copy), want)
+
+
 @pytest.mark.parametrize("block, message", [
     ({"quant_method": "awq", "bits": 4, "w_bit": 8}, "bits 4 and w_bit 8"), ({"w_bit": 3}, "bits is 3"),
     ({"quant_method": "awq", "version": "gemm", "format": "gemv"}, "version 'gemm' and format 'gemv'"),
