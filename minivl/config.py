@@ -1,45 +1,51 @@
-"""Read the released config.json into frozen dataclasses: field names are the released keys, only fields that are read.
+"""Read config.json into frozen dataclasses, as released, re-saved or fine-tuned: fields are the released keys.
 
-A field that selects behaviour and holds an unknown value raises; so does a missing one, because the defaults of
-the original config classes describe another model (InternViT-6B, ps_version v1) than the file at hand.
-Source: InternVL configuration_internvl_chat.py, configuration_intern_vit.py @2410d1d.
+Every key of the original classes is decided on here. A key that changes what is computed is a field, and an unknown
+value of it raises; or it stands in REFUSED, with the values that change nothing; or in WITHOUT_EFFECT, with the reason.
+A missing key has the original class's default, as in the original: `save_pretrained` leaves out what equals it. Those
+defaults describe InternViT-6B and Qwen2-7B; where they do not fit the tensors, `load` says so.
+Source: InternVL configuration_internvl_chat.py, configuration_intern_vit.py @2410d1d; transformers 4.37.2 to 5.23.0,
+configuration_utils.py, configuration_qwen2.py, modeling_rope_utils.py, quantization_config.py.
 """
 from __future__ import annotations
 
+import difflib
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from minivl.limits import InputError
 
 MAX_TEXT = 64 * 2 ** 20     # bytes of a JSON or text file; the largest released one, tokenizer.json, has 11 MB
+LFS = "version https://git-lfs.github.com/spec/"    # how the pointer begins that git leaves without its lfs extension
 
 
 @dataclass(frozen=True)
 class VisionConfig:
     """Describe the vision tower, InternViT: `vision_config`."""
-    hidden_size: int                # C
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_channels: int
-    patch_size: int                 # pixels
-    image_size: int                 # pixels; the grid of position_embedding is (image_size / patch_size)^2
-    layer_norm_eps: float
-    hidden_act: str                 # "gelu", which is the exact erf form
-    norm_type: str                  # "layer_norm" (300M) | "rms_norm" (6B)
-    qkv_bias: bool                  # 300M true, 6B false
-    qk_normalization: bool          # 300M false, 6B true
+    hidden_size: int = 3200         # C
+    intermediate_size: int = 12800
+    num_hidden_layers: int = 48
+    num_attention_heads: int = 25
+    num_channels: int = 3
+    patch_size: int = 14            # pixels
+    image_size: int = 224           # pixels; the grid of position_embedding is (image_size / patch_size)^2
+    layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu"        # which is the exact erf form
+    norm_type: str = "rms_norm"     # "layer_norm" (300M) | "rms_norm" (6B)
+    qkv_bias: bool = False          # 300M true, 6B false
+    qk_normalization: bool = True   # 300M false, 6B true
 
     @classmethod
     def from_json(cls, data: dict) -> VisionConfig:
-        """Read the parsed `vision_config`. Raises InputError for missing keys and values that minivl does not know."""
+        """Read the parsed `vision_config`. Raises InputError for values that minivl does not know."""
+        _refuse_keys(cls, data, "vision_config")
         config = _build(cls, data, "vision_config")
         _choose("vision_config.hidden_act", config.hidden_act, ["gelu"])
         _choose("vision_config.norm_type", config.norm_type, ["layer_norm", "rms_norm"])
-        _divides("vision_config", hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads)
-        _divides("vision_config", image_size=config.image_size, patch_size=config.patch_size)
+        _divides("vision_config", data, hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads)
+        _divides("vision_config", data, image_size=config.image_size, patch_size=config.patch_size)
         return config
 
 
@@ -47,57 +53,75 @@ class VisionConfig:
 class LLMConfig:
     """Describe the Qwen2 decoder: `llm_config`.
 
-    `tie_word_embeddings` is not read: the whole family stores an untied head.
+    `tie_word_embeddings` is not read: the original sets it to false, the whole family stores an untied head.
     """
     architectures: tuple
-    vocab_size: int                 # V
-    hidden_size: int                # D
-    intermediate_size: int          # F
-    num_hidden_layers: int
-    num_attention_heads: int        # H
-    num_key_value_heads: int        # K
-    hidden_act: str                 # "silu"
-    rms_norm_eps: float
-    rope_theta: float
-    max_position_embeddings: int    # tokens
+    vocab_size: int = 151936        # V
+    hidden_size: int = 4096         # D
+    intermediate_size: int = 22016  # F
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32   # H
+    num_key_value_heads: int = 32   # K
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0     # 1e6 in every released file
+    max_position_embeddings: int = 32768    # tokens
 
     @classmethod
     def from_json(cls, data: dict) -> LLMConfig:
-        """Read the parsed `llm_config`. Raises InputError for missing keys and values that minivl does not know."""
+        """Read the parsed `llm_config`. Raises InputError for values that minivl does not know."""
         named = data.get("architectures")
         kind = named[0] if isinstance(named, list) and named else named
-        if kind == "InternLM2ForCausalLM":
-            raise InputError("llm_config.architectures is InternLM2ForCausalLM (the 2B, 8B and 26B models), which "
-                             "minivl cannot run yet; the Qwen2 sizes 1B, 4B, 38B and 78B work")
+        if isinstance(kind, str) and kind in OTHER_DECODERS:
+            raise InputError(f"llm_config.architectures is {kind} ({OTHER_DECODERS[kind]}), which minivl cannot "
+                             "run; the Qwen2 sizes of InternVL2.5, 1B, 4B, 38B and 78B, work")
         _choose("llm_config.architectures[0]", kind, ["Qwen2ForCausalLM"])
+        _refuse_keys(cls, data, "llm_config")
+        positions = data.get("max_position_embeddings", cls.max_position_embeddings)
+        data = {**data, "rope_theta": _rope_theta(data, positions, cls.rope_theta)}
+        if data.get("num_key_value_heads", 0) is None:      # every head has keys of its own
+            data["num_key_value_heads"] = data.get("num_attention_heads", cls.num_attention_heads)
         config = _build(cls, data, "llm_config")
         _choose("llm_config.hidden_act", config.hidden_act, ["silu"])
-        _choose("llm_config.rope_scaling", data.get("rope_scaling"), [None])
-        _choose("llm_config.use_sliding_window", data.get("use_sliding_window", False), [False])
-        _divides("llm_config", hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads)
-        _divides("llm_config", num_attention_heads=config.num_attention_heads,
+        _divides("llm_config", data, hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads)
+        _divides("llm_config", data, num_attention_heads=config.num_attention_heads,
                  num_key_value_heads=config.num_key_value_heads)
-        if config.hidden_size // config.num_attention_heads % 2:
+        head_dim = config.hidden_size // config.num_attention_heads
+        _choose("llm_config.head_dim", data.get("head_dim"), [None, head_dim])
+        if head_dim % 2:
             raise InputError(f"llm_config: head dim {config.hidden_size} / {config.num_attention_heads} is odd, RoPE "
                              "rotates pairs; correct hidden_size or num_attention_heads")
+        layers = data.get("layer_types")
+        if layers is not None and layers != ["full_attention"] * config.num_hidden_layers:
+            raise InputError(f"llm_config.layer_types is {str(layers)[:60]}; minivl knows {config.num_hidden_layers} "
+                             "times 'full_attention', every token attending to all before it")
         return config
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
     """Describe AWQ int4, always of the decoder's linears: `quantization_config`, wherever in the file it stands."""
-    bits: int
-    group_size: int                 # g, input features that share a scale and a zero point
-    version: str                    # "gemm": the packing drawn in awq.py
-    zero_point: bool
+    bits: int = 4
+    group_size: int = 128           # g, input features that share a scale and a zero point
+    version: str = "gemm"           # the packing drawn in awq.py
+    zero_point: bool = True
 
     @classmethod
     def from_json(cls, data: dict) -> QuantizationConfig:
         """Read the parsed `quantization_config`. Raises InputError for anything but the released int4 format."""
-        _choose("quantization_config.quant_method", data.get("quant_method"), ["awq"])
+        data = dict(data)
+        for key, other in (("bits", "w_bit"), ("group_size", "q_group_size"), ("version", "format")):   # AutoAWQ's
+            if other in data and str(data.setdefault(key, data[other])).lower() != str(data[other]).lower():
+                raise InputError(f"quantization_config has {key} {data[key]!r} and {other} {data[other]!r}, two names "
+                                 "of one thing; keep the one that fits the tensors")
+        if isinstance(data.get("version"), str):
+            data["version"] = data["version"].lower()       # AutoAWQ writes GEMM
+        method = data.get("quant_method", "awq" if "w_bit" in data else None)
+        _choose("quantization_config.quant_method", method, ["awq"])
+        _refuse_keys(cls, data, "quantization_config")
         config = _build(cls, data, "quantization_config")
         _choose("quantization_config.bits", config.bits, [4])
-        _choose("quantization_config.version", config.version.lower(), ["gemm"])
+        _choose("quantization_config.version", config.version, ["gemm"])
         _choose("quantization_config.zero_point", config.zero_point, [True])
         if config.group_size < 1:
             raise InputError(f"quantization_config.group_size is {config.group_size}, it must be 1 or more; the "
@@ -117,16 +141,16 @@ class Config:
     vision_config: VisionConfig
     llm_config: LLMConfig
     quantization_config: QuantizationConfig | None
-    force_image_size: int           # pixels, side of a tile
-    downsample_ratio: float         # pixel unshuffle: 0.5 = 2x2 patches become one visual token
-    min_dynamic_patch: int          # fewest and most tiles of a picture, thumbnail not counted
-    max_dynamic_patch: int
-    use_thumbnail: bool
-    dynamic_image_size: bool
+    force_image_size: int           # pixels, side of a tile; left out: vision_config.image_size
     template: str                   # "internvl2_5"
-    ps_version: str                 # "v2"
-    select_layer: int               # -1: features are the last layer's output
-    pad2square: bool
+    downsample_ratio: float = 0.5   # pixel unshuffle: 2x2 patches become one visual token
+    min_dynamic_patch: int = 1      # fewest and most tiles of a picture, thumbnail not counted
+    max_dynamic_patch: int = 6      # 12 in the released files
+    use_thumbnail: bool = False     # true in the released files, like the next
+    dynamic_image_size: bool = False
+    ps_version: str = "v1"          # "v2"; v1 is another model
+    select_layer: int = -1          # features are the last layer's output
+    pad2square: bool = False
     system_message: str | None = None   # absent in released files; replaces the template's system text
 
     @property
@@ -137,32 +161,35 @@ class Config:
     @classmethod
     def from_json(cls, data: dict) -> Config:
         """Read the parsed config.json. Raises InputError for what minivl does not know."""
-        for part in ("vision_config", "llm_config"):
-            if not isinstance(data.get(part), dict):
-                raise InputError(f"config.json has no {part}; it must be the config of an InternVL chat model "
-                                 f"(found model_type {data.get('model_type')!r})")
-        quantization = _find_quantization(data)
-        config = _build(cls, data, "config.json",
-                       vision_config=VisionConfig.from_json(data["vision_config"]),
-                       llm_config=LLMConfig.from_json(data["llm_config"]),
-                       quantization_config=quantization and QuantizationConfig.from_json(quantization))
+        _refuse_other_models(data)
+        _refuse_keys(cls, data, "config.json")
+        vision = VisionConfig.from_json(data["vision_config"])
+        llm = LLMConfig.from_json(data["llm_config"])
+        quantized = [QuantizationConfig.from_json(block) for block in _quantization_blocks(data)]
+        if any(other != quantized[0] for other in quantized):
+            raise InputError(f"config.json has quantization blocks that differ: {' and '.join(map(str, quantized))}; "
+                             "keep the one that fits the tensors")
+        side = data.get("force_image_size")
+        config = _build(cls, {**data, "force_image_size": vision.image_size if side is None else side}, "config.json",
+                        vision_config=vision, llm_config=llm,
+                        quantization_config=quantized[0] if quantized else None)
         _choose("template", config.template, ["internvl2_5"])
-        _choose("ps_version", config.ps_version, ["v2"])
+        _choose("ps_version" + ("" if "ps_version" in data else " (left out, so the original class's default)"),
+                config.ps_version, ["v2"])
         _choose("select_layer", config.select_layer, [-1])
         _choose("pad2square", config.pad2square, [False])
         _choose("downsample_ratio", config.downsample_ratio, [0.5])
-        for key in ("use_backbone_lora", "use_llm_lora"):
-            _choose(key, data.get(key, 0), [0])
-        _divides("config.json", force_image_size=config.force_image_size, patch_size=config.vision_config.patch_size)
+        _divides("config.json", {**data["vision_config"], "force_image_size": 0},
+                 force_image_size=config.force_image_size, patch_size=config.vision_config.patch_size)
         if config.force_image_size // config.vision_config.patch_size % 2:
             raise InputError(f"force_image_size {config.force_image_size} / patch_size "
                              f"{config.vision_config.patch_size} is an odd number of patches; pixel unshuffle "
                              "needs an even one")
         if config.quantization_config:
             group = config.quantization_config.group_size
-            llm = config.llm_config
-            _divides("config.json", hidden_size=llm.hidden_size, group_size=group)
-            _divides("config.json", intermediate_size=llm.intermediate_size, group_size=group)
+            given = {**data["llm_config"], "group_size": group}
+            _divides("config.json", given, hidden_size=llm.hidden_size, group_size=group)
+            _divides("config.json", given, intermediate_size=llm.intermediate_size, group_size=group)
         if not 1 <= config.min_dynamic_patch <= config.max_dynamic_patch:
             raise InputError(f"min_dynamic_patch {config.min_dynamic_patch} and max_dynamic_patch "
                              f"{config.max_dynamic_patch} must satisfy 1 <= min <= max")
@@ -174,6 +201,153 @@ class Config:
         return cls.from_json(read_json(Path(folder) / "config.json"))
 
 
+# ---- models that are not this one -----------------------------------------------------------------------------------
+
+OTHER_DECODERS = {
+    "InternLM2ForCausalLM": "the 2B, 8B and 26B models", "InternLM3ForCausalLM": "InternVL3-9B",
+    "Qwen3ForCausalLM": "InternVL3.5", "Qwen3MoeForCausalLM": "InternVL3.5", "GptOssForCausalLM": "InternVL3.5",
+    "LlamaForCausalLM": "InternVL 1 and InternVL2-40B", "Phi3ForCausalLM": "InternVL 1.5 and InternVL2-4B"}
+OTHER_MODELS = {        # model_type: what it is; the next step
+    "internvl": ("the form of InternVL that transformers converts (-hf on the hub), whose tensors have other names",
+                 "take the same model without -hf in its name"),
+    "qwen2": ("a Qwen2 language model without a vision tower", "give the whole InternVL2.5 model it belongs to"),
+    "internlm2": ("an InternLM2 language model without a vision tower", "give the whole InternVL2.5 model"),
+    "intern_vit_6b": ("an InternViT vision tower without a language model", "give the whole InternVL2.5 model")}
+OTHER_FAMILY = ("a model of another family", "minivl runs InternVL2.5 and InternVL3 with Qwen2; use transformers here")
+
+
+def _refuse_other_models(data: dict) -> None:
+    """Say what a config.json describes that is not that of an InternVL chat model."""
+    kind = data.get("model_type")
+    if "InternVLForConditionalGeneration" in str(data.get("architectures")):
+        kind = "internvl"
+    if kind not in (None, "internvl_chat"):
+        what, step = OTHER_MODELS.get(kind, OTHER_FAMILY) if isinstance(kind, str) else OTHER_FAMILY
+        raise InputError(f"config.json has the model_type {kind!r}, {what}, not 'internvl_chat'; {step}")
+    for part in ("vision_config", "llm_config"):
+        if not isinstance(data.get(part), dict):
+            raise InputError(f"config.json has no {part}; it must be the config of an InternVL chat model "
+                             f"(found model_type {kind!r})")
+
+
+# ---- every other key of the original classes ------------------------------------------------------------------------
+# tests/test_config_keys.py lists the keys of the classes and fails for one that nobody decided on. A key that stands
+# nowhere here is nobody's, a note of who made the checkpoint, and ignored as in the original; but one that looks like a
+# field which is missing is misspelt, and would silently leave that field at its default.
+
+ALSO_READ = {       # not kept as fields
+    "config.json": "model_type quantization_config vision_config llm_config",
+    "llm_config": "quantization_config rope_parameters rope_scaling head_dim layer_types "
+                  "eos_token_id",       # by minivl.load
+    "quantization_config": "quant_method w_bit q_group_size format modules_to_not_convert"}
+
+LORA = "the weights hold LoRA adapters beside the model; merge them first with InternVL's tools/merge_lora.py"
+CHOOSES = ("generate() of the original chooses other tokens by it; take it out of config.json and, where "
+           "minivl.GenerationConfig has it, give it there")
+REFUSED = {     # key: (the values that change nothing, what any other one means)
+    "every part": {
+        "pruned_heads": (({}, None), "heads are cut out of the attention, which minivl does not do"),
+        "per_layer_config": (({}, None), "layers differ in shape, which minivl does not do"),
+        "is_encoder_decoder": ((False, None), "minivl has a decoder only"),
+        "add_cross_attention": ((False, None), "minivl has no cross-attention"),
+        "transformers_weights": ((None,), "it names another weight file; rename that file and take the key out")},
+    "config.json": {
+        "architectures": ((["InternVLChatModel"], None), "another class computes something else with these tensors"),
+        "use_llm_lora": ((0, None), LORA), "use_backbone_lora": ((0, None), LORA),
+        "image_fold": ((None,), "the pictures are cut as in InternVL 1.2, which minivl does not do")},
+    "llm_config": {
+        "use_sliding_window": ((False, None), "a token would not see all before it; minivl has no such window"),
+        "rope_pos_id_version": (("default", None), "visual tokens have positions of their own (V2PE), not in minivl"),
+        "partial_rotary_factor": ((1, None), "RoPE turns a part of each head only; minivl turns all of it"),
+        "min_length": ((0, None), CHOOSES), "min_new_tokens": ((0, None), CHOOSES),
+        "num_beams": ((1, None), CHOOSES), "num_beam_groups": ((1, None), CHOOSES),
+        "repetition_penalty": ((1, None), CHOOSES), "encoder_repetition_penalty": ((1, None), CHOOSES),
+        "no_repeat_ngram_size": ((0, None), CHOOSES), "encoder_no_repeat_ngram_size": ((0, None), CHOOSES),
+        "bad_words_ids": ((None, []), CHOOSES), "sequence_bias": ((None, {}), CHOOSES),
+        "suppress_tokens": ((None, []), CHOOSES), "begin_suppress_tokens": ((None, []), CHOOSES),
+        "forced_bos_token_id": ((None,), CHOOSES), "forced_eos_token_id": ((None,), CHOOSES),
+        "forced_decoder_ids": ((None,), CHOOSES), "exponential_decay_length_penalty": ((None,), CHOOSES),
+        "guidance_scale": ((1, None), CHOOSES), "penalty_alpha": ((0, None), CHOOSES)},
+    "quantization_config": {
+        "backend": (("auto", "autoawq", "legacy_awq", "gemm", "gemm_triton", "gemm_torch", "torch_awq", "marlin",
+                     "exllama_v1", "exllama_v2", "machete", None), "llm-awq packs the words in another order"),
+        "lm_head": ((False, None), "the head is int4 too; in the released files it is float"),
+        "modules_in_block_to_quantize": ((None,), "some linears are float; minivl expects all of a layer in int4")}}
+
+WITHOUT_EFFECT = {      # why: keys
+    "names, notes and versions":
+        "_name_or_path name_or_path _commit_hash transformers_version auto_map model_type architectures "
+        "tokenizer_class prefix finetuning_task task_specific_params problem_type id2label label2id num_labels "
+        "xla_device hidden_size",      # of the top level: a copy of llm_config's
+    "the head's tensor is stored, and read":
+        "tie_word_embeddings",
+    "the loader chooses the dtype":
+        "torch_dtype dtype use_bfloat16 fp16 bf16",
+    "training only":
+        "attention_dropout dropout drop_path_rate initializer_range initializer_factor gradient_checkpointing "
+        "tf_legacy_loss",
+    "which kernel computes the same, in which pieces, on which devices":
+        "use_flash_attn attn_implementation _attn_implementation _attn_implementation_autoset "
+        "_attn_implementation_internal experts_implementation _experts_implementation "
+        "_experts_implementation_internal chunk_size_feed_forward torchscript base_model_tp_plan base_model_pp_plan "
+        "base_model_ep_plan base_model_fsdp_plan",
+    "the form of what the original returns":
+        "return_dict output_hidden_states output_attentions output_scores return_dict_in_generate "
+        "tie_last_hidden_states",
+    "the cache changes nothing but the time":
+        "use_cache cache_implementation",
+    "only of models with an encoder":
+        "is_decoder cross_attention_hidden_size tie_encoder_decoder decoder_start_token_id",
+    "the template writes these tokens":
+        "bos_token_id pad_token_id sep_token_id eos_token_id",     # llm_config's eos_token_id is read
+    "only where use_sliding_window is true":
+        "sliding_window max_window_layers",
+    "only beside rope_pos_id_version":
+        "rope_pos_id_stride",
+    "InternLM2's; Qwen2's linears have biases as the tensors have":
+        "bias",
+    "minivl.GenerationConfig has these, or only sampling and beams use them":
+        "max_length max_new_tokens num_return_sequences do_sample temperature top_k top_p min_p typical_p "
+        "epsilon_cutoff eta_cutoff early_stopping length_penalty diversity_penalty remove_invalid_values "
+        "renormalize_logits num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold "
+        "assistant_lookbehind target_lookbehind",
+    "how the weights were quantized, and which kernel multiplies":
+        "do_fuse modules_to_fuse fuse_max_seq_len exllama_config tokenizer dataset damp_percent desc_act "
+        "act_group_aware sym true_sequential meta model_seqlen block_name_to_quantize "
+        "module_name_preceding_first_block batch_size max_input_length cache_block_outputs checkpoint_format"}
+
+
+def _refuse_keys(cls: type, data: dict, where: str) -> None:
+    """Refuse a key of REFUSED that changes what is computed, and a misspelt key of `cls`."""
+    for key, (neutral, why) in {**REFUSED["every part"], **REFUSED.get(where, {})}.items():
+        if key in data and data[key] not in neutral:
+            raise InputError(f"{where}: {key} is {repr(data[key])[:60]}, not {neutral[0]!r}: {why}")
+    missing = [field.name for field in fields(cls) if field.name not in data]
+    for key in sorted(data.keys() - known_keys(where)):
+        for meant in difflib.get_close_matches(key.lower(), missing, 1, 0.85):
+            raise InputError(f"{where} has {key!r} but no {meant!r}; rename it if it is misspelt, else give both")
+
+
+def known_keys(where: str) -> set[str]:
+    """List the keys of a part ("config.json", "vision_config", ...) that are read, refused or without effect."""
+    elsewhere = " ".join([*WITHOUT_EFFECT.values(), *(" ".join(part) for part in REFUSED.values())])
+    return {field.name for field in fields(PARTS[where])} | set((elsewhere + " " + ALSO_READ.get(where, "")).split())
+
+
+def left_out(data: dict) -> dict[str, object]:
+    """List the keys that a parsed config.json leaves out, as "vision_config.norm_type", with the defaults taken."""
+    parts = [("config.json", data), ("vision_config", data["vision_config"]), ("llm_config", data["llm_config"]),
+             *(("quantization_config", block) for block in _quantization_blocks(data))]
+    return {f"{part}.{field.name}": field.default for part, given in parts for field in fields(PARTS[part])
+            if field.name not in given and field.default not in (MISSING, None)}
+
+
+PARTS = {"config.json": Config, "vision_config": VisionConfig, "llm_config": LLMConfig,
+         "quantization_config": QuantizationConfig}
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
 def read_text(path: Path) -> str:
     """Read a text file of the checkpoint. Raises an InputError that names the file."""
     if not path.is_file():
@@ -182,9 +356,14 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path.name} in {path.parent} has {path.stat().st_size} bytes, at most {MAX_TEXT} are read; "
                          "it is not the released file, download it again")
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")     # an editor of Windows puts a byte order mark in front
     except UnicodeDecodeError:
-        raise InputError(f"{path.name} in {path.parent} is not UTF-8 text; download it again") from None
+        raise InputError(f"{path.name} in {path.parent} is not UTF-8 text; save it as UTF-8 or download it "
+                         "again") from None
+    if text.startswith(LFS):
+        raise InputError(f"{path.name} in {path.parent} is a git-lfs pointer of {len(text)} bytes, not the file it "
+                         "stands for; run `git lfs pull` in that folder, or download the file")
+    return text
 
 
 def read_json(path: Path) -> dict:
@@ -203,12 +382,56 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path.name} in {path.parent} is not valid JSON{where}; download it again") from None
 
 
-def _find_quantization(data: object) -> dict | None:
-    """Find the first dict with a `quant_method`: LMDeploy writes it into llm_config, other tools at the top level."""
-    children = data.values() if isinstance(data, dict) else data if isinstance(data, list) else []
-    if isinstance(data, dict) and "quant_method" in data:
-        return data
-    return next(filter(None, map(_find_quantization, children)), None)
+def _rope_theta(data: dict, positions: int, default: float) -> float:
+    """Find RoPE's base in `llm_config`, and refuse a scaling that changes anything up to `positions`.
+
+    transformers 5 writes rope_parameters, with rope_theta inside; before, rope_theta stood beside rope_scaling.
+    """
+    found = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        block = data.get(key) or {}
+        if not isinstance(block, dict) or not _scales_nothing(block, positions):
+            raise InputError(f"llm_config.{key} is {str(block)[:120]}; minivl computes plain RoPE and takes none, the "
+                             f"type 'default', and 'dynamic', which changes nothing up to {positions} tokens. Another "
+                             "scaling would change what the model computes")
+        if block.get("rope_theta") is not None:
+            found[f"{key}.rope_theta"] = block["rope_theta"]
+    beside = data.get("rope_theta")
+    # A version that does not know rope_parameters keeps them when it saves again, and writes its default beside them.
+    if beside is not None and not (found and beside == default):
+        found["rope_theta"] = beside
+    first = next(iter(found.values()), default)
+    if any(theta != first for theta in found.values()):
+        raise InputError("llm_config has " + " and ".join(f"{key} {theta!r}" for key, theta in found.items())
+                         + "; keep the one the model was trained with, 1000000.0 in the released files")
+    return first
+
+
+def _scales_nothing(block: dict, positions: int) -> bool:
+    """Tell whether a rope_scaling leaves plain RoPE as it is, up to `positions` tokens."""
+    kinds = {str(block[key]) for key in ("rope_type", "type") if block.get(key) is not None} or {"default"}
+    rest = {key: value for key, value in block.items() if key not in ("rope_type", "type", "rope_theta")
+            and not (value is None or key == "partial_rotary_factor" and value == 1)}
+    factor = rest.pop("factor", None)
+    if kinds == {"dynamic"}:        # dynamic NTK: the base grows with what is beyond max_position_embeddings
+        rest = {key: value for key, value in rest.items()
+                if key != "original_max_position_embeddings" or value != positions}
+        return not rest and isinstance(factor, (int, float)) and factor >= 1
+    return not rest and (kinds == {"default"} and factor is None or kinds == {"linear"} and factor == 1)
+
+
+def _quantization_blocks(data: dict) -> list[dict]:
+    """Find what describes quantized weights: LMDeploy writes it into llm_config, other tools at the top level."""
+    found, todo = [], [("", data)]
+    while todo:
+        key, part = todo.pop()
+        if isinstance(part, dict) and part and (key == "quantization_config" or "quant_method" in part):
+            found.append(part)
+        elif isinstance(part, dict):
+            todo += part.items()
+        elif isinstance(part, list):
+            todo += (("", child) for child in part)
+    return found
 
 
 def _build(cls: type, data: dict, where: str, **ready: object):
@@ -219,9 +442,8 @@ def _build(cls: type, data: dict, where: str, **ready: object):
         if field.name in ready:
             continue
         if field.name not in data:
-            if field.default is None:
-                continue
-            problems.append(f"{field.name} is missing")
+            if field.default is MISSING:
+                problems.append(f"{field.name} is missing")
             continue
         value = data[field.name]
         kind = str(field.type).split(" ")[0]
@@ -251,8 +473,11 @@ def _choose(name: str, value: object, known: list) -> None:
                          "know would change what the model computes")
 
 
-def _divides(where: str, **pair: int) -> None:
-    """Refuse a pair big=..., small=... whose second number does not divide the first."""
+def _divides(where: str, data: dict, **pair: int) -> None:
+    """Refuse a pair big=..., small=... whose second number does not divide the first. `data`: the keys given."""
     (big, x), (small, y) = pair.items()
     if x % y:
-        raise InputError(f"{where}: {small} {y} does not divide {big} {x}; correct config.json")
+        guessed = " and ".join(key for key in pair if key not in data)
+        raise InputError(f"{where}: {small} {y} does not divide {big} {x}; "
+                         + (f"{guessed} is left out, so it is the original class's default; write the model's own"
+                            if guessed else "correct config.json"))

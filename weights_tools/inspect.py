@@ -26,6 +26,7 @@ from tqdm import tqdm
 from minivl.config import Config, read_json
 from minivl.files.find import choose_files, find, hub_errors, hub_info
 from minivl.files.formats import DTYPES, choose_set, open_weights, safetensors_header
+from minivl.files.load import wrong_defaults
 from minivl.limits import InputError, offline
 from minivl.model import MiniVL
 from weights_tools import run
@@ -112,7 +113,13 @@ def inspect(path_or_id: str | Path, *, revision: str | None = None) -> Report:
     rows.sort(key=lambda row: order.get(row.name, len(order)))
     if model and not whole:
         note = "one file of a checkpoint: tensors of other files are not missed"
-    return Report(os.fspath(path_or_id), rows, compare(wanted, tensors, whole) if model else None, note)
+    if not model:
+        return Report(os.fspath(path_or_id), rows, None, note)
+    problems = compare(wanted, tensors, whole)
+    told = [f"{'shape' if kind == 'misshapen' else kind}: {line}" for kind, lines in problems.items() for line in lines]
+    if wrong := wrong_defaults(told, read_json(config)):
+        note = " ".join(([f"{note}."] if note else []) + wrong)
+    return Report(os.fspath(path_or_id), rows, problems, note)
 
 
 def compare(wanted: dict[str, torch.Tensor], tensors: dict[str, tuple], whole: bool = True) -> dict[str, list[str]]:

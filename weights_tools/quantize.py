@@ -243,7 +243,9 @@ def save_quantized(source, out, tensors: dict, group_size: int = GROUP, overwrit
     save_checkpoint(tensors, out, overwrite=overwrite, metadata=metadata)
     config = read_json(source / "config.json")
     config["llm_config"]["quantization_config"] = quantization_block(group_size)
-    config["torch_dtype"] = config["llm_config"]["torch_dtype"] = config["vision_config"]["torch_dtype"] = "float16"
+    for part in (config, config["llm_config"], config["vision_config"]):
+        part.pop("dtype", None)     # transformers 5's name, which would win
+        part["torch_dtype"] = "float16"
     for name in (*SMALL_FILES, "preprocessor_config.json"):
         if name != "config.json" and (source / name).is_file():
             shutil.copyfile(source / name, out / name)

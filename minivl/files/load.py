@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from minivl import fast
-from minivl.config import Config, read_json
+from minivl.config import Config, left_out, read_json
 from minivl.files.find import find
 from minivl.files.formats import DTYPES, StoredTensor, open_weights
 from minivl.files.sets import first_of
@@ -142,7 +142,8 @@ def _check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
                     if model.config.quantization_config else
                     " The weights are AWQ but config.json has no quantization_config.")
         raise InputError(f"the weights in {folder} do not fit its config.json, {len(problems)} problems:\n  "
-                         + first_of(sorted(problems)) + ("\n" + hint.strip() if hint else ""))
+                         + first_of(sorted(problems)) + ("\n" + hint.strip() if hint else "")
+                         + "".join(f"\n{line}" for line in wrong_defaults(problems, read_json(folder / "config.json"))))
 
 
 def _refuse_other_kinds(tensors: dict[str, StoredTensor], wanted: dict[str, torch.Tensor], folder: Path):
@@ -163,6 +164,35 @@ def _refuse_other_kinds(tensors: dict[str, StoredTensor], wanted: dict[str, torc
                          f"from weights_tools.files import save_checkpoint; f = {str(folder)!r}; "
                          "t = {n: s.read() for n, s in open_weights(f).items()}; "
                          f"t[{HEAD!r}] = t[{EMBEDDING!r}]; save_checkpoint(t, f, overwrite=True)\"")
+
+
+SHOWN_BY = {        # a key that config.json may leave out: the problem with a tensor that shows its default to be wrong
+    "vision_config.norm_type": r"(missing|unexpected): vision_model.*\.norm1\.bias",
+    "vision_config.qkv_bias": r"(missing|unexpected): vision_model.*\.attn\.qkv\.bias",
+    "vision_config.qk_normalization": r"(missing|unexpected): vision_model.*\.attn\.q_norm\.",
+    "vision_config.num_hidden_layers": r"(missing|unexpected): vision_model.*\.norm1\.weight",
+    "vision_config.hidden_size": r"shape: vision_model.*\.class_embedding",
+    "vision_config.intermediate_size": r"shape: vision_model.*\.fc1\.bias",
+    "vision_config.image_size": r"shape: vision_model.*\.position_embedding",
+    "vision_config.patch_size": r"shape: vision_model.*\.patch_embedding\.weight",
+    "vision_config.num_channels": r"shape: vision_model.*\.patch_embedding\.weight",
+    "llm_config.vocab_size": r"shape: language_model.*\.embed_tokens\.",
+    "llm_config.hidden_size": r"shape: language_model\.model\.norm\.",
+    "llm_config.intermediate_size": r"shape: language_model.*\.gate_proj\.(weight|scales)",
+    "llm_config.num_hidden_layers": r"(missing|unexpected): language_model.*\.input_layernorm\.weight",
+    "llm_config.num_key_value_heads": r"shape: language_model.*\.k_proj\.bias",
+    "quantization_config.group_size": r"shape: .*\.scales"}
+
+
+def wrong_defaults(problems: list[str], config: dict) -> list[str]:
+    """Name the keys that a parsed config.json leaves out and whose defaults do not fit the tensors, a line each."""
+    lines = []
+    for key, default in left_out(config).items():
+        shown = next((p for p in sorted(problems) if key in SHOWN_BY and re.match(SHOWN_BY[key], p)), None)
+        if shown:
+            lines.append(f"config.json leaves out {key}; its default in the original class, {default!r}, does not fit "
+                         f"{shown.split()[1]}: write the model's own value into config.json.")
+    return lines
 
 
 def _refuse_non_finite(name: str, tensor: torch.Tensor, why: str):

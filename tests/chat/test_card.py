@@ -35,7 +35,7 @@ def behind(tiny, monkeypatch):
     return put
 
 
-def one_token(model, answers, session=None):
+def one_token(model, answers, session=None, unused=()):
     """Stand for the model: an answer of one token, and a cache as long as if it had been read."""
     for answer in answers:
         assert answer.turn.start + len(answer.turn.ids) < 8192

@@ -74,8 +74,20 @@ def test_transformers_agrees(case, tmp_path):
 
 
 @needs_reference
-def test_transformers_reads_the_same_inputs(tiny, capsys):
-    assert cli.main([str(tiny), str(TIGER), "-p", "Was ist das? 数字 1234"]) == 0
+def test_transformers_reads_the_same_inputs(tiny, tmp_path, capsys):
+    """Also from a config.json that newer tools saved again: with other names, without what equals the defaults."""
+    folder = tmp_path / "again"
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "config.json").read_text())
+    llm, vision = config["llm_config"], config["vision_config"]
+    for part, keys in ((config, "downsample_ratio min_dynamic_patch force_image_size select_layer pad2square"),
+                       (vision, "num_channels patch_size hidden_act layer_norm_eps"),
+                       (llm, "rope_scaling rms_norm_eps hidden_act max_position_embeddings")):
+        for key in keys.split():
+            del part[key]
+    llm.update(rope_parameters={"rope_theta": llm["rope_theta"], "rope_type": "default"}, rope_theta=10000.0)
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(config).encode())
+    assert cli.main([str(folder), str(TIGER), "-p", "Was ist das? 数字 1234"]) == 0
     assert "14 stages, all 8 tokens are the same" in capsys.readouterr().out
 
 

@@ -94,6 +94,18 @@ def test_inspect_names_what_does_not_fit(made, tmp_path, capsys):
         minivl.load(tmp_path)
 
 
+def test_inspect_names_a_default_that_does_not_fit(made, tmp_path, capsys):
+    for path in made("awq").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["vision_config"]["norm_type"], config["vision_config"]["image_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out = run_inspect(capsys, tmp_path, "--summary")
+    assert code == 1
+    assert "note: config.json leaves out vision_config.image_size; its default in the original class, 224" in out
+    assert "config.json leaves out vision_config.norm_type; its default in the original class, 'rms_norm', does" in out
+
+
 def test_inspect_missing_shard_and_stale_shard(made, tmp_path, capsys):
     for path in made("awq-shards").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

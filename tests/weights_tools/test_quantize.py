@@ -1,4 +1,5 @@
 """The quantiser against LMDeploy's own output, bit by bit, and against its definition."""
+import json
 import subprocess
 import sys
 
@@ -314,6 +315,20 @@ def test_the_command(tiny_float, tmp_path, capsys):
         q.main([str(tiny_float), str(tmp_path / "x"), "--group-size", "96"])
     with pytest.raises(InputError, match="alpha 2.0"):
         q.main([str(tiny_float), str(tmp_path / "x"), "--alpha", "2"])
+
+
+def test_the_dtype_is_said_once(tiny_float, tmp_path):
+    """transformers 5 names it `dtype`, which would win over the torch_dtype written here."""
+    source = tmp_path / "source"
+    source.mkdir()
+    config = json.loads((tiny_float / "config.json").read_text())
+    for part in (config, config["llm_config"], config["vision_config"]):
+        part["dtype"] = part.pop("torch_dtype")
+    (source / "config.json").write_text(json.dumps(config))
+    out = q.save_quantized(source, tmp_path / "out", {"any": torch.zeros(2)})
+    written = json.loads((out / "config.json").read_text())
+    for part in (written, written["llm_config"], written["vision_config"]):
+        assert part["torch_dtype"] == "float16" and "dtype" not in part
 
 
 def test_smoothing_helps_where_a_few_inputs_are_large():

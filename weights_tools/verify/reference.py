@@ -152,13 +152,33 @@ def tokenizer_of(folder: Path):
 
 # ---- the model ------------------------------------------------------------------------------------------------------
 
+# For a missing key, as in the original: configuration_internvl_chat.py, configuration_intern_vit.py @2410d1d.
+TOP_DEFAULTS = {"downsample_ratio": 0.5, "min_dynamic_patch": 1, "use_thumbnail": False}
+VISION_DEFAULTS = {
+    "hidden_size": 3200, "num_hidden_layers": 48, "num_attention_heads": 25, "intermediate_size": 12800,
+    "qkv_bias": False, "qk_normalization": True, "hidden_act": "gelu", "norm_type": "rms_norm", "layer_norm_eps": 1e-6,
+    "image_size": 224, "patch_size": 14, "num_channels": 3}
+DECODER_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling",
+                "rope_parameters")
+
+
+def read_config(folder: Path) -> dict:
+    """Read config.json, with the original classes' defaults for the keys of tower and top level that are left out."""
+    config = TOP_DEFAULTS | json.loads((folder / "config.json").read_text("utf-8-sig"))
+    config["vision_config"] = VISION_DEFAULTS | config["vision_config"]
+    if config.get("force_image_size") is None:
+        config["force_image_size"] = config["vision_config"]["image_size"]
+    return config
+
+
 def hf_config(config: dict):
     """Translate the released config.json into transformers' InternVLConfig.
 
-    Its names: convert_internvl_weights_to_hf.py @015d3b27.
+    Its names: convert_internvl_weights_to_hf.py @015d3b27. The decoder's keys are read by transformers itself.
     """
     from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
-    vision, llm = config["vision_config"], config["llm_config"]
+    vision, llm = VISION_DEFAULTS | config["vision_config"], config["llm_config"]
     if llm["architectures"][0] != "Qwen2ForCausalLM":
         raise CannotRun(f"transformers has no {llm['architectures'][0]} of its own")
     vision_config = InternVLVisionConfig(
@@ -166,13 +186,9 @@ def hf_config(config: dict):
         num_attention_heads=vision["num_attention_heads"], intermediate_size=vision["intermediate_size"],
         attention_bias=vision["qkv_bias"], use_qk_norm=vision["qk_normalization"], hidden_act=vision["hidden_act"],
         norm_type=vision["norm_type"], layer_norm_eps=vision["layer_norm_eps"], image_size=vision["image_size"],
-        patch_size=vision["patch_size"], num_channels=vision.get("num_channels", 3))
-    text_config = Qwen2Config(
-        vocab_size=llm["vocab_size"], hidden_size=llm["hidden_size"], intermediate_size=llm["intermediate_size"],
-        num_hidden_layers=llm["num_hidden_layers"], num_attention_heads=llm["num_attention_heads"],
-        num_key_value_heads=llm["num_key_value_heads"], rms_norm_eps=llm["rms_norm_eps"],
-        max_position_embeddings=llm["max_position_embeddings"], tie_word_embeddings=False, use_sliding_window=False,
-        rope_parameters={"rope_type": "default", "rope_theta": llm["rope_theta"]})
+        patch_size=vision["patch_size"], num_channels=vision["num_channels"])
+    text_config = Qwen2Config(**{key: llm[key] for key in DECODER_KEYS if key in llm}, tie_word_embeddings=False,
+                              use_sliding_window=False)
     return InternVLConfig(vision_config=vision_config, text_config=text_config,
                           downsample_ratio=config["downsample_ratio"], tie_word_embeddings=False)
 
@@ -276,7 +292,7 @@ def remote_model(folder: Path, dtype: torch.dtype, image_token: int) -> tuple:
     Its modules have the released names.
     """
     from transformers import AutoConfig, AutoModel
-    code = json.loads((folder / "config.json").read_text("utf-8")).get("auto_map", {})
+    code = json.loads((folder / "config.json").read_text("utf-8-sig")).get("auto_map", {})
     files = {value.split(".")[0] + ".py" for value in code.values()}
     missing = sorted(file for file in files if not (folder / file).exists())
     if missing or not code:
@@ -332,8 +348,8 @@ def inputs_of(folder: Path, config: dict, request: dict) -> Inputs:
     size = config["force_image_size"]
     per_tile = int((size // config["vision_config"]["patch_size"]) ** 2 * config["downsample_ratio"] ** 2)
     images = [Image.open(path).convert("RGB") for path in request["pictures"]]
-    tiles = [tiles_of(image, size, config.get("min_dynamic_patch", 1), request["max_num"],
-                      config.get("use_thumbnail", True)) for image in images]
+    tiles = [tiles_of(image, size, config["min_dynamic_patch"], request["max_num"], config["use_thumbnail"])
+             for image in images]
     counts = [len(t) for t in tiles]
     tokenizer = tokenizer_of(folder)
     prompt = rendered(request["messages"], counts, per_tile, config.get("system_message"))
@@ -413,13 +429,13 @@ def run(folder: Path, request: dict, trust_remote_code: bool, resident: float) -
     A model is two things here: `stages`, name -> (module, "in" or "out"), and `forward(ids, pixels, past, keep)`, which
     returns transformers' output with the logits of the last `keep` positions (0: all).
     """
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = read_config(folder)
     dtype = getattr(torch, request.get("dtype", "float32"))
     tokens = request["max_new_tokens"]
     given = (inputs_like(request["like"], request["image_token_id"]) if "like" in request else
              inputs_of(folder, config, request))
     T = given.ids.shape[1]
-    keep = T if T * config["llm_config"]["vocab_size"] <= 64_000_000 else LAST_LOGITS
+    keep = T if T * config["llm_config"].get("vocab_size", 151936) <= 64_000_000 else LAST_LOGITS
     if trust_remote_code:
         stages, forward = remote_model(folder, dtype, given.image_token)
     else:
