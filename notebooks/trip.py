@@ -102,7 +102,8 @@ def draw() -> Svg:
              'stroke-width="1.4"/>')
     body += text(left + 284, y + 104, "one token a step; keys and values of the earlier ones are kept",
                  anchor="middle", size=10.5, colour=FAINT)
-    return Svg(body, left + 550, y + 116)
+    return Svg(body, left + 550, y + 116, "A picture becomes words: tiles, vision tower, pixel unshuffle, projector, "
+               "prompt, decoder, scores, a word")
 
 
 if __name__ == "__main__":
