@@ -6,6 +6,9 @@
     lab.slider(draw, layer=(0, 3, 1, 0))     to drag
     lab.number("tokens", 256)           printed, and compared by `make notebooks` with the number committed here
     lab.grade(my_function)              an exercise: where it first differs, and a hint the second time
+
+torch takes one thread here until a large model is opened: work as small as nano's gains nothing from more, and beside
+another program they wait for each other (minivl/fast/threads.py).
 """
 from __future__ import annotations
 
@@ -27,6 +30,8 @@ import minivl  # noqa: E402
 from minivl import EngineConfig  # noqa: E402
 from minivl.files.find import SHIPPED  # noqa: E402
 
+THREADS = torch.get_num_threads()
+torch.set_num_threads(1)
 SAMPLES = Path(minivl.__file__).parent / "nano" / "samples"
 PICTURES = Path(__file__).parents[1] / "tests" / "golden"
 LISTING = ("white-space: pre; word-break: normal; overflow-x: auto; margin: 0; padding: 8px; font-family: monospace; "
@@ -40,6 +45,7 @@ def open(model: str = "nano") -> minivl.Pipeline:
         print(f"{model}: the 4B needs 5 GB of memory (AWQ) or 15 (bfloat16 files), 3.3 or 7.4 GB of download if it is "
               "not here yet, and on two CPU cores about 10 s to load, 3 s for each tile, 1 s for each 50 tokens of "
               "prompt.")
+        torch.set_num_threads(THREADS)
     pipe = minivl.pipeline(model, EngineConfig(precision="exact"))
     print(f"{model}: {sum(p.numel() for p in pipe.model.parameters()) / 1e6:,.1f} million numbers, "
           f"tiles of {pipe.model.config.force_image_size} pixels")

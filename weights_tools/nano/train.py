@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from minivl import load
+from minivl.fast.threads import at_most, threads_that_help
 from minivl.model import MiniVL
 from minivl.tiling import normalise
 from minivl.tokenizer import Tokenizer
@@ -145,13 +147,33 @@ def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 
             half = stage.half and fast_half
             model = model.float().train().to(device)
             examples = Batches(stage, seed, tokenizer)
-            if not run_stage(loop, number, stage, model, tokenizer, examples, half, workers, watch_n):
+            # Sums in another order give other weights: the number of threads, once found, stays for the training.
+            threads = loop.keep("threads", partial(useful_threads, model, stage, examples, half, device))
+            with at_most(threads):
+                done = run_stage(loop, number, stage, model, tokenizer, examples, half, workers, watch_n)
+            if not done:
                 return folder
             note = {"recipe": loop.recipe, "stage": stage.name, "products": "bfloat16" if half else "float32"}
             recipe.save(model, folder, note)
             loop.finish()
         model = load(folder)        # the next stage starts from what the file holds, float16
     return folder
+
+
+def useful_threads(model: MiniVL, stage: recipe.Stage, examples: Batches, half: bool, device: str) -> int:
+    """Tell how many threads to train with: measured as things are, on the forward and backward of one micro-batch."""
+    with torch.random.fork_rng(devices=[]):     # the real head is drawn later
+        head = HEADS[stage.task](recipe.LLM["hidden_size"]).to(device) if stage.task in HEADS else None
+    batch = examples[0][:1]
+
+    def work():
+        with precision(device, half):
+            for loss in losses(model, batch, 1, head):
+                loss.backward()
+
+    threads = threads_that_help(work)
+    model.zero_grad()
+    return threads
 
 
 def run_stage(loop: Loop, number: int, stage: recipe.Stage, model: MiniVL, tokenizer: Tokenizer, examples: Batches,
