@@ -177,13 +177,18 @@ def ship(source, n: int = 500, ablation_n: int = 500, to: Path | None = None) ->
     return to
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.nano.ship", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="FOLDER", help="a stage folder written by weights_tools.nano.train")
     parser.add_argument("-n", type=int, default=500, help="questions per task (default %(default)s)")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    args = arguments(argv)
     print(ship(args.checkpoint, args.n, args.n))
     return 0
 
