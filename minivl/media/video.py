@@ -153,7 +153,7 @@ def _collect(frames: Iterable[tuple[int, Image.Image]], name: str, limits: Limit
         pixels += image.width * image.height
         if pixels > limit:
             raise InputError(f"{name}: the first {len(kept)} frames taken hold {pixels} pixels, the limit for all is "
-                             f"{limit} ({VIDEO_PICTURES} times picture_pixels); take fewer frames or smaller ones")
+                             f"{limit} ({VIDEO_PICTURES} times that of one picture); take fewer frames or smaller ones")
     return kept
 
 
