@@ -23,8 +23,8 @@ from minivl import (
     video_prompt,
 )
 from minivl.demo import demo
-from minivl.options import option, spoken
-from minivl.terminal import Wrapped, check_text, complete_with_tab, person, typed_paths
+from minivl.options import Help, option, spoken
+from minivl.terminal import Wrapped, check_text, complete_with_tab, person, say, typed_paths
 
 HELP = """\
 Ask about pictures.
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     tour = commands.add_parser("demo", help="the shipped small model answers questions about its sample pictures")
     tour.add_argument("-m", "--model", default="nano-awq", help="nano-awq (default, int4), nano (float16) or a folder")
     chat = commands.add_parser("chat", help="ask about pictures", description=HELP,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
+                               formatter_class=Help)
     chat.add_argument("pictures", nargs="*", metavar="PICTURE",
                       help="path, URL or data: URL; none for a text-only question")
     chat.add_argument("-p", "--prompt", help="the question; without it, a conversation (or the prompt from a pipe)")
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         say(f"error: {spoken(str(error))}")
         return 2
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        say("\nstopped")
         return 130
 
 
@@ -221,11 +221,6 @@ def answer(pipe: Pipeline, session: Session, message: list[dict], gen_config: Ge
         rate = f", {(count - 1) / (end - first):.1f} tokens/s" if count > 1 and end > first else ""
         say(f"[{session.response.input_token_len} tokens read, first text after {first - start:.1f} s, "
             f"{count} tokens written{rate}]")
-
-
-def say(text: str):
-    """Tell the person at the terminal something that is no answer."""
-    print(text, file=sys.stderr)
 
 
 class Conversation:

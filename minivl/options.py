@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import textwrap
 from collections.abc import Collection
 
 from minivl.limits import InputError
@@ -27,6 +28,23 @@ SPOKEN = (
     (r"\bfps(?= must be)", lambda _: "--fps"),
     (f"{FIELD}|(?<!-){ARGUMENT}(?: \\(--\\w+\\))?", lambda found: option(found[1] or found[2])),
 )
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Show a description as it is written, its lines broken at words where the terminal is narrower."""
+
+    def _fill_text(self, text, width, indent):
+        width += 2      # argparse leaves two columns free
+        # A paragraph, or a line that is indented: an example, a row of a list.
+        blocks = re.findall(r"(?:^(?! ).+\n?)+|^ .*\n?|^\n", super()._fill_text(text, width, indent), re.M)
+        return "".join(block if max(map(len, block.splitlines())) <= width else _broken(block, width)
+                       for block in blocks) + "\n"
+
+
+def _broken(block: str, width: int) -> str:
+    start = " " * (len(block) - len(block.lstrip(" ")))
+    return textwrap.fill(block, width, subsequent_indent=start and start + "    ", break_on_hyphens=False,
+                         break_long_words=False) + "\n"
 
 
 def option(name: str) -> str:

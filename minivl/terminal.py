@@ -48,7 +48,7 @@ def person() -> Iterator[None]:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="minivl.plain")
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {spoken(str(message))}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_: say(f"warning: {spoken(str(message))}")
         yield
 
 
@@ -136,6 +136,13 @@ class Wrapped:
         self.out.write("\n")
         self.column = 0
         self.spaces = ""
+
+
+def say(text: str):
+    """Tell the person something that is no answer, on stderr."""
+    page = Wrapped(sys.stderr)
+    page.write(text + "\n")
+    page.finish()
 
 
 # ---- paths that are typed -------------------------------------------------------------------------------------------

@@ -158,9 +158,8 @@ def terminal(monkeypatch):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
 
 
-@each
-def test_every_option_is_decided_on(command, monkeypatch):
-    """A new option of a parser needs a line in the table: what it goes with."""
+def parser_of(command, monkeypatch):
+    """The parser that its arguments go to."""
     parsers = []
     original = argparse.ArgumentParser.parse_known_args
 
@@ -169,7 +168,28 @@ def test_every_option_is_decided_on(command, monkeypatch):
         return original(self, *args, **options)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", spy)
     assert not command.refuses([])
-    parser = next(parser for parser in reversed(parsers) if len(parser._actions) > 1)
+    return next(parser for parser in reversed(parsers) if len(parser._actions) > 1)
+
+
+@each
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_help_fits_the_terminal(command, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    parser = parser_of(command, monkeypatch)
+    formatter = parser.formatter_class(prog="x")
+    formatter.add_text(parser.description)
+    text = formatter.format_help()
+    assert text.split() == (parser.description or "").split()
+    if command.file not in ("notebooks/run.py", "weights_tools/verify/mistakes.py"):        # which import no minivl
+        assert all(len(line) <= columns for line in text.splitlines())
+    if columns == 120:
+        assert text.strip() == (parser.description or "").strip()
+
+
+@each
+def test_every_option_is_decided_on(command, monkeypatch):
+    """A new option of a parser needs a line in the table: what it goes with."""
+    parser = parser_of(command, monkeypatch)
     assert {action.dest for action in parser._actions} - {"help", "version"} == set(command.words)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import huggingface_hub
 from tqdm import tqdm
 
+from minivl import options
 from minivl.files.find import SHIPPED, choose_files, hub_errors
 from minivl.limits import InputError, offline
 from weights_tools import run
@@ -136,7 +137,7 @@ def _existing(path: Path) -> Path:
 def arguments(argv: list | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.download", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     parser.add_argument("hub_id", metavar="HUB_ID", help="for example OpenGVLab/InternVL2_5-4B-MPO-AWQ (3.3 GB)")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default main); refs/pr/1 often holds a "
                                                         "safetensors form of an -AWQ checkpoint")

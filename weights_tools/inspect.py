@@ -23,6 +23,7 @@ import huggingface_hub
 import torch
 from tqdm import tqdm
 
+from minivl import options
 from minivl.config import Config, read_json
 from minivl.files.find import SHIPPED, choose_files, find, hub_errors
 from minivl.files.formats import DTYPES, open_weights, safetensors_header
@@ -230,7 +231,7 @@ def _table(rows, right=()) -> list[str]:
 def arguments(argv: list | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.inspect", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     parser.add_argument("source", metavar="PATH_OR_HUB_ID",
                         help="folder, .safetensors file, hub id, or the shipped nano or nano-awq")
     parser.add_argument("--revision", metavar="R", help="of a hub id: branch, tag or commit (default main)")
@@ -242,12 +243,12 @@ def arguments(argv: list | None = None) -> argparse.Namespace:
 
 def main(argv: list | None = None) -> int:
     """Run the command; its exit code."""
-    options = arguments(argv)
-    report = inspect(options.source, revision=options.revision)
-    shown = [t for t in report.tensors if options.filter is None or fnmatch.fnmatchcase(t.name, options.filter)]
+    args = arguments(argv)
+    report = inspect(args.source, revision=args.revision)
+    shown = [t for t in report.tensors if args.filter is None or fnmatch.fnmatchcase(t.name, args.filter)]
     if not shown:
-        raise InputError(f"none of the {len(report.tensors)} tensors matches {options.filter!r}; try '*.layers.0.*'")
-    print((as_json if options.json else as_text)(report, shown, options.summary))
+        raise InputError(f"none of the {len(report.tensors)} tensors matches {args.filter!r}; try '*.layers.0.*'")
+    print((as_json if args.json else as_text)(report, shown, args.summary))
     return 1 if _fits(report) is False else 0
 
 

@@ -166,7 +166,7 @@ def save_quantized(source, out, tensors: dict, group_size: int = GROUP, overwrit
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line, and refuse what would have no effect."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.quantize", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     parser.add_argument("checkpoint", metavar="FOLDER", help="a float checkpoint: folder or hub id")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument("--plain", action="store_true", help="round to nearest, no smoothing")

@@ -283,7 +283,7 @@ def random_tensor(name: str, like: torch.Tensor, *, seed: int, layers: int, grou
 def arguments(argv: list | None = None) -> argparse.Namespace:
     """Read the command line, and refuse what would have no effect."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.synthesize", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     parser.add_argument("out", metavar="OUT", help="folder to write; made if it does not exist")
     parser.add_argument("--size", choices=SIZES, default="tiny",
                         help="tiny (default, under 2 MB), or the shapes of a released model: on disk about 1.9, 7.4, "

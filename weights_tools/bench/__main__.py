@@ -100,7 +100,7 @@ def accuracy_table(found: dict, measure: str) -> str:
 def parser_of_options() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", nargs="?", help="a folder or hub id")
     add("--device", metavar="cuda", help="prove and measure everything on a GPU in one go, see gpu.py; needs no "

@@ -219,7 +219,7 @@ def table(names: list, scores: list) -> str:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line, and refuse what would have no effect."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.nano.evaluate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", default=["nano", "nano-awq"],
                         help="folders (default: the shipped ones, nano and nano-awq)")
     parser.add_argument("-n", type=int, default=500, help="questions per task (default %(default)s)")

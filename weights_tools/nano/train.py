@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from minivl import load
+from minivl import load, options
 from minivl.limits import InputError
 from minivl.model import MiniVL
 from minivl.tiling import normalise
@@ -178,7 +178,7 @@ def run_stage(loop: Loop, number: int, stage: recipe.Stage, model: MiniVL, token
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.nano.train", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     parser.add_argument("out", metavar="OUT", help="folder for checkpoints, log and the finished stages")
     parser.add_argument("--quick", action="store_true", help="the short recipe, planned for 25 minutes on 2 CPU cores")
     parser.add_argument("--seed", type=int, default=recipe.SEED, help="default %(default)s, that of the shipped files")

@@ -236,7 +236,7 @@ def record_and_compare(args: argparse.Namespace, folder: Path) -> int:
 def parser_of_options() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.verify", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     add = parser.add_argument
     add("checkpoint", nargs="?", metavar="CHECKPOINT", help="folder, hub id, nano or nano-awq")
     add("pictures", nargs="*", metavar="PICTURE", help="files")
