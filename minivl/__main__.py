@@ -24,7 +24,7 @@ from minivl import (
 )
 from minivl.demo import demo
 from minivl.options import Help, option, spoken
-from minivl.terminal import Wrapped, check_text, complete_with_tab, person, say, typed_paths
+from minivl.terminal import Wrapped, can_show, check_text, complete_with_tab, person, say, typed_paths
 
 HELP = """\
 Ask about pictures.
@@ -135,7 +135,10 @@ def chat(args) -> int:
     session = pipe.session()
     answer(pipe, session, message(text, pictures, args, video), gen_config, quiet=args.json)
     if args.json:
-        print(json.dumps(asdict(session.response), ensure_ascii=False))
+        found = asdict(session.response)
+        text = json.dumps(found, ensure_ascii=False)
+        # Data must not become signs alike: what the encoding lacks is escaped, as JSON can.
+        print(text if can_show(sys.stdout, text) else json.dumps(found))
     return 0
 
 

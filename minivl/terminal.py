@@ -209,6 +209,6 @@ def check_text(text: str, name: str) -> str:
     if not text.strip():
         raise InputError(f"{name} is empty; write a question")
     if any("\ud800" <= char <= "\udfff" for char in text):
-        raise InputError(f"{name} holds bytes that are not valid {sys.stdin.encoding or 'UTF-8'}; write it in the "
-                         "encoding of the terminal, best UTF-8")
+        raise InputError(f"{name} holds bytes that are not valid {sys.stdin.encoding or 'UTF-8'}; write it in that "
+                         "encoding, or set PYTHONUTF8=1 if it is UTF-8")
     return text

@@ -1,5 +1,6 @@
 """What a person at a terminal sees: words that stay whole, characters that every terminal has, Tab."""
 import io
+import json
 import os
 import pty
 import subprocess
@@ -102,9 +103,11 @@ def test_a_terminal_of_another_encoding(tiny, monkeypatch, encoding, seen):
     monkeypatch.setattr(TextStream, "finish", lambda self: ANSWER)
     assert main(["chat", "-m", str(tiny), "-p", "Hello!", "--max-new-tokens", "1"]) == 0
     assert main(["chat", "-m", str(tiny), "-p", "x", ANSWER]) == 2
+    assert main(["chat", "-m", str(tiny), "-p", "Hello!", "--max-new-tokens", "1", "--json"]) == 0
     sys.stdout.flush()
     sys.stderr.flush()
-    assert out.getvalue().decode(encoding) == seen + "\n"
+    answer, data = out.getvalue().decode(encoding).splitlines()
+    assert answer == seen and json.loads(data)["text"] == ANSWER        # data stays what it is
     assert err.getvalue().decode(encoding) == f"error: '{seen}': no such file; check the path\n"
 
 
