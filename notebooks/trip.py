@@ -4,6 +4,7 @@ The numbers are those of InternVL2_5-4B for tests/golden/tiger.jpeg, computed fr
 """
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,4 +108,5 @@ def draw() -> Svg:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()      # takes no options
     print(draw().save(HERE / "trip.svg"))
