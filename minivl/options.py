@@ -54,9 +54,10 @@ def option(name: str) -> str:
 
 def spoken(message: str) -> str:
     """Say on a command line what a message of the Python API says: "session_len" becomes "--session-len"."""
+    message, *code = re.split(r"(?=\bpython -c \")", message, maxsplit=1)       # a line to run stays as it is
     for pattern, words in SPOKEN:
         message = re.sub(pattern, words, message)
-    return message
+    return message + "".join(code)
 
 
 def given(parser: argparse.ArgumentParser, argv: list | None = None, intermixed: bool = False) -> dict[str, str]:

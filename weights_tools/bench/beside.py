@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from minivl import load, pipeline
+from minivl import load, options, pipeline
 from minivl.demo import SAMPLES
 from minivl.files.find import SHIPPED, find
 from minivl.generation import steps
@@ -65,16 +65,22 @@ def rate(written, seconds: float) -> float:
     return count / (time.perf_counter() - start)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the options."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.bench.beside", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     parser.add_argument("model", nargs="?", default="nano-awq", help="nano, nano-awq (default), a folder or a hub id")
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2, 4], metavar="N",
                         help="other busy processes (default 0 1 2 4)")
     args = parser.parse_args(argv)
     if min(args.busy) < 0:
         raise InputError(f"--busy is {min(args.busy)}; it must be 0 or more")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    args = arguments(argv)
     written = nano_answers(args.model) if args.model in SHIPPED else tokens(args.model)
     next(written)                                   # loaded
     print(f"{torch.get_num_threads()} threads at most\n\nbusy processes  tokens/s")
