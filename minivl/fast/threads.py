@@ -2,7 +2,8 @@
 
 The threads of an operation wait for the last of them, and they wait spinning. If another program takes the processor of
 one, the others spin until it is back: some milliseconds, at each of a token's thousand operations. Beside one busy
-program nano on two threads ran at a third of its speed, beside four at a thirtieth; on one thread it loses nothing.
+program nano on two threads of two cores ran at a quarter of its speed, beside four at a tenth or less; one thread is as
+fast alone, and loses no more than its share of the processor (weights_tools/bench/README.md).
 
     with at_most(1): ...            what torch computes inside is done by this thread alone
     pace(model)                     one thread or more, for the prompts and the tokens of a model
