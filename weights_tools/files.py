@@ -101,6 +101,18 @@ def unfinished(folder: Path, left: str) -> Iterator[Path]:
             os.close(lock)
 
 
+def clear(folder: Path):
+    """Clear away what killed processes have left in a folder, where perhaps nothing is written any more.
+
+    A list of moved weights stays as long as some are not in place, see `check_free_of_weights`.
+    """
+    for old in dead(folder):
+        shutil.rmtree(old, ignore_errors=True)
+    for listed in dead(folder, ".json"):
+        if all((folder / mark[0]).exists() and _mark(folder / mark[0]) == mark for mark in _marks(listed)):
+            listed.unlink(missing_ok=True)
+
+
 def dead(folder: Path, suffix: str = "") -> list[Path]:
     """List the unfinished folders inside `folder`, or with `suffix` .json their lists, whose owner is gone."""
     found = []
@@ -241,7 +253,7 @@ def check_free_of_weights(folder: str | Path, overwrite: bool):
             raise InputError(f"{folder} is a file; give a folder")
         found = [] if overwrite else weight_files(folder)
         if found:
-            left = _moved_by_the_dead(folder)
+            left = [mark for listed in dead(folder, ".json") for mark in _marks(listed)]
             found = [file for file in found if _mark(file) not in left]
     if found:
         raise InputError(f"{folder} already holds weights ({found[0].name}, {len(found)} files); choose another folder "
@@ -339,13 +351,12 @@ def _mark(file: Path) -> list:
     return [file.name, about.st_size, about.st_mtime_ns]
 
 
-def _moved_by_the_dead(folder: Path) -> list[list]:
-    """Read which weights killed runs have put in place: what `_mark` says of each."""
-    marks = []
-    for listed in dead(folder, ".json"):
-        with contextlib.suppress(OSError, ValueError):      # killed in the midst of writing it
-            marks += json.loads(listed.read_text(encoding="utf-8"))
-    return marks
+def _marks(listed: Path) -> list[list]:
+    """Read a list of moved weights: what `_mark` says of each."""
+    try:
+        return json.loads(listed.read_text(encoding="utf-8"))
+    except (OSError, ValueError):       # killed in the midst of writing it: nothing was moved
+        return []
 
 
 if __name__ == "__main__":

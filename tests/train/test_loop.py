@@ -102,6 +102,10 @@ def test_killed_between_two_states_it_goes_on_from_the_last(tmp_path):
     finished, result = trained(folder, seen=seen, save_every=2)
     assert finished and seen[0] == (1, 4)
     assert not list(folder.glob(".*"))
+    (folder / "stage-1" / ".incomplete-0123abcd").mkdir(parents=True)       # killed when all was in place
+    (folder / "stage-1" / ".incomplete-0123abcd.json").write_text("[]")
+    Loop(folder, "a")
+    assert not list(folder.glob("stage-1/.*"))
     assert all(torch.equal(whole[name], result[name]) for name in whole)
 
 

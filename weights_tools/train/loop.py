@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from minivl.config import read_json
 from minivl.limits import InputError, is_there, reading
-from weights_tools.files import save_torch, told, write_text
+from weights_tools.files import clear, save_torch, told, write_text
 
 
 @dataclass
@@ -37,6 +37,9 @@ class Loop:
         self.folder = Path(self.folder)
         with told(self.folder, "nothing is trained"):
             self.folder.mkdir(parents=True, exist_ok=True)
+            clear(self.folder)
+            for stage in [path for path in self.folder.iterdir() if path.is_dir()]:
+                clear(stage)        # which may be whole and not be written again
         self.state_file = self.folder / "state.pt"
         self.choices_file = self.folder / "choices.json"
         self.done = 0
