@@ -2,13 +2,13 @@
 
     names, shapes, dtypes -> plan of shards -> one shard at a time in memory -> a hidden folder -> moved into place
 
-The safetensors files carry a sha256 digest of each tensor, which minivl.load checks (released files carry none; the hub
-knows a digest of each file). No numpy: the safetensors library is given addresses.
+The safetensors files carry a sha256 digest of each tensor's dtype, shape and bytes, which minivl.load checks. Files of
+older versions carry one of the bytes alone, released ones none; the hub knows a digest of each file. No numpy: the
+safetensors library is given addresses.
 """
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 import re
@@ -21,7 +21,7 @@ import torch
 from safetensors import TensorSpec, serialize_file
 from tqdm import tqdm
 
-from minivl.files.formats import DTYPES
+from minivl.files.formats import DIGESTS, DTYPES, digest_of
 from minivl.limits import InputError
 
 STEM = {"safetensors": "model", "bin": "pytorch_model"}     # format, which is the suffix too -> name before the suffix
@@ -37,14 +37,15 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: str | Path,
     path = Path(path)
     # Both dicts hold the tensors until the file is written: a TensorSpec is an address and keeps nothing alive.
     tensors = {name: _plain(name, tensor) for name, tensor in tensors.items()}
-    digests = {name: hashlib.sha256(raw_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    digests = {name: digest_of(words[t.dtype], t.shape, raw_bytes(t)) for name, t in tensors.items()}
     specs = {name: TensorSpec(dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape), data_ptr=t.data_ptr(),
                               data_len=t.nbytes) for name, t in tensors.items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.touch()
         mode = partial.stat().st_mode       # that of any new file; the library's own is readable by nobody else
-        serialize_file(specs, partial, metadata={**(metadata or {}), "format": "pt", "sha256": json.dumps(digests)})
+        serialize_file(specs, partial, metadata={**(metadata or {}), "format": "pt", DIGESTS: json.dumps(digests)})
         partial.chmod(mode)
         os.replace(partial, path)
     finally:
