@@ -45,6 +45,7 @@ STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "Half
             "BoolStorage": torch.bool}
 KEY = re.compile(r"data/([0-9]{1,20})")                     # torch 1.6 takes an address for it
 NOTE = re.compile(r"version|byteorder|\.[\w./]{1,64}")      # what torch notes beside the tensors
+DEVICE = re.compile(r"[a-z]\w*(:[0-9]+)?")
 
 FAR = 2**32 - 1     # sizes and offsets from here on are in a zip64 field
 LINE = struct.Struct("<4sHHHHHHIIIHHHHHII")
@@ -306,9 +307,10 @@ class _Pickle:
         word = self.string(self.take(1))
         kind = self.known(self.take(1), name)
         key = self.string(self.take(1))
-        self.string(self.take(1))       # the device: it is read to the CPU
+        device = self.string(self.take(1))      # it is read to the CPU, whatever it says
         numel = self.number(self.take(1))
-        if word != "storage" or not isinstance(kind, Global) or not kind.name.endswith("Storage"):
+        if word != "storage" or not isinstance(kind, Global) or not DEVICE.fullmatch(device) \
+                or not kind.name.endswith("Storage"):
             self.damaged()
         self.expect(TUPLE)
         self.put(None)
