@@ -246,8 +246,8 @@ class _Pickle:
         op = self.take(1)
         if op == DICT:
             self.put(None)
-        elif op == GLOBAL:
-            self.ordered_dict(op)
+        elif op == GLOBAL and self.known(op, "it") == Global(ORDERED_DICT):
+            self.empty()
         else:
             self.not_a_dict("it holds one object, or a list")
         places = {}
@@ -345,6 +345,10 @@ class _Pickle:
         """Read an empty OrderedDict()."""
         if self.known(op, "an attribute") != Global(ORDERED_DICT):
             self.damaged()
+        self.empty()
+
+    def empty(self):
+        """Read the call that makes one."""
         self.expect(EMPTY_TUPLE + REDUCE)
         self.put(None)
 
@@ -364,8 +368,7 @@ class _Pickle:
             found = self.known(op, "an attribute")
             nested = found == Global(ORDERED_DICT)
             if nested:
-                self.expect(EMPTY_TUPLE + REDUCE)
-                self.put(None)
+                self.empty()
             elif not isinstance(found, str):
                 self.damaged()
         if nested:

@@ -14,9 +14,9 @@ import zlib
 import pytest
 import torch
 from checkpoints import raw, refused
+from fuzz.bin import PARTS, deflated, numbered, split, tower, unzipped, zipped
 
 import minivl
-from fuzz.bin import PARTS, deflated, numbered, split, tower, unzipped, zipped
 from minivl import InputError
 from minivl.files.formats import open_weights
 from minivl.files.pickles import read_places
@@ -121,18 +121,18 @@ def sizes(count):
 
 
 def test_what_scripts_save_is_read(tmp_path):
-    """State dicts, with the notes of their modules, of 0 to 2001 tensors (pickle writes dicts in pieces of 1000)."""
+    """State dicts, with the notes of their modules, of 0 to 1001 tensors (pickle writes dicts in pieces of 1000)."""
     net = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(2, 3).bfloat16())
     net.load_state_dict(net.state_dict(), assign=True)
     again = net.state_dict()
     net.load_state_dict(again)      # notes how it was loaded, in again._metadata
     tied = torch.randn(3)
-    for thing in (net.state_dict(), again, net.state_dict(keep_vars=True), dict(net.state_dict()), collections.OrderedDict(),
+    for thing in (net.state_dict(), again, net.state_dict(keep_vars=True), dict(net.state_dict()),
                   {"a": tied, "b": tied, "c": torch.nn.Parameter(tied)}, {"one": torch.tensor(True)},
                   {"\u6a21.\U0001f405": torch.randn(2, 2, 2, 2, 2)[1:, :, 1], "": torch.arange(5, dtype=torch.int16)},
                   *({"i" * (k % 99) + f"{k}": torch.tensor([k], dtype=torch.uint8)} for k in (1, 255)),
-                  *map(sizes, (0, 1, 2, 999, 1000, 1001, 2000, 2001)),
-                  *(collections.OrderedDict(sizes(n)) for n in (1, 2, 999, 1000, 1001, 2001))):
+                  collections.OrderedDict(), *map(sizes, (1, 2, 1000, 1001)),
+                  *(collections.OrderedDict(sizes(n)) for n in (1, 2, 1000, 1001))):
         data = saved(thing)
         assert agree(opened(tmp_path, data), data)
     big = torch.nn.Module()
@@ -168,11 +168,11 @@ def test_every_field_of_the_zip_must_be_what_torch_writes(tmp_path):
         numbers = [i for i, (_, bytes) in enumerate(records) if bytes or part != "after"]
         for number in numbers if part in ("local", "after", "line") else [0]:
             for field in range(1, len(layout.unpack(bytes(layout.size)))):
-                for value in (1, 2**64 - 1):
+                for value in (1, 2**64 - 1) if number < 4 else (1,):
                     altered = zipped(records, {(part, number, field): value})
                     assert altered == data or opened(tmp_path, altered) is None, (part, number, field)
                     tried += altered != data
-    assert tried > 500
+    assert tried > 300
 
 
 def test_records_and_pieces_that_torch_does_not_write(tmp_path):
@@ -181,14 +181,14 @@ def test_records_and_pieces_that_torch_does_not_write(tmp_path):
     where = [name for name, _ in records].index("data/1")
     half = zipped(records[:where])
     for altered in (
-            data + b"\0", data + data, data + data[-98:], data + data[-22:], b"\0" + data, data[:-1], data[98:], data[-98:],
+            data + b"\0", data + data, data + data[-98:], data + data[-22:], b"\0" + data, data[:-1], data[98:],
+            data[-98:], data.replace(b"archive/data/1", b"folders/data/1"), data.replace(b"ZZZZ", b"ZZZY", 1),
             zipped([*records, ("data/2", b"more")]), zipped([*records, ("data/1", records[where][1])]),
             zipped([*records, ("code/x.py", b"")]), zipped([*records, (".note", b"x" * 5000)]), zipped(records[1:]),
             zipped([*records, ("data.pkl", b"other")]), zipped(records[:where] + records[where + 1:]),
             zipped([(n, b"big" if n == "byteorder" else d) for n, d in records]), deflated(records), half + data,
             zipped([(n, d + b"\0" * 4 if n == "data/1" else d) for n, d in records]),
-            zipped([(n, d[:-4] if n == "data/1" else d) for n, d in records]), data.replace(b"archive/data/1", b"folders/data/1"),
-            data.replace(b"ZZZZ", b"ZZZY", 1)):
+            zipped([(n, d[:-4] if n == "data/1" else d) for n, d in records])):
         assert opened(tmp_path, altered) is None
     assert opened(tmp_path, zipped([*records, (".new_note", b"1")])).keys() == {"a", "b"}     # of a later torch
 
@@ -198,27 +198,27 @@ def test_every_opcode_must_stand_where_torch_writes_it(tmp_path):
     net = torch.nn.Linear(2, 3)
     data = saved(collections.OrderedDict(net.state_dict(keep_vars=True), w=torch.empty(2, 3).t()))
     operations = split(dict(unzipped(data))["data.pkl"])
+    others = [[op] for op in (b"0", b"2", b")", b"}", b"]", b"N", b"(", b"h\0", b"K\1", b"\x88", b"\x81",
+                                b"\x93", b"\x94")]
     read = 0
-    for i in range(len(operations)):
-        for piece in ([], operations[i:i + 1] * 2, *([op] for op in (b"0", b"2", b")", b"}", b"]", b"N", b"(", b"h\0",
-                                                                     b"K\1", b"\x88", b"\x81", b"\x93", b"\x94"))):
-            for count in (lambda x: x, numbered):
-                altered = with_pickle(data, b"".join(count(operations[:i] + piece + operations[i + 1:])))
-                found = opened(tmp_path, altered)
-                assert found is None or agree(found, altered), (i, piece)
-                read += found is not None
-    assert read < 200
+    for i, operation in enumerate(operations):
+        for piece in ([], [operation] * 2, others[i % len(others)], [others[i // 2 % len(others)][0], operation]):
+            altered = operations[:i] + piece + operations[i + 1:]
+            altered = with_pickle(data, b"".join(altered if i % 3 == 0 else numbered(altered)))
+            found = opened(tmp_path, altered)
+            assert found is None or agree(found, altered), (i, piece)
+            read += found is not None
+    assert read < 20
 
 
 @pytest.mark.parametrize("thing, message", [
     ({"state_dict": {"a": torch.ones(1)}}, r"does not hold a dict of names and tensors \(state_dict is no tensor\)"),
     ({"epoch": 3, "a": torch.ones(1)}, r"\(epoch is no tensor\); save the model's state_dict\(\) alone"),
     ({1: torch.ones(1)}, "a key is a number"), ({"a": [torch.ones(1)]}, "a is no tensor"),
-    ([torch.ones(1)], "it holds one object, or a list"), (torch.ones(1), "holds more than tensors .*_rebuild_tensor_v2"),
+    ([torch.ones(1)], "it holds one object, or a list"), (torch.ones(1), "it holds one object, or a list"),
     ({"a": torch.ones(1, dtype=torch.complex64)}, "a is in a ComplexFloatStorage; known are DoubleStorage"),
     ({"a": torch.ones(1, dtype=torch.uint16)}, "holds more than tensors .*_rebuild_tensor_v3"),
-    ({"a": torch.quantize_per_tensor(torch.ones(1), 1.0, 0, torch.qint8)}, "holds more than tensors .*_rebuild_qtensor"),
-    ({"a": torch.ones(2, dtype=torch.complex64).conj().imag}, "does not write what is at byte"),
+    ({"a": torch.ones(2, dtype=torch.complex64).conj().imag}, "does not write what is at"),
     ({"a": torch.ones(1).expand(2**40)}, "a .* does not lie in its record of 1 torch.float32"),
     ({"a" * 501: torch.ones(1)}, "has a name of 501 bytes"), (torch.nn.Linear(1, 1), "holds more than tensors")])
 def test_other_things_that_torch_saves_are_named(tmp_path, thing, message):
@@ -313,8 +313,10 @@ def test_pickles_that_never_end_crash_or_fill_the_memory(copy, tmp_path):
                "nested tuples as a key": b"\x80\2}" + deep + b"K\1s.",
                "OrderedDict of them": b"\x80\2ccollections\nOrderedDict\n(" + deep + b"K\1tR.",
                "OrderedDict of pairs": b"\x80\2ccollections\nOrderedDict\n](" + deep + b"K\1te\x85R.",
-               "parameters of parameters": b"\x80\2}q\0X\1\0\0\0aq\1ctorch._utils\n_rebuild_parameter\nq\2" + b"h\2" * 10**6,
-               "dicts in its notes": b"\x80\2ccollections\nOrderedDict\nq\0)Rq\1" + b"}q\2X\1\0\0\0aq\3" * 10**5}
+               "parameters of parameters": b"\x80\2}q\0X\1\0\0\0aq\1ctorch._utils\n_rebuild_parameter\nq\2"
+                                           + b"h\2" * 10**6,
+               "notes in notes": b"\x80\2ccollections\nOrderedDict\nq\0)Rq\1" + b"".join(
+                   numbered([b"}", b"q\2", b"X\1\0\0\0a", b"q\3"] * 10**5))}
     files = {name: with_pickle(whole, pickle) for name, pickle in pickles.items()}
     zeros = zlib.compressobj(9, zlib.DEFLATED, -15)
     block = zeros.compress(bytes(2**20)) + zeros.flush(zlib.Z_FULL_FLUSH)       # may be repeated
