@@ -159,7 +159,7 @@ def test_digests_see_dtype_and_shape(tmp_path):
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
-    with pytest.raises(InputError, match="b does not match its sha256 digest"):
+    with pytest.raises(InputError, match="a does not match its sha256 digest"):
         open_weights(tmp_path)
 
 
