@@ -13,6 +13,7 @@ from PIL import Image
 
 from minivl.limits import InputError, Limits
 from minivl.media.local import check_bytes, file_size, local_path, read_file
+from minivl.media.parts import check_animation
 from minivl.media.pictures import (
     FORMAT_NAMES,
     MAGIC,
@@ -185,12 +186,14 @@ def _folder_frames(folder: str, name: str) -> list[str]:
 def _animation_frames(data: bytes, choose: Callable[[int, float | None], list[int]], need_rate: bool, name: str,
                       limits: Limits) -> list[Image.Image]:
     """Read the chosen frames of a GIF, WebP or PNG animation, each as Pillow composes it; a still is one frame."""
-    image = open_picture(data, name, limits)
+    image, parts = open_picture(data, name, limits)
     damaged = "the animation is cut short or damaged; save or download it again"
     with translated(name, damaged):
         total = image.n_frames if image.format in ANIMATED and hasattr(image, "n_frames") else 1
     # An animated PNG may begin with a still for viewers that cannot animate; it is not part of the animation.
     skip = 1 if total > 1 and image.info.get("default_image") else 0
+    if total > 1:
+        check_animation(parts, total, name, limits)
     total -= skip
 
     def go_to(index):
