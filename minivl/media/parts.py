@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from minivl.limits import InputError, Limits
 
 
+FRAME_WORK = 2 ** 14        # pixels, whose time each frame of an animation takes besides its pixels
+FRAME_PASSES = 3            # over the canvas, that Pillow's composing of one frame takes
+FRAME_BYTES = 28            # of memory for each pixel of the canvas: what is drawn, what was before, masks
+
+
 @dataclass
 class Parts:
     """What is left of a picture file, and what decoding it takes."""
@@ -24,12 +29,8 @@ class Parts:
     pixels: int = 0         # at least so many are decoded, whatever width and height say
     work: int = 0           # more work, in pixels
     frames: int = 1         # of an animation
+    frame_work: int = FRAME_WORK
     canvas: int = 0         # pixels of the largest picture that its frames are drawn on
-
-
-FRAME_WORK = 2 ** 14        # pixels, whose time each frame of an animation takes besides its pixels
-FRAME_PASSES = 3            # over the canvas, that Pillow's composing of one frame takes
-FRAME_BYTES = 28            # of memory for each pixel of the canvas: what is drawn, what was before, masks
 
 
 def parts_of(data: bytes, name: str, limits: Limits) -> Parts:
@@ -52,13 +53,14 @@ def check_cost(parts: Parts, width: int, height: int, name: str, limits: Limits)
     check_memory(pixels * parts.pixel_bytes + parts.buffer, f"{name} of {width}x{height} pixels", limits)
 
 
-def check_animation(parts: Parts, frames: int, name: str, limits: Limits) -> None:
-    """Refuse an animation whose frames together take too much work."""
-    work = max(frames, parts.frames) * (FRAME_PASSES * parts.canvas + FRAME_WORK)
+def check_animation(parts: Parts, frames: int, kept: int, name: str, limits: Limits) -> None:
+    """Refuse an animation whose `frames` together take too much work, or, with those to be kept, too much memory."""
+    work = max(frames, parts.frames) * (FRAME_PASSES * parts.canvas + parts.frame_work)
     if work > limits.decoding_work:
         raise InputError(f"{name} has {frames} frames of {parts.canvas} pixels, which take as much work as {work} "
                          f"pixels, the limit is {limits.decoding_work}; cut it, make it smaller, or raise "
                          "Limits(decoding_work=...)")
+    check_memory(parts.canvas * (FRAME_BYTES + 4 * kept), f"{name}, {kept} frames of {parts.canvas} pixels", limits)
 
 
 def check_memory(found: int, what: str, limits: Limits) -> None:
@@ -197,7 +199,9 @@ def _webp(data: bytes, name: str, limits: Limits) -> Parts:
         frames += kind == b"ANMF"
         place += 8 + size + size % 2
     # libwebp makes two canvases as soon as it is asked for the size; then the pixels, their bytes, and the RGB copy.
-    parts = Parts(data, passes=2.5, pixel_bytes=16, pixels=width * height, frames=max(frames, 1), canvas=width * height)
+    parts = Parts(data, passes=2.5, pixel_bytes=16, pixels=width * height,
+                  frames=max(frames, 1), canvas=width * height,
+                  frame_work=FRAME_WORK + frames)      # it finds a frame by going through all
     if width and height:
         check_cost(parts, width, height, name, limits)
     return parts
