@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from minivl.limits import InputError, Limits
 
-
 FRAME_WORK = 2 ** 14        # pixels, whose time each frame of an animation takes besides its pixels
 FRAME_PASSES = 3            # over the canvas, that Pillow's composing of one frame takes
 FRAME_BYTES = 28            # of memory for each pixel of the canvas: what is drawn, what was before, masks

@@ -16,7 +16,6 @@ from PIL import Image
 from minivl.limits import InputError, Limits
 from minivl.media.local import check_bytes, file_size, local_path, read_file
 from minivl.media.parts import check_animation, check_memory
-from minivl.media.tables import check_tables
 from minivl.media.pictures import (
     FORMAT_NAMES,
     MAGIC,
@@ -27,6 +26,7 @@ from minivl.media.pictures import (
     to_rgb,
     translated,
 )
+from minivl.media.tables import check_tables
 
 ANIMATED = ("GIF", "WEBP", "PNG")       # not TIFF or MPO (phone JPEG): their further pictures are pages or previews
 # Containers ffmpeg may open. Playlists (hls, concat, dash, ...) are left out: they make ffmpeg open other files.
