@@ -119,7 +119,8 @@ def chat(args) -> int:
     # Pictures are opened before the model: a typo costs no loading time.
     pictures = [open_picture(source, args) for source in args.pictures]
     video = None if args.video is None else load_video(args.video, num_segments=args.segments or 8,
-                                                       bound=args.bound and tuple(args.bound), fps=args.fps)
+                                                       bound=args.bound and tuple(args.bound), fps=args.fps,
+                                                       limits=Limits(decoding_work=10**12))  # Ctrl-C stops it
     engine = EngineConfig(session_len=args.session_len, device=args.device, dtype=args.dtype, precision=args.precision,
                           revision=args.revision, plain_text=args.plain_text)
     pipe = pipeline(args.model, engine)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from minivl.limits import InputError, clip, first_of
 
-# Bytes of a JSON or text file; the largest released one, tokenizer.json, has 11 MB. Python makes up to 24 bytes of each.
+# Bytes of a JSON or text file; the largest released one, tokenizer.json, has 11 MB. Python makes up to 24 of each.
 MAX_TEXT = 32 * 2 ** 20
 # What a model may need. The largest released, the 78B: 7.8e10 parameters, 80 layers, 32768 positions; its tower's tile:
 # 1024 patches, 172 MB of activations. Each bound leaves room for ten times that, but 3 times the layers.
@@ -123,8 +123,8 @@ class QuantizationConfig:
         data = dict(data)
         for key, other in (("bits", "w_bit"), ("group_size", "q_group_size"), ("version", "format")):   # AutoAWQ's
             if other in data and str(data.setdefault(key, data[other])).lower() != str(data[other]).lower():
-                raise InputError(f"quantization_config has {key} {_shown(data[key])} and {other} {_shown(data[other])}, two names "
-                                 "of one thing; keep the one that fits the tensors")
+                raise InputError(f"quantization_config has {key} {_shown(data[key])} and {other} "
+                                 f"{_shown(data[other])}, two names of one thing; keep the one that fits the tensors")
         if isinstance(data.get("version"), str):
             data["version"] = data["version"].lower()       # AutoAWQ writes GEMM
         method = data.get("quant_method", "awq" if "w_bit" in data else None)
@@ -141,8 +141,8 @@ class QuantizationConfig:
         kept = [name for name in (listed if isinstance(listed, list) else [listed])
                 if not any(part in str(name) for part in ("vision", "mlp1", "lm_head", "embed", "norm"))]
         if kept:   # the vision tower and the head are never int4 in this family; anything else would be a new format
-            raise InputError(f"quantization_config.modules_to_not_convert keeps {_shown(kept)} in float; minivl expects every "
-                             "linear of every decoder layer in int4, as the released AWQ files have it")
+            raise InputError(f"quantization_config.modules_to_not_convert keeps {_shown(kept)} in float; minivl "
+                             "expects every linear of every decoder layer in int4, as the released AWQ files have it")
         return config
 
 
@@ -474,8 +474,8 @@ def _build(cls: type, data: dict, where: str, **ready: object):
                 "tuple": isinstance(value, list)}[kind]
         if not good:
             problems.append(f"{field.name} is {_shown(value)}, it must be of type {kind}")
-        elif kind == "int" and abs(value) > (MOST_LAYERS if "layers" in field.name else 2 ** 24) or kind == "float" and not (
-                abs(value) < 2 ** 100):
+        elif kind == "int" and abs(value) > (MOST_LAYERS if "layers" in field.name else 2 ** 24) or (
+                kind == "float" and not abs(value) < 2 ** 100):
             problems.append(f"{field.name} is {_shown(value)}, no model has such a number")
         elif kind in ("int", "float") and field.name not in ("select_layer", "group_size") and value <= 0:
             problems.append(f"{field.name} is {value!r}, it must be positive")
@@ -521,15 +521,15 @@ def _bound(config: Config) -> None:
 def _most(what: str, found: int, most: int) -> None:
     """Refuse a number above `most`."""
     if found > most:
-        raise InputError(f"config.json describes a model of {found} {what} where the limit is {most}; correct its sizes, "
-                         "compare with the released config.json")
+        raise InputError(f"config.json describes a model of {found} {what} where the limit is {most}; correct its "
+                         "sizes, compare with the released config.json")
 
 
 def _choose(name: str, value: object, known: list) -> None:
     """Refuse a value that is none of the known ones."""
     if value not in known:
-        raise InputError(f"{name} is {_shown(value)}; minivl knows {' and '.join(map(repr, known))}. A value it does not "
-                         "know would change what the model computes")
+        raise InputError(f"{name} is {_shown(value)}; minivl knows {' and '.join(map(repr, known))}. A value it does "
+                         "not know would change what the model computes")
 
 
 def _divides(where: str, data: dict, **pair: int) -> None:

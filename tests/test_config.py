@@ -124,10 +124,10 @@ def test_every_released_size_has_room(size):
     assert minivl.config.Config.from_json(config).num_image_token == 256
     minivl.config.Config.from_json(changed(config, force_image_size=896, vision_image_size=896))
     vision, llm = config["vision_config"], config["llm_config"]
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers")
     minivl.config.Config.from_json(changed(
-        config, **{f"vision_{key}": 2 * vision[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")},
-        **{f"llm_{key}": 2 * llm[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers",
-                                                  "vocab_size", "max_position_embeddings")}))
+        config, **{f"vision_{key}": 2 * vision[key] for key in sizes},
+        **{f"llm_{key}": 2 * llm[key] for key in (*sizes, "vocab_size", "max_position_embeddings")}))
 
 
 def deep(depth):
@@ -142,8 +142,9 @@ def deep(depth):
     "vision_config.hidden_act", "vision_config.num_channels", "llm_config.architectures", "llm_config.rope_scaling",
     "llm_config.rope_theta", "llm_config.layer_types", "llm_config.head_dim", "llm_config.use_sliding_window",
     "llm_config.quantization_config.modules_to_not_convert", "llm_config.quantization_config.bits"])
-@pytest.mark.parametrize("value", ["x" * 10 ** 5, ["y"] * 10 ** 4, {str(i): i for i in range(10 ** 4)}, deep(800),
-                                   10 ** 4000, {"type": deep(800)}], ids=["text", "list", "dict", "deep", "int", "deep type"])
+@pytest.mark.parametrize("value", [
+    "x" * 10 ** 5, ["y"] * 10 ** 4, {str(i): i for i in range(10 ** 4)}, deep(800), 10 ** 4000, {"type": deep(800)}],
+    ids=["text", "list", "dict", "deep", "int", "deep type"])
 def test_a_long_value_makes_no_long_message(copy, path, value):
     def change(config):
         *parents, last = path.split(".")

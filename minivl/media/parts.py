@@ -287,8 +287,8 @@ def _tiff_parts(data: bytes, read, name: str, limits: Limits) -> Parts:
     passes = TIFF_PASSES.get(compression, 2)
     taken = sum(sizes[:number * max(samples, 1)])
     if compression != 1 and number > 1 and (taken > limits.picture_bytes or sizes == [0]):
-        raise InputError(f"{name} is a TIFF of {number} strips or tiles with {taken or 'an unknown number of'} bytes, the "
-                         f"limit is {limits.picture_bytes}; save it again or raise Limits(picture_bytes=...)")
+        raise InputError(f"{name} is a TIFF of {number} strips or tiles with {taken or 'an unknown number of'} bytes, "
+                         f"the limit is {limits.picture_bytes}; save it again or raise Limits(picture_bytes=...)")
     if compression == 7:
         passes *= max(data.count(b"\xff\xda", at, at + size) for at, size in zip(offsets, sizes)) or 1
     elif compression == 6:

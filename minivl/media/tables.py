@@ -1,7 +1,7 @@
 """Read how many entries the tables of an MP4 claim: a few bytes can make ffmpeg write tables of gigabytes.
 
 An MP4 is boxes in boxes: size, kind, content. Most tables hold their entries, but a table of sizes may say one size for
-all samples, a table of times one duration for many, a fragment one default for all; and an edit list repeats samples.
+all samples, a table of times one duration for many, a fragment one default for all; and each edit may show all samples.
 Source: ISO/IEC 14496-12 (2022), 8.6.1, 8.6.6, 8.7.3, 8.8.8.
 """
 from __future__ import annotations
@@ -13,7 +13,7 @@ from minivl.limits import InputError
 
 INSIDE = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"moof", b"traf")      # boxes of boxes
 MOST_BOXES = 100_000
-MOST_EDITS = 64         # a released film has one to three
+EDITED = 4              # times the most samples: how many the edits of a track may show together; most have one edit
 
 
 def check_tables(file: BinaryIO, name: str, most: int) -> None:
@@ -30,7 +30,7 @@ class _Tables:
 
     def __init__(self, file: BinaryIO, name: str, most: int):
         self.file, self.name, self.most = file, name, most
-        self.boxes = self.fragments = 0
+        self.boxes = self.fragments = self.edits = self.samples = 0
 
     def read(self, place: int, end: int, depth: int) -> None:
         """Walk the boxes between two places."""
@@ -49,16 +49,19 @@ class _Tables:
             if kind in INSIDE and depth < 8:
                 self.read(start, stop, depth + 1)
             elif kind in (b"stsz", b"stz2"):
-                self._check(self._numbers(start + 8, 1)[0], self.most, "samples in a track")
+                self.samples = max(self.samples, self._numbers(start + 8, 1)[0])
+                self._check(self.samples, self.most, "samples in a track")
             elif kind in (b"stts", b"ctts"):
                 entries, = self._numbers(start + 4, 1)
                 self._check(entries, self.most, "entries in a table of times")
                 self._check(sum(self._numbers(start + 8, 2 * entries)[::2]), self.most, "samples with times")
             elif kind == b"elst":
-                self._check(self._numbers(start + 4, 1)[0], MOST_EDITS, "edits in a track")
+                self.edits = max(self.edits, self._numbers(start + 4, 1)[0])
+                self._check(self.edits, self.most, "edits in a track")
             elif kind == b"trun":
                 self.fragments += self._numbers(start + 4, 1)[0]
                 self._check(self.fragments, self.most, "samples in fragments")
+            self._check(self.samples * self.edits, EDITED * self.most, "samples times edits")
             place = stop
 
     def _numbers(self, place: int, count: int) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ TURNS = {(1, 0, 0, 1): None,
          (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM, (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
          (0, -1, -1, 0): Image.Transpose.TRANSVERSE}
 RGB_BYTES = 4                           # of a pixel in Pillow's memory
-# Decoders that are used, of ffmpeg's 200 or so; of sound and subtitles none.
+# Decoders that are used, of ffmpeg's hundreds; of sound and subtitles none.
 CODECS = ("h264,hevc,vp8,vp9,libdav1d,av1,mpeg4,mpeg1video,mpeg2video,mjpeg,h263,flv,msmpeg4v1,msmpeg4v2,msmpeg4,wmv1,"
           "wmv2,wmv3,vc1,theora,prores,dnxhd,ffv1,rawvideo")
 SOUGHT = re.compile("mp4|matroska")     # containers whose tables find a key frame
