@@ -16,7 +16,7 @@ from minivl.media.parts import parts_of
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from fuzz import pictures as made  # noqa: E402
+from fuzz import pictures as made
 
 MEASURE = """
 import json, resource, sys, time, warnings
