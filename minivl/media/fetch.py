@@ -221,12 +221,14 @@ def _read_response(response: http.client.HTTPResponse, deadline: float, limits: 
     promised = response.length                  # Content-Length in bytes, None when the server does not say
     limit = limits.picture_bytes
     if promised is not None and promised > limit:
-        raise InputError(f"{name} has {promised} bytes, the limit is {limit}; raise Limits(picture_bytes=...)")
+        raise InputError(f"{name} has {promised} bytes, the limit is {limit}; make it smaller "
+                         "or raise Limits(picture_bytes=...)")
     body = bytearray()
     while chunk := response.read1(65536):       # read1 returns what has come; read would wait for all of it
         body += chunk
         if len(body) > limit:
-            raise InputError(f"{name} has more than {limit} bytes, the limit; raise Limits(picture_bytes=...)")
+            raise InputError(f"{name} has more than {limit} bytes, the limit; make it smaller or raise "
+                             "Limits(picture_bytes=...)")
         if time.monotonic() > deadline:
             raise TimeoutError
     if promised is not None and len(body) < promised:

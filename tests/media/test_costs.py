@@ -75,7 +75,7 @@ BOMBS = {      # name: (the file, words of the refusal as a picture or None, and
     "gif that grows": lambda: (made.gif(9, 9, 2000, 9000, 9000), "cut short", "2000 frames of 81000000 pixels"),
     "gif two frames": lambda: (made.gif(9000, 9000, 2), None, "decoding_bytes"),
     "gif many frames": lambda: (made.gif(1, 1, 20_000), None, None),
-    "gif blocks": lambda: (made.gif(9, 9, 1, extra=b"!\xfe" + b"\1x" * 300_000 + b"\0"), "blocks or more, the limit is 200000", ...),
+    "gif blocks": lambda: (made.gif(9, 9, 1, extra=b"!\xfe" + b"\1x" * 300_000 + b"\0"), "blocks or more", ...),
     "webp canvas": lambda: (made.webp(16_000, 16_000, 2), "decoding takes 4096000000 bytes", ...),
     "webp frames": lambda: (made.webp(2000, 2000, 2000), None, "2000 frames of 4000000 pixels"),
     "webp small frames": lambda: (made.webp(2, 2, 40_000), None, "40000 frames of 4 pixels"),
@@ -117,7 +117,7 @@ def test_what_no_pixel_depends_on_is_left_out():
     exif[0x112], exif[0x10E] = 1, "text " * 1000
     second = {"save_all": True, "append_images": [noise(seed=1)]}
     for format, options in (
-            ("JPEG", {}), ("JPEG", {"progressive": True}), ("MPO", second), ("PNG", {}), ("TIFF", {}), ("TIFF", second),
+            ("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("TIFF", {}), ("TIFF", second),
             ("TIFF", {"compression": "tiff_lzw"}), ("TIFF", {"big_tiff": True}), ("TIFF", {"compression": "jpeg"}),
             ("TIFF", {"tiffinfo": {278: 3}, "compression": "tiff_adobe_deflate"})):
         for mode in ("RGB", "L", "CMYK") if format != "PNG" else ("RGB", "L", "P", "I;16"):
