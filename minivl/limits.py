@@ -14,6 +14,10 @@ class Limits:
     """Bound what is accepted, before the costly work starts. `Limits(picture_pixels=10**9)` raises one bound."""
     picture_bytes: int = 64 * 2**20        # of one file, URL or data: URL
     picture_pixels: int = 100_000_000      # width * height, read from the header before decoding
+    picture_parts: int = 200_000           # chunks, segments, blocks, tags, strips of one file; each takes microseconds
+    # For one file, in the time of a plain JPEG's pixel, 5 ns: scans of a JPEG, frames of an animation; see media/parts
+    decoding_work: int = 1_000_000_000
+    decoding_bytes: int = 900_000_000      # of memory, at the peak of decoding one picture, animation or video
     aspect_ratio: float = 200.0            # long side / short side; the reference would squeeze it into tiles unasked
     video_bytes: int = 2 * 2**30           # of one video file
     video_frames: int = 512                # frames taken from one video
@@ -23,6 +27,18 @@ class Limits:
     new_tokens: int = 32_768               # max_new_tokens
     fetch_seconds: float = 10.0            # a URL: the whole transfer, redirects included
     redirects: int = 5                     # a URL: followed at most
+
+
+def clip(value: object, most: int = 200) -> str:
+    """Shorten what a file or a caller gave, for a message: at most `most` characters of it, then how many it has."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def first_of(problems: list[str], separator: str = "\n  ", most: int = 20) -> str:
+    """Join problems, clipped, but at most 20 of them and the count of the others."""
+    more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
+    return separator.join([clip(problem) for problem in problems[:most]] + more)
 
 
 def offline() -> bool:

@@ -28,7 +28,7 @@ from minivl.config import Config, read_json
 from minivl.files.find import SHIPPED, choose_files, find, hub_errors, hub_info
 from minivl.files.formats import DIGESTS, DTYPES, OLD_DIGESTS, choose_set, open_weights, safetensors_header
 from minivl.files.load import wrong_defaults
-from minivl.limits import InputError, offline
+from minivl.limits import InputError, first_of, offline
 from minivl.model import MiniVL
 from weights_tools import run
 
@@ -229,7 +229,7 @@ def as_text(report: Report, shown: list[Tensor], summary: bool) -> str:
         lines.append(f"note: {report.note}")
     if report.problems is not None:
         for kind, names in report.problems.items():
-            lines += [f"{kind}: {name}" for name in names]
+            lines += [f"{kind}: " + first_of(names, f"\n{kind}: ")] if names else []
         wrong = sum(map(len, report.problems.values()))
         lines.append(f"does not fit config.json: {wrong} problems" if wrong else "fits config.json")
     return "\n".join(lines)

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 
 from minivl.files.find import EXPECTED, STEMS
 from minivl.files.pickles import MAX_NAME, a_shape, read_places
-from minivl.files.sets import WeightSet, first_of, is_here, is_pointer, named, sets_of
-from minivl.limits import InputError
+from minivl.files.sets import WeightSet, is_here, is_pointer, named, sets_of
+from minivl.limits import InputError, first_of
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}

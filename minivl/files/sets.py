@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minivl.config import read_json
 from minivl.files.find import STEMS, shard_of
-from minivl.limits import InputError
+from minivl.limits import InputError, first_of
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -79,9 +79,3 @@ def is_pointer(path: Path) -> bool:
     """Tell whether a file is the small text that git keeps in place of a large file."""
     with open(path, "rb") as f:
         return f.read(len(POINTER)) == POINTER
-
-
-def first_of(problems: list[str], separator: str = "\n  ", most: int = 20) -> str:
-    """Join problems, but at most 20 of them and the count of the others."""
-    more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
-    return separator.join(problems[:most] + more)
