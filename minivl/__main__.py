@@ -23,6 +23,7 @@ from minivl import (
     video_prompt,
 )
 from minivl.demo import demo
+from minivl.limits import sentence
 from minivl.options import Help, option, spoken
 from minivl.terminal import Wrapped, can_show, check_text, complete_with_tab, person, say, typed_paths
 
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):      # the reader of a pipe went away, e.g. `| head`
             sys.stderr.close()
             return 0
-        say(f"error: {spoken(str(error))}")
+        say(f"error: {spoken(sentence(error))}")
         return 2
     except KeyboardInterrupt:
         say("\nstopped")
@@ -264,7 +265,7 @@ class Conversation:
             try:
                 self.take(line)
             except (InputError, OSError) as error:      # the conversation goes on as it was, waiting pictures too
-                say(f"error: {spoken(str(error))}")
+                say(f"error: {spoken(sentence(error))}")
             except KeyboardInterrupt:
                 say("\n(stopped; this turn is forgotten)")
 

@@ -15,7 +15,7 @@ import os
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-from minivl.limits import InputError, clip, first_of
+from minivl.limits import InputError, clip, first_of, is_there, reading
 
 # Bytes of a JSON or text file; the largest released one, tokenizer.json, has 11 MB. Python makes up to 24 of each.
 MAX_TEXT = 32 * 2 ** 20
@@ -371,13 +371,14 @@ PARTS = {"config.json": Config, "vision_config": VisionConfig, "llm_config": LLM
 
 def read_text(path: Path) -> str:
     """Read a text file of the checkpoint. Raises an InputError that names the file."""
-    if not path.is_file():
+    if not is_there(path):
         raise InputError(f"{path.parent} has no {path.name}; is the download complete?")
     if path.stat().st_size > MAX_TEXT:
         raise InputError(f"{path.name} in {path.parent} has {path.stat().st_size} bytes, at most {MAX_TEXT} are read; "
                          "it is not the released file, download it again")
     try:
-        text = path.read_text(encoding="utf-8-sig")     # an editor of Windows puts a byte order mark in front
+        with reading(path):
+            text = path.read_text(encoding="utf-8-sig")     # an editor of Windows puts a byte order mark in front
     except UnicodeDecodeError:
         raise InputError(f"{path.name} in {path.parent} is not UTF-8 text; save it as UTF-8 or download it "
                          "again") from None

@@ -1,7 +1,11 @@
-"""State what is refused: one exception class for every input error, and every limit in one table."""
+"""State what is refused: one exception class for every input error, every limit in one table, the system's errors."""
 from __future__ import annotations
 
+import errno
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -39,6 +43,53 @@ def first_of(problems: list[str], separator: str = "\n  ", most: int = 20) -> st
     """Join problems, clipped, but at most 20 of them and the count of the others."""
     more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
     return separator.join([clip(problem) for problem in problems[:most]] + more)
+
+
+# What to do about an error of the operating system.
+NEXT = {errno.EACCES: "check the permissions", errno.EPERM: "check the permissions",
+        errno.ENOSPC: "free some space and run again", errno.EDQUOT: "free some of your quota and run again",
+        errno.EFBIG: "raise the limit of a file's size (ulimit -f) and run again",
+        errno.EROFS: "choose a place that can be written to", errno.EMFILE: "raise the limit of open files (ulimit -n)"}
+
+
+def in_words(error: OSError, what: str, left: str = "") -> OSError:
+    """Say an error of the operating system in one sentence: what cannot be done, why, what is left, the next step."""
+    if error.errno is None or error.strerror is None:       # it is said in words already
+        return error
+    why = error.strerror[:1].lower() + error.strerror[1:]
+    parts = [f"{what} ({why})", left, NEXT.get(error.errno, "check the path")]
+    said = OSError("; ".join(part for part in parts if part))
+    said.errno = error.errno
+    return said
+
+
+def sentence(error: Exception) -> str:
+    """Say an error that ends a command in one sentence."""
+    if isinstance(error, OSError):
+        error = in_words(error, f"{error.filename or 'a file'} cannot be read or written")
+    return str(error)
+
+
+@contextmanager
+def reading(path: str | os.PathLike) -> Iterator[None]:
+    """Turn an error of the operating system while something is read into an InputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(str(in_words(error, f"{error.filename or path} cannot be read"))) from None
+
+
+def is_there(path: str | os.PathLike) -> bool:
+    """Tell whether a file is there. Refuses what lies there and is none: a device or a pipe may never end."""
+    with reading(path):
+        try:
+            mode = os.stat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError, ValueError):     # the last: a NUL byte in the path
+            return False
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path} is a {'folder' if stat.S_ISDIR(mode) else 'device, pipe or socket'}, no file; put "
+                         "the file there")
+    return True
 
 
 def offline() -> bool:

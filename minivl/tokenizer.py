@@ -23,7 +23,7 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from minivl.config import read_json, read_text
-from minivl.limits import InputError
+from minivl.limits import InputError, is_there
 
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -175,7 +175,7 @@ def without_token(ids: Iterable[int], rows: int) -> list[int]:
 
 def read_listing(folder: Path) -> Listing:
     """Read which tokens the files of a folder list, with which ids. Refuses files that contradict each other."""
-    files = {name: read_json(folder / name) for name in JSON_FILES if (folder / name).is_file()}
+    files = {name: read_json(folder / name) for name in JSON_FILES if is_there(folder / name)}
     vocabularies, added, flags = {}, {}, {}
     if "vocab.json" in files:
         vocabularies["vocab.json"] = files["vocab.json"]
@@ -265,7 +265,7 @@ def _flags(token: str, said: dict | None, named: bool) -> dict[str, bool]:
 def _merges(listing: Listing, folder: Path) -> list[tuple[str, str]]:
     """Read the merges, from merges.txt, tokenizer.json or both; each must join two tokens to a third."""
     found = {}
-    if (folder / "merges.txt").is_file():
+    if is_there(folder / "merges.txt"):
         lines = read_text(folder / "merges.txt").split("\n")
         found["merges.txt"] = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version"):] if line]
     if "tokenizer.json" in listing.files:
@@ -293,7 +293,7 @@ def _merges(listing: Listing, folder: Path) -> list[tuple[str, str]]:
 def _qwen2(folder: Path) -> tokenizers.Tokenizer:
     """Build the tokenizer of a folder by Qwen2's recipe. Refuses files that were written by another."""
     listing = read_listing(folder)
-    pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    pair = is_there(folder / "vocab.json") and is_there(folder / "merges.txt")
     if not pair and "tokenizer.json" not in listing.files:
         raise InputError(f"{folder} has neither vocab.json and merges.txt nor tokenizer.json; copy the tokenizer "
                          "files of the model there")

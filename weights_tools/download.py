@@ -18,8 +18,8 @@ import huggingface_hub
 from tqdm import tqdm
 
 from minivl import options
-from minivl.files.find import SHIPPED, choose_files, hub_errors, hub_info
-from minivl.limits import InputError, offline
+from minivl.files.find import SHIPPED, choose_files, fetch, hub_errors, hub_info
+from minivl.limits import InputError, is_there, offline, reading
 from weights_tools import run
 from weights_tools.files import WEIGHT_FILE, weight_files
 
@@ -49,7 +49,8 @@ def download(hub_id: str, *, revision: str | None = None, to: str | Path | None 
     _list(files, place, "the hub's cache" if to is None else "--to")
     _refuse_mixture(files, to)
     missing = sum(f.size for f in files if not f.here)
-    free = shutil.disk_usage(_existing(place)).free
+    with reading(place):
+        free = shutil.disk_usage(_existing(place)).free
     if missing > free:
         raise InputError(f"{hub_id} needs {missing / 1e9:.3f} GB more, {place} has {free / 1e9:.3f} GB free; free some "
                          "space or give a folder on another disk with --to")
@@ -57,9 +58,7 @@ def download(hub_id: str, *, revision: str | None = None, to: str | Path | None 
     if dry_run:
         return None
     with hub_errors(hub_id, revision):
-        # By the name of the revision, not its commit: only so the cache learns what `main` is, for offline use later.
-        folder = Path(huggingface_hub.snapshot_download(hub_id, revision=revision, local_dir=to,
-                                                        allow_patterns=[f.name for f in files]))
+        folder = fetch(hub_id, revision, [f.name for f in files], to)
     verify(folder, files)
     print(f"ready: give this folder to minivl\n{folder}")
     return folder
@@ -86,7 +85,7 @@ def verify(folder: Path, files: list[RemoteFile]):
     print("sha256")
     for file in files:
         path = Path(folder) / file.name
-        size = path.stat().st_size if path.is_file() else 0
+        size = path.stat().st_size if is_there(path) else 0
         if size != file.size:
             raise InputError(f"{file.name} has {size} bytes in {folder}, on the hub {file.size}; run again")
         if file.sha256 is None:
@@ -103,7 +102,7 @@ def verify(folder: Path, files: list[RemoteFile]):
 def sha256(path: str | Path) -> str:
     """Compute the hex digest of a file of any size."""
     digest = hashlib.sha256()
-    with open(path, "rb") as f, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, leave=False,
+    with reading(path), open(path, "rb") as f, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, leave=False,
                                      desc=f"sha256 {Path(path).name}", disable=None) as bar:
         while chunk := f.read(1 << 24):
             digest.update(chunk)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import sys
 import warnings
 from collections.abc import Iterable
@@ -30,7 +29,7 @@ from minivl import Pipeline, load, options
 from minivl.awq import dequantize, pack
 from minivl.config import read_json
 from minivl.files.find import SMALL_FILES, find
-from minivl.limits import InputError, first_of
+from minivl.limits import InputError, first_of, is_there, reading
 from minivl.model import MiniVL
 from minivl.sampling import GenerationConfig
 from minivl.tokenizer import Tokenizer
@@ -239,16 +238,16 @@ def save_quantized(source, out, tensors: dict, group_size: int = GROUP, overwrit
     """Save the tensors with config.json and tokenizer of the float checkpoint `source`; return the folder."""
     source = Path(source)
     out = Path(out)
-    save_checkpoint(tensors, out, overwrite=overwrite, metadata=metadata)
     config = read_json(source / "config.json")
     config["llm_config"]["quantization_config"] = quantization_block(group_size)
     for part in (config, config["llm_config"], config["vision_config"]):
         part.pop("dtype", None)     # transformers 5's name, which would win
         part["torch_dtype"] = "float16"
-    for name in (*SMALL_FILES, "preprocessor_config.json"):
-        if name != "config.json" and (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
-    (out / "config.json").write_text(json_text(config), encoding="utf-8")
+    with reading(source):
+        small = {name: (source / name).read_bytes() for name in (*SMALL_FILES, "preprocessor_config.json")
+                 if is_there(source / name)}
+    save_checkpoint(tensors, out, overwrite=overwrite, metadata=metadata,
+                    small={**small, "config.json": json_text(config).encode("utf-8")})
     return out
 
 

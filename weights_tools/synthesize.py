@@ -23,7 +23,7 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 from minivl import options
 from minivl.awq import pack
 from minivl.config import Config
-from minivl.limits import InputError
+from minivl.limits import InputError, is_there, reading
 from minivl.model import MiniVL
 from minivl.prompt import SYSTEM
 from minivl.tokenizer import PATTERN, Tokenizer
@@ -99,9 +99,8 @@ def synthesize(out: str | Path, size: str = "tiny", *, awq: bool = False, format
     def make(name):
         return random_tensor(name, wanted[name], seed=seed, layers=layers[name.split(".")[0]], group_size=group_size)
 
-    save_checkpoint(wanted, out, make=make, format=format, shard_bytes=int(shard_gb * 1e9), overwrite=overwrite)
-    for name, text in small.items():
-        (out / name).write_bytes(text.encode("utf-8"))      # bytes: no line ends of another system in merges.txt
+    save_checkpoint(wanted, out, make=make, format=format, shard_bytes=int(shard_gb * 1e9), overwrite=overwrite,
+                    small={name: text.encode("utf-8") for name, text in small.items()})
     return out
 
 
@@ -224,7 +223,7 @@ def _copied_tokenizer(size: str, folder, config: dict) -> dict[str, str]:
     if folder is None:
         raise InputError(f"size {size} needs the real Qwen2 vocabulary ({', '.join(TOKENIZER_FILES)}, as in every "
                          "released checkpoint of the family); give its folder with --tokenizer")
-    missing = [name for name in TOKENIZER_FILES if not (Path(folder) / name).is_file()]
+    missing = [name for name in TOKENIZER_FILES if not is_there(Path(folder) / name)]
     if missing:
         raise InputError(f"{folder} lacks {', '.join(missing)}; --tokenizer takes a folder with "
                          f"{', '.join(TOKENIZER_FILES)}")
@@ -233,7 +232,8 @@ def _copied_tokenizer(size: str, folder, config: dict) -> dict[str, str]:
     if found != wanted:
         raise InputError(f"the tokenizer in {folder} has {found} tokens, size {size} has {wanted}; take the one of an "
                          "InternVL2.5 checkpoint with a Qwen2 decoder")
-    return {name: (Path(folder) / name).read_bytes().decode("utf-8") for name in TOKENIZER_FILES}
+    with reading(folder):
+        return {name: (Path(folder) / name).read_bytes().decode("utf-8") for name in TOKENIZER_FILES}
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------

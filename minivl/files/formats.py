@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from minivl.files.find import EXPECTED, STEMS
 from minivl.files.pickles import MAX_NAME, a_shape, read_places
 from minivl.files.sets import WeightSet, is_here, is_pointer, named, sets_of
-from minivl.limits import InputError, first_of
+from minivl.limits import InputError, first_of, is_there, reading
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
@@ -80,11 +80,13 @@ def _open_set(folder: Path, one: WeightSet, verify: bool = True) -> dict[str, St
     """Open the files of a set. `verify`: check the sums of the tensors too, where the files carry any."""
     open_file = _open_pickle if ".bin" in one.name else _open_safetensors
     for file in one.files:
-        if len(file) > 200 or not (folder / file).is_file():
+        if len(file) > 200 or not is_there(folder / file):
             raise InputError(f"{folder} lacks the shard {file} that {one.name} names; download it again")
     tensors = {}
     for file in one.files:
-        for name, tensor in open_file(folder / file, verify).items():
+        with reading(folder / file):
+            opened = open_file(folder / file, verify)
+        for name, tensor in opened.items():
             if name in tensors:
                 raise InputError(f"{name} is in {tensors[name].file.name} and in {file}; the shards do not belong "
                                  "together, download them again")
@@ -142,14 +144,15 @@ def safetensors_header(path: str | os.PathLike, size: int | None = None,
     for a remote file, its total size and its first bytes.
     """
     path = Path(path)
-    size = path.stat().st_size if size is None else size
     bad = f"{path.name} is not a whole safetensors file: "
-    if data is None:
-        _refuse_stand_in(path)
-        with open(path, "rb") as f:
-            data = f.read(8)
-            length = int.from_bytes(data, "little")
-            data += f.read(length) if length <= min(MAX_HEADER, size) else b""
+    with reading(path):
+        size = path.stat().st_size if size is None else size
+        if data is None:
+            _refuse_stand_in(path)
+            with open(path, "rb") as f:
+                data = f.read(8)
+                length = int.from_bytes(data, "little")
+                data += f.read(length) if length <= min(MAX_HEADER, size) else b""
     length = int.from_bytes(data[:8], "little")
     if size < 8 or length > MAX_HEADER or 8 + length > size:
         raise InputError(f"{bad}its first 8 bytes announce a header of {length} bytes, the file has {size}; "
@@ -284,5 +287,8 @@ def _map(path: Path, at: int, shape: tuple, stride: tuple | None, dtype: torch.d
         return torch.empty(shape, dtype=dtype)
     numbers = math.prod(shape) if stride is None else 1 + sum((n - 1) * step for n, step in zip(shape, stride))
     end = at + numbers * dtype.itemsize
-    storage = torch.UntypedStorage.from_file(str(path), False, end)[at:end]
+    try:
+        storage = torch.UntypedStorage.from_file(str(path), False, end)[at:end]
+    except RuntimeError as error:       # torch's own, around what the operating system says
+        raise InputError(f"{path} cannot be read any more ({str(error).splitlines()[0]}); load it again") from None
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape, *([] if stride is None else [stride])).contiguous()

@@ -18,7 +18,7 @@ from minivl import fast
 from minivl.config import Config, left_out, read_json
 from minivl.files.find import find
 from minivl.files.formats import DTYPES, StoredTensor, open_weights
-from minivl.limits import InputError, first_of
+from minivl.limits import InputError, first_of, is_there
 from minivl.memory import full_memory_told
 from minivl.model import MiniVL
 from minivl.tokenizer import read_listing
@@ -215,7 +215,7 @@ def _token_ids(folder: Path, config: Config) -> tuple[int | None, tuple[int, ...
     # at <|im_end|> alone. The union is safe: none of them can be part of an answer.
     eos = {added["<|im_end|>"]} if "<|im_end|>" in added else set()
     sources = [read_json(folder / "config.json")["llm_config"]]
-    if (folder / "generation_config.json").is_file():
+    if is_there(folder / "generation_config.json"):
         sources.append(read_json(folder / "generation_config.json"))
     for source in sources:
         ids = source.get("eos_token_id")

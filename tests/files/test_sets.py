@@ -9,8 +9,8 @@ from checkpoints import IDS, logits, raw, refused, write
 import minivl
 from minivl.files.find import choose_files
 from minivl.files.formats import open_weights
-from minivl.files.sets import first_of, sets_of
-from minivl.limits import InputError
+from minivl.files.sets import sets_of
+from minivl.limits import InputError, first_of
 
 STEM = {"safetensors": "model", "bin": "pytorch_model"}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9180840\n"

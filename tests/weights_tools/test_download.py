@@ -81,6 +81,8 @@ def test_download_that_differs_from_the_hub(hub, tmp_path):
 
     def damaged(**arguments):
         path = Path(honest(**arguments)) / "pytorch_model.bin"
+        if not path.exists():       # the weights come last
+            return str(path.parent)
         data = bytearray(path.read_bytes())
         data[5000] ^= 1
         path.write_bytes(data[:len(data) - cut])

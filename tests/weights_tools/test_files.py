@@ -53,7 +53,7 @@ def test_tensor_that_cannot_be_stored(tensor, tmp_path):
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = files.save_safetensors({"x": torch.ones(2)}, tmp_path / "x.safetensors")
     before = path.read_bytes()
-    monkeypatch.setattr(files, "serialize_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(files, "raw_bytes", lambda tensor: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         files.save_safetensors({"x": torch.zeros(2)}, path)
     assert os.listdir(tmp_path) == ["x.safetensors"] and path.read_bytes() == before

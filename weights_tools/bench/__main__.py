@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from minivl import options
 from minivl.files.find import find
@@ -26,6 +25,7 @@ from minivl.limits import InputError
 from weights_tools import run
 from weights_tools.bench.ours import OURS
 from weights_tools.bench.workers import JOBS, accuracy, bench, serve
+from weights_tools.files import write_text
 
 PARTS = ("proof", "speed", "peers")
 PEERS = ("llama.cpp", "transformers")
@@ -165,13 +165,13 @@ def main(argv: list[str] | None = None) -> int:
         report = accuracy(find(args.checkpoint), args.precision)
         print(accuracy_table(report, args.precision[0]))
         if args.json:
-            Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+            write_text(args.json, json.dumps(report, indent=1) + "\n")
         return 0
     report = bench(args.checkpoint, [*args.precision, *args.against], python=args.peers_python, rounds=args.rounds,
                    tokens=args.tokens, jobs=args.jobs)
     print(table(report))
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        write_text(args.json, json.dumps(report, indent=1) + "\n")
     return 0
 
 

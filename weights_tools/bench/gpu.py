@@ -33,6 +33,7 @@ from minivl.limits import InputError
 from minivl.vit import InternVisionModel
 from weights_tools.bench.machine import work_of
 from weights_tools.bench.ours import Ours
+from weights_tools.files import write_text
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
 HALF_SLACK = 2.0            # times the CPU's own error in the same dtype
@@ -58,7 +59,7 @@ class Report:
         self.rows.append(row)
         print(f"[{time.perf_counter() - self.started:6.1f} s] {line(row)}", flush=True)
         if self.out:
-            self.out.write_text(json.dumps(self.rows, indent=1) + "\n")
+            write_text(self.out, json.dumps(self.rows, indent=1) + "\n")
 
     def part(self, work: Callable, *args):
         """Run a part; one that fails is a row, and the others go on."""

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from minivl import EngineConfig, GenerationConfig, Picture, Pipeline, options, pipeline
 from minivl.limits import InputError
 from weights_tools import run
+from weights_tools.files import write_text
 from weights_tools.nano import world
 from weights_tools.nano.draw import Style, draw
 
@@ -262,8 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         for what, task, before, after in rows:
             print(f"| {what} | {task} | {100 * before:.1f} | {100 * after:.1f} |")
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+        write_text(args.json, json.dumps(report, indent=1))
     return 0
 
 

@@ -137,12 +137,11 @@ def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 
     """
     loop = Loop(out, recipe.sha256(stages, seed), device, save_every, watch_every, stop_at)
     fast_half = loop.keep("fast_half", lambda: half_is_faster(device))
+    tokenizer = recipe.tokenizer()
     model = recipe.initial(seed)
     for number, stage in enumerate(stages, start=1):
         folder = loop.folder / f"stage-{number}"
         if not (folder / "model.safetensors").exists():
-            recipe.save_small_files(folder)
-            tokenizer = Tokenizer.load(folder)
             model.img_context_token_id = tokenizer.id("<IMG_CONTEXT>")
             torch.manual_seed(seed)
             half = stage.half and fast_half
@@ -158,6 +157,7 @@ def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 
             recipe.save(model, folder, note)
             loop.finish()
         model = load(folder)        # the next stage starts from what the file holds, float16
+    loop.finish()                   # also after a kill between the last stage's files and its own call
     return folder
 
 

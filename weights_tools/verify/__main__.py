@@ -25,6 +25,7 @@ from minivl.limits import InputError, Limits
 from minivl.terminal import check_text
 from minivl.tracing import kind, stages
 from weights_tools import run
+from weights_tools.files import told, unfinished, write_text
 from weights_tools.verify import compare, inputs, report
 from weights_tools.verify.recording import Recording, shrink
 
@@ -90,8 +91,13 @@ def record(checkpoint: str | Path, pictures: list, prompt: str, path: str | Path
         request = {"pictures": [str(Path(p).resolve()) for p in pictures], "messages": messages, "max_num": max_num}
     request |= {"max_new_tokens": max_new_tokens, "dtype": dtype, "stages": stages}
     options = ["--resident", str(resident), *(["--trust-remote-code"] if trust_remote_code else [])]
-    run_reference(python, folder, request, path, options)
-    return Path(path)
+    path = Path(path)
+    left = "no trace is left there"
+    with unfinished(path.parent, left) as new:
+        run_reference(python, folder, request, new / path.name, options)
+        with told(path, left):
+            os.replace(new / path.name, path)
+    return path
 
 
 def run_reference(python: Path, folder: Path, request: dict, path: str | Path, options: list):
@@ -182,7 +188,7 @@ def part_of(args: argparse.Namespace, folder: Path) -> list | None:
 
 def write_json(result: dict, path: str):
     """Write the result for programs."""
-    Path(path).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def check_tiles(args: argparse.Namespace, folder: Path):
@@ -229,7 +235,7 @@ def record_and_compare(args: argparse.Namespace, folder: Path) -> int:
     if args.json:
         write_json(result.json(), args.json)
     if args.html:
-        Path(args.html).write_text(report.html(result, words), encoding="utf-8")
+        write_text(args.html, report.html(result, words))
     return 0 if result.agrees else 1
 
 
