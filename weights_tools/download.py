@@ -17,7 +17,8 @@ from pathlib import Path
 import huggingface_hub
 from tqdm import tqdm
 
-from minivl.files.find import choose_files, hub_errors, hub_info
+from minivl import options
+from minivl.files.find import SHIPPED, choose_files, hub_errors, hub_info
 from minivl.limits import InputError, offline
 from weights_tools import run
 from weights_tools.files import WEIGHT_FILE, weight_files
@@ -38,6 +39,8 @@ def download(hub_id: str, *, revision: str | None = None, to: str | Path | None 
 
     Returns the folder to load, None after a dry run. A file whose sha256 is not the hub's is an InputError.
     """
+    if hub_id in SHIPPED:
+        raise InputError(f"{hub_id} is inside the package, {SHIPPED[hub_id]}; there is nothing to download")
     if offline():
         raise InputError(f"HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it to fetch {hub_id}, or load a "
                          "local folder")
@@ -131,16 +134,21 @@ def _existing(path: Path) -> Path:
     return next(p for p in [path, *path.parents] if p.exists())
 
 
-def main(argv: list | None = None) -> int:
-    """Run the command; its exit code."""
+def arguments(argv: list | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.download", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     parser.add_argument("hub_id", metavar="HUB_ID", help="for example OpenGVLab/InternVL2_5-4B-MPO-AWQ (3.3 GB)")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default main); refs/pr/1 often holds a "
                                                         "safetensors form of an -AWQ checkpoint")
     parser.add_argument("--to", metavar="FOLDER", help="a folder of your own instead of the hub's cache")
     parser.add_argument("--dry-run", action="store_true", help="only list the files and the space they need")
-    download(**vars(parser.parse_args(argv)))
+    return parser.parse_args(argv)
+
+
+def main(argv: list | None = None) -> int:
+    """Run the command; its exit code."""
+    download(**vars(arguments(argv)))
     return 0
 
 

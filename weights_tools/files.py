@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -159,3 +160,7 @@ def _save_bin(tensors: dict[str, torch.Tensor], path: Path):
         own[name] = tensor.clone() if shared else tensor
         used.add(own[name].data_ptr())
     torch.save(own, path)
+
+
+if __name__ == "__main__":
+    sys.exit("weights_tools.files has no command; import save_checkpoint from it")

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minivl import Pipeline, load
+from minivl import Pipeline, load, options
 from minivl.awq import dequantize, pack
 from minivl.config import read_json
 from minivl.files.find import SMALL_FILES, find
@@ -253,10 +253,10 @@ def save_quantized(source, out, tensors: dict, group_size: int = GROUP, overwrit
     return out
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line, and refuse what would have no effect."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.quantize", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     parser.add_argument("checkpoint", metavar="FOLDER", help="a float checkpoint: folder or hub id")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument("--plain", action="store_true", help="round to nearest, no smoothing")
@@ -269,8 +269,16 @@ def main(argv: list[str] | None = None) -> int:
                              "lmdeploy: it is not, which loses groups of one sign")
     parser.add_argument("--overwrite", action="store_true", help="replace the weights that OUT already holds")
     args = parser.parse_args(argv)
+    if args.plain:
+        options.refuse(options.given(parser, argv), ("examples", "alpha"), "with --plain, which does not smooth")
     if not 0 <= args.alpha <= 1 or args.examples < 1:
         raise InputError(f"alpha {args.alpha} must be in 0..1 and examples {args.examples} at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    args = arguments(argv)
     check_free_of_weights(args.out, args.overwrite)
     folder = find(args.checkpoint)
     model = load(folder, dtype="float32")

@@ -20,6 +20,7 @@ import tokenizers
 import torch
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from minivl import options
 from minivl.awq import pack
 from minivl.config import Config
 from minivl.limits import InputError
@@ -279,10 +280,10 @@ def random_tensor(name: str, like: torch.Tensor, *, seed: int, layers: int, grou
     return out
 
 
-def main(argv: list | None = None) -> int:
-    """Run the command; its exit code."""
+def arguments(argv: list | None = None) -> argparse.Namespace:
+    """Read the command line, and refuse what would have no effect."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.synthesize", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     parser.add_argument("out", metavar="OUT", help="folder to write; made if it does not exist")
     parser.add_argument("--size", choices=SIZES, default="tiny",
                         help="tiny (default, under 2 MB), or the shapes of a released model: on disk about 1.9, 7.4, "
@@ -302,11 +303,21 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("--config-quirk", choices=["llm", "top"], default="llm",
                         help="--awq: where in config.json quantization_config is (default %(default)s, as released)")
     parser.add_argument("--overwrite", action="store_true", help="replace the weights that OUT already holds")
-    options = vars(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    if not args.awq:
+        options.refuse(options.given(parser, argv), ("group_size", "config_quirk"), "without --awq")
+    if args.size == "tiny":
+        options.refuse(options.given(parser, argv), ("tokenizer",), "with size tiny, which has a tokenizer of its own")
+    return args
+
+
+def main(argv: list | None = None) -> int:
+    """Run the command; its exit code."""
+    asked = vars(arguments(argv))
     start = time.perf_counter()
-    folder = synthesize(**options)
+    folder = synthesize(**asked)
     size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
-    print(f"{folder}: {options['size']}{' AWQ' if options['awq'] else ''}, random weights of seed {options['seed']}, "
+    print(f"{folder}: {asked['size']}{' AWQ' if asked['awq'] else ''}, random weights of seed {asked['seed']}, "
           f"{size / 1e9:.3f} GB, {time.perf_counter() - start:.1f} s")
     return 0
 

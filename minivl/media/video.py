@@ -6,6 +6,7 @@ import math
 import numbers
 import os
 import re
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from PIL import Image
@@ -27,8 +28,14 @@ ANIMATED = ("GIF", "WEBP", "PNG")       # not TIFF or MPO (phone JPEG): their fu
 # Containers ffmpeg may open. Playlists (hls, concat, dash, ...) are left out: they make ffmpeg open other files.
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
 TOTAL_FRAMES = 1_000_000                # of a whole video, chosen or not: about nine hours at 30 frames per second
-# Unlike EXIF in pictures, the rotation phones write IS applied to videos: the reference's reader (decord) does so.
-TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+# Unlike EXIF in pictures, the display matrix phones write IS applied to videos: the reference's reader (decord) turns
+# by its angle. It knows no mirror, so it shows a front camera's video upside down; here it is mirrored, as players do.
+# Signs of (a, b, c, d), for x' = a x + c y and y' = b x + d y, y downwards -> what brings the frame there.
+TURNS = {(1, 0, 0, 1): None,
+         (0, 1, -1, 0): Image.Transpose.ROTATE_270, (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+         (0, -1, 1, 0): Image.Transpose.ROTATE_90, (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+         (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM, (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+         (0, -1, -1, 0): Image.Transpose.TRANSVERSE}
 VIDEO_PICTURES = 16                     # the chosen frames together: at most this times Limits.picture_pixels
 
 
@@ -146,7 +153,7 @@ def _collect(frames: Iterable[tuple[int, Image.Image]], name: str, limits: Limit
         pixels += image.width * image.height
         if pixels > limit:
             raise InputError(f"{name}: the first {len(kept)} frames taken hold {pixels} pixels, the limit for all is "
-                             f"{limit} ({VIDEO_PICTURES} times picture_pixels); take fewer frames or smaller ones")
+                             f"{limit} ({VIDEO_PICTURES} times that of one picture); take fewer frames or smaller ones")
     return kept
 
 
@@ -250,7 +257,7 @@ def _decode_frames(path: str, needed: set[int], name: str, limits: Limits) -> tu
                 if frame.is_corrupt:
                     raise InputError(f"{label} is damaged; save or download the video again")
                 image = frame.to_image()
-                turn = TURNS.get(frame.rotation % 360)
+                turn = _turn(frame)
                 yield seen, image if turn is None else image.transpose(turn)
             seen += 1
             if seen > max(needed):
@@ -260,6 +267,16 @@ def _decode_frames(path: str, needed: set[int], name: str, limits: Limits) -> tu
         stream.thread_type = "AUTO"
         kept = _collect(frames(container, stream), name, limits)
     return seen, kept
+
+
+def _turn(frame) -> Image.Transpose | None:
+    """Read how PyAV's `frame` is to be turned or mirrored; None: as it is, also at an angle between the axes."""
+    stored = frame.side_data.get("DISPLAYMATRIX")       # nine int32: a b u, c d v, x y w
+    if stored is None:
+        return None
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(stored))
+    least = max(map(abs, (a, b, c, d))) / 100           # what is left of cos 90 degrees is no direction
+    return TURNS.get(tuple((value > least) - (value < -least) for value in (a, b, c, d)))
 
 
 @contextlib.contextmanager

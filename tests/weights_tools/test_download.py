@@ -143,3 +143,9 @@ def test_real_client_against_a_local_hub(made, tmp_path):
     folder = Path(done.stdout.splitlines()[-1])
     assert folder.is_relative_to(tmp_path / "home") and not (folder / "inputs_stats.pth").exists()
     assert torch.equal(logits(folder), logits(made("awq")))
+
+
+def test_the_shipped_models_need_no_download():
+    for name in ("nano", "nano-awq"):
+        with pytest.raises(InputError, match=f"{name} is inside the package, .*nothing to download"):
+            download.download(name)

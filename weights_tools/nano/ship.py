@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from minivl import load
+from minivl import load, options
 from minivl.files.find import SHIPPED
 from minivl.files.formats import safetensors_header
 from minivl.limits import InputError
@@ -179,13 +179,18 @@ def ship(source, n: int = 500, ablation_n: int = 500, to: Path | None = None) ->
     return to
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.nano.ship", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     parser.add_argument("checkpoint", metavar="FOLDER", help="a stage folder written by weights_tools.nano.train")
     parser.add_argument("-n", type=int, default=500, help="questions per task (default %(default)s)")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    args = arguments(argv)
     print(ship(args.checkpoint, args.n, args.n))
     return 0
 

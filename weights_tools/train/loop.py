@@ -49,7 +49,7 @@ class Loop:
 
         For what a machine decides, and another one, or the same one on a busy day, might decide otherwise.
         """
-        self.kept[name] = self.state[name] if self.state else value()
+        self.kept[name] = self.state[name] if name in self.state else value()
         return self.kept[name]
 
     def run(self, stage: int, name: str, steps: int, *, batches: Callable[[int], Iterable], step: Callable,

@@ -329,6 +329,11 @@ def options(argv: list | None) -> tuple:
     add("--json", metavar="FILE", help="the results for programs")
     add("--page", metavar="FILE", help="the results as a table in Markdown")
     args = parser.parse_args(argv)
+    # As minivl.options.refuse, which cannot be imported here.
+    for mode, others in (("nano", ("checkpoint", "pictures", "traces", "record")), ("traces", ("record",))):
+        idle = [name if name in ("checkpoint", "pictures") else f"--{name}" for name in others if getattr(args, name)]
+        if getattr(args, mode) and idle:
+            parser.error(f"{', '.join(idle)} would have no effect with --{mode}; leave it out")
     if args.nano:       # by path: the copies of the package leave the models out
         args.checkpoint = str(PACKAGE / "nano" / "awq")
         args.pictures = [str(PACKAGE / "nano" / "samples" / "small-print.png")]
