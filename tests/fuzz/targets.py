@@ -66,8 +66,9 @@ def json(name, data, folder):
             stream = TextStream(pipe.tokenizer)
             if pipe.tokenizer.decode(ids) != "".join(map(stream.push, ids)) + stream.finish():
                 raise Wrong(f"a stream shows {text!r} differently")
+    if "token" not in file and file not in ("merges.txt", "vocab.json"):        # those may change what is computed
+        pipe(("<image>\nWhat is this?", Image.new("RGB", (90, 60))), minivl.GenerationConfig(max_new_tokens=2))
     pipe.tokenizer.containing("a")
-    pipe(("<image>\nWhat is this?", Image.new("RGB", (90, 60))), minivl.GenerationConfig(max_new_tokens=2))
 
 
 def pictures(name, data, folder):
