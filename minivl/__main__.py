@@ -127,7 +127,8 @@ def chat(args) -> int:
     segments = 8 if args.segments is None else args.segments
     video = None if args.video is None else load_video(os.path.expanduser(args.video), num_segments=segments,
                                                        bound=args.bound and tuple(args.bound), fps=args.fps,
-                                                       limits=Limits(decoding_work=10**12))      # Ctrl-C stops it
+                                                       # Ctrl-C stops it
+                                                       limits=Limits(decoding_work=10**12, video_work=10**12))
     engine = EngineConfig(session_len=args.session_len, device=args.device, dtype=args.dtype, precision=args.precision,
                           revision=args.revision, plain_text=args.plain_text)
     pipe = pipeline(args.model, engine)

@@ -19,11 +19,14 @@ class Limits:
     picture_bytes: int = 64 * 2**20        # of one file, URL or data: URL
     picture_pixels: int = 100_000_000      # width * height, read from the header before decoding
     picture_parts: int = 200_000           # chunks, segments, blocks, tags, strips of one file; each takes microseconds
-    # For one file, in the time of a plain JPEG's pixel, 5 ns: scans of a JPEG, frames of an animation; see media/parts
+    # For one picture file, in the time of a plain JPEG's pixel, 5 ns: scans of a JPEG, frames of an animation; see
+    # media/parts.py
     decoding_work: int = 1_000_000_000
     decoding_bytes: int = 900_000_000      # of memory, at the peak of decoding one picture, animation or video
     aspect_ratio: float = 200.0            # long side / short side; the reference would squeeze it into tiles unasked
     video_bytes: int = 2 * 2**30           # of one video file
+    # As decoding_work. A minute of 1080p with a key frame every 250, x264's default, is 2 to 4 * 10^9 for 8 frames.
+    video_work: int = 6_000_000_000
     video_frames: int = 512                # frames taken from one video
     pictures: int = 512                    # pictures and frames in one prompt
     tiles_per_picture: int = 40            # max_num; the reference's own tables go up to 24 (thumbnail not counted)

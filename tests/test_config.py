@@ -401,7 +401,7 @@ def test_small_files_have_a_size(tiny, tmp_path):
     for name in ("merges.txt", "added_tokens.json", "config.json"):
         with open(folder / name, "r+b") as f:
             f.truncate(10 ** 10)    # sparse
-        with pytest.raises(InputError, match=f"{name} .* has 10000000000 bytes, at most"):
+        with pytest.raises(InputError, match=f"{name} .* 1000000\\d+ bytes"):
             minivl.pipeline(folder)
         copied = (tiny / name).read_bytes()
         (folder / name).write_bytes(copied)

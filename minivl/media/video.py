@@ -282,7 +282,7 @@ class Work:
     """Count what reading a video takes, in the time of a plain JPEG's pixel."""
 
     def __init__(self, name: str, limits: Limits):
-        self.name, self.limit, self.done = name, limits.decoding_work, 0
+        self.name, self.limit, self.done = name, limits.video_work, 0
         self.kept = 0       # bytes of the frames taken
 
     def add(self, work: int) -> None:
@@ -291,7 +291,7 @@ class Work:
         if self.done > self.limit:
             raise InputError(f"{self.name}: reaching the frames taken is more work than decoding {self.limit} pixels, "
                              "the limit; take fewer frames, cut the video or make it smaller, or raise "
-                             "Limits(decoding_work=...)")
+                             "Limits(video_work=...)")
 
 
 def _sought_frames(path: str, packets: list[tuple], needed: list[int], work: Work, name: str,

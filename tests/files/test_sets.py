@@ -254,3 +254,12 @@ def test_sets_are_listed_in_transformers_order(copy, tensors):
     save(copy, tensors, shards=2)
     assert [one.name for one in sets_of(copy, "safetensors")] == ["model.safetensors", "model.safetensors.index.json"]
     assert sets_of(copy, "bin") == []
+
+
+def test_an_index_with_a_long_file_name_says_so_in_short(tmp_path):
+    for name in ("x" * 100_000, "../" + "x" * 100_000, "y" * 201):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(InputError, match="model.safetensors.index.json") as error:
+            sets_of(tmp_path, "safetensors")
+        assert len(str(error.value)) < 600
+    assert len(first_of(["z" * 10 ** 6] * 100)) < 6000

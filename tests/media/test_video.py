@@ -404,8 +404,8 @@ def test_video_limits(tmp_path, monkeypatch):
     with refused("20 frames of", "241664 bytes of memory", "decoding_bytes"):
         load_video(path, num_segments=100, limits=Limits(decoding_bytes=2048 * (38 + 20 * 4) - 1))
     assert len(load_video(path, num_segments=100, limits=Limits(decoding_bytes=2048 * (38 + 20 * 4)))) == 100
-    with refused("more work than decoding 20000 pixels", "decoding_work"):
-        load_video(path, num_segments=100, limits=Limits(decoding_work=20_000))
+    with refused("more work than decoding 20000 pixels", "video_work"):
+        load_video(path, num_segments=100, limits=Limits(video_work=20_000))
     monkeypatch.setattr(video, "TOTAL_FRAMES", 19)
     with refused("20 samples", "19"):
         load_video(path)
