@@ -126,7 +126,9 @@ def chat(args) -> int:
     pictures = [open_picture(source, args) for source in args.pictures]
     segments = 8 if args.segments is None else args.segments
     video = None if args.video is None else load_video(os.path.expanduser(args.video), num_segments=segments,
-                                                       bound=args.bound and tuple(args.bound), fps=args.fps)
+                                                       bound=args.bound and tuple(args.bound), fps=args.fps,
+                                                       # Ctrl-C stops it
+                                                       limits=Limits(decoding_work=10**12, video_work=10**12))
     engine = EngineConfig(session_len=args.session_len, device=args.device, dtype=args.dtype, precision=args.precision,
                           revision=args.revision, plain_text=args.plain_text)
     pipe = pipeline(args.model, engine)

@@ -18,8 +18,15 @@ class Limits:
     """Bound what is accepted, before the costly work starts. `Limits(picture_pixels=10**9)` raises one bound."""
     picture_bytes: int = 64 * 2**20        # of one file, URL or data: URL
     picture_pixels: int = 100_000_000      # width * height, read from the header before decoding
+    picture_parts: int = 200_000           # chunks, segments, blocks, tags, strips of one file; each takes microseconds
+    # For one picture file, in the time of a plain JPEG's pixel, 5 ns: scans of a JPEG, frames of an animation; see
+    # media/parts.py
+    decoding_work: int = 1_000_000_000
+    decoding_bytes: int = 900_000_000      # of memory, at the peak of decoding one picture, animation or video
     aspect_ratio: float = 200.0            # long side / short side; the reference would squeeze it into tiles unasked
     video_bytes: int = 2 * 2**30           # of one video file
+    # As decoding_work. A minute of 1080p with a key frame every 250, x264's default, is 2 to 4 * 10^9 for 8 frames.
+    video_work: int = 6_000_000_000
     video_frames: int = 512                # frames taken from one video
     pictures: int = 512                    # pictures and frames in one prompt
     tiles_per_picture: int = 40            # max_num; the reference's own tables go up to 24 (thumbnail not counted)
@@ -27,6 +34,18 @@ class Limits:
     new_tokens: int = 32_768               # max_new_tokens
     fetch_seconds: float = 10.0            # a URL: the whole transfer, redirects included
     redirects: int = 5                     # a URL: followed at most
+
+
+def clip(value: object, most: int = 200) -> str:
+    """Shorten what a file or a caller gave, for a message: at most `most` characters of it, then how many it has."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def first_of(problems: list[str], separator: str = "\n  ", most: int = 20) -> str:
+    """Join problems, clipped, but at most 20 of them and the count of the others."""
+    more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
+    return separator.join([clip(problem) for problem in problems[:most]] + more)
 
 
 # What to do about an error of the operating system.

@@ -38,7 +38,8 @@ def render(messages: Sequence, tiles_per_image: Sequence[int] = (), system: str 
 
 
 def encode(tokenizer: Tokenizer, messages: Sequence, tiles_per_image: Sequence[int] = (), system: str | None = None, *,
-           tokens_per_tile: int = 256, plain: bool = False, after: list[int] | None = None) -> list[int]:
+           tokens_per_tile: int = 256, plain: bool = False, after: list[int] | None = None,
+           most: int | None = None) -> list[int]:
     """Write the prompt as ids. `plain`: what users wrote becomes ordinary text tokens even where it spells <|im_end|>.
 
     `after`: the token ids of the answer that this one user message follows in a conversation. Then only what comes
@@ -46,7 +47,7 @@ def encode(tokenizer: Tokenizer, messages: Sequence, tiles_per_image: Sequence[i
 
         encode(t, [(q1, None)]) + answer + encode(t, [(q2, None)], after=answer) == encode(t, [(q1, text), (q2, None)])
 
-    where `answer` are the ids of `text`.
+    where `answer` are the ids of `text`. `most`: see Tokenizer.encode; the caller still counts.
     """
     segments = _segments(messages, tiles_per_image, system, tokens_per_tile, plain)
     if after is not None:
@@ -54,12 +55,12 @@ def encode(tokenizer: Tokenizer, messages: Sequence, tiles_per_image: Sequence[i
         # an empty answer is only its header, as in _segments
         segments = ([(True, "<|im_end|>"), (False, "\n")] if after else []) + segments[turn:]
     if not plain:
-        return tokenizer.encode("".join(text for _, text in segments))
+        return tokenizer.encode("".join(text for _, text in segments), most=most)
     ids = []
     run = ""
     for is_token, text in [*segments, (True, "")]:
         if is_token:        # a run of text is encoded as a whole, with its header: "user\n" + "\nHi" has one token \n\n
-            ids += tokenizer.encode(run, plain=True) + tokenizer.encode(text)
+            ids += tokenizer.encode(run, plain=True, most=most) + tokenizer.encode(text)
             run = ""
         else:
             run += text

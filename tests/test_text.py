@@ -1,6 +1,7 @@
 """Tokenizer and template: against the original's ids where the vocabulary is there, by rule on the tiny one."""
 import json
 import random
+import time
 
 import pytest
 from conftest import GOLDEN, shared
@@ -224,3 +225,14 @@ def test_bad_tokenizer_files(tiny, tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(InputError, match="is JSON but not a BPE tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("piece", ["a", " ", "\n", " \n", "1", "e\u0301", "\u0301\u0323", "\u1100\u1161", "!", "'s",
+                                   "🐅", "<|im_", "<|im_end|>", "\0", "\U0001d160", "\u200d", "\u00a0", "!\n", "a \t"])
+@pytest.mark.parametrize("end", ["x", " "])
+def test_time_grows_as_the_text_does(small, piece, end):
+    """30,000 characters: what needs a step for each pair of them takes far longer."""
+    start = time.process_time()
+    for plain in (False, True):
+        small.encode(piece * (30_000 // len(piece)) + end, plain=plain)
+    assert time.process_time() - start < 6

@@ -4,14 +4,14 @@
 
 Every tool writes through here. What is not finished lies in a folder .incomplete-* beside its place, locked by the
 process that fills it; the next one to write there clears away what a killed process has left.
-The safetensors files carry a sha256 digest of each tensor, which minivl.load checks (released files carry none; the hub
-knows a digest of each file). No numpy: tensors are written from their addresses.
+The safetensors files carry a sha256 digest of each tensor's dtype, shape and bytes, which minivl.load checks. Files of
+older versions carry one of the bytes alone, released ones none; the hub knows a digest of each file. No numpy: tensors
+are written from their addresses.
 """
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import json
 import os
 import re
@@ -26,7 +26,7 @@ from typing import BinaryIO
 import torch
 from tqdm import tqdm
 
-from minivl.files.formats import DTYPES
+from minivl.files.formats import DIGESTS, DTYPES, digest_of
 from minivl.limits import InputError, in_words, reading
 
 try:
@@ -280,8 +280,8 @@ def _write_safetensors(tensors: dict[str, torch.Tensor], file: BinaryIO, metadat
     most bytes come first and the header is padded to 8, so that each tensor lies at a multiple of its numbers' size.
     Source: huggingface/safetensors README.md, "Format".
     """
-    digests = {name: hashlib.sha256(raw_bytes(tensor)).hexdigest() for name, tensor in sorted(tensors.items())}
-    about = {**(metadata or {}), "format": "pt", "sha256": json.dumps(digests)}
+    digests = {name: digest_of(STORED_AS[t.dtype], t.shape, raw_bytes(t)) for name, t in sorted(tensors.items())}
+    about = {**(metadata or {}), "format": "pt", DIGESTS: json.dumps(digests)}
     if "__metadata__" in tensors or not all(isinstance(value, str) for value in about.values()):
         raise InputError("in a safetensors file no tensor can be called __metadata__, and metadata are strings")
     header = {"__metadata__": dict(sorted(about.items()))}

@@ -26,9 +26,9 @@ from tqdm import tqdm
 from minivl import options
 from minivl.config import Config, read_json
 from minivl.files.find import SHIPPED, choose_files, find, hub_errors, hub_info
-from minivl.files.formats import DTYPES, choose_set, open_weights, safetensors_header
+from minivl.files.formats import DIGESTS, DTYPES, OLD_DIGESTS, choose_set, open_weights, safetensors_header
 from minivl.files.load import wrong_defaults
-from minivl.limits import InputError, offline
+from minivl.limits import InputError, first_of, offline
 from minivl.model import MiniVL
 from weights_tools import run
 
@@ -88,16 +88,19 @@ def inspect(path_or_id: str | Path, *, revision: str | None = None) -> Report:
         if path.suffix != ".safetensors":
             raise InputError(f"{path} is not a .safetensors file; give that, or the folder of a checkpoint")
         tensors = _headers(path.parent, [path.name])
+        old = _old_digests(path.parent, [path.name])
         config, whole = path.parent / "config.json", False
     elif path.is_dir() or offline() or os.fspath(path_or_id) in SHIPPED:
         folder = find(path_or_id, revision=revision)
         files = [file for file in choose_set(folder).files if (folder / file).is_file()]    # one that lacks is reported
         tensors = _headers(folder, files) if all(file.endswith(".safetensors") for file in files) else {
             name: (t.dtype, t.shape, t.file.name) for name, t in open_weights(folder).items()}
+        old = _old_digests(folder, files)
         config, whole = folder / "config.json", True
     else:
         tensors, config = _remote(os.fspath(path_or_id), revision)
         whole = True
+        old = None
     model, note = None, "no config.json beside it: no module column, nothing compared"
     if config.is_file():
         try:
@@ -117,12 +120,12 @@ def inspect(path_or_id: str | Path, *, revision: str | None = None) -> Report:
     if model and not whole:
         note = "one file of a checkpoint: tensors of other files are not missed"
     if not model:
-        return Report(os.fspath(path_or_id), rows, None, note)
+        return Report(os.fspath(path_or_id), rows, None, f"{note}. {old}" if old else note)
     problems = compare(wanted, tensors, whole)
     told = [f"{'shape' if kind == 'misshapen' else kind}: {line}" for kind, lines in problems.items() for line in lines]
     if wrong := wrong_defaults(told, read_json(config)):
         note = " ".join(([f"{note}."] if note else []) + wrong)
-    return Report(os.fspath(path_or_id), rows, problems, note)
+    return Report(os.fspath(path_or_id), rows, problems, f"{note}. {old}" if note and old else note or old)
 
 
 def compare(wanted: dict[str, torch.Tensor], tensors: dict[str, tuple], whole: bool = True) -> dict[str, list[str]]:
@@ -147,6 +150,14 @@ def _headers(folder: Path, files: list[str]) -> dict[str, tuple]:
         for name, (dtype, shape, *_) in safetensors_header(folder / file)[0].items():
             _add(tensors, name, dtype, shape, file)
     return tensors
+
+
+def _old_digests(folder: Path, files: list[str]) -> str | None:
+    """Say so where a file's digests are of the kind that does not see another dtype of the same size."""
+    kinds = {file: safetensors_header(folder / file)[1].keys() for file in files if file.endswith(".safetensors")}
+    old = [file for file, kind in kinds.items() if OLD_DIGESTS in kind and DIGESTS not in kind]
+    return (f"the sha256 digests in {old[0]} are of an older version: they cover the bytes, not dtype and shape"
+            if old else None)
 
 
 def _remote(hub_id: str, revision: str | None) -> tuple[dict[str, tuple], Path]:
@@ -218,7 +229,7 @@ def as_text(report: Report, shown: list[Tensor], summary: bool) -> str:
         lines.append(f"note: {report.note}")
     if report.problems is not None:
         for kind, names in report.problems.items():
-            lines += [f"{kind}: {name}" for name in names]
+            lines += [f"{kind}: " + first_of(names, f"\n{kind}: ")] if names else []
         wrong = sum(map(len, report.problems.values()))
         lines.append(f"does not fit config.json: {wrong} problems" if wrong else "fits config.json")
     return "\n".join(lines)

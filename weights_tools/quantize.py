@@ -29,7 +29,7 @@ from minivl import Pipeline, load, options
 from minivl.awq import dequantize, pack
 from minivl.config import read_json
 from minivl.files.find import SMALL_FILES, find
-from minivl.limits import InputError, is_there, reading
+from minivl.limits import InputError, first_of, is_there, reading
 from minivl.model import MiniVL
 from minivl.sampling import GenerationConfig
 from minivl.tokenizer import Tokenizer
@@ -226,8 +226,7 @@ def _warn_of_hurt(off: dict[str, torch.Tensor], method: str):
     if not hurt:
         return
     worst = max(off, key=lambda name: float(off[name].max()))
-    most = sorted(hurt, key=hurt.get, reverse=True)[:3]
-    tensors = ", ".join(f"{name} {hurt[name]}" for name in most) + (f", {len(hurt) - 3} more" if len(hurt) > 3 else "")
+    tensors = first_of([f"{name} {hurt[name]}" for name in sorted(hurt, key=hurt.get, reverse=True)], ", ", 3)
     warnings.warn(f"the method {method} puts {sum(hurt.values())} of {sum(map(torch.numel, off.values()))} groups of "
                   f"weights off by more than half a step, in {len(hurt)} tensors ({tensors}), the worst by "
                   f"{float(off[worst].max()):.1f} steps, in {worst}; use the method {METHODS[0]}, which does not",

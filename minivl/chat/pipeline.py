@@ -216,7 +216,7 @@ class Pipeline:
         ids, tiles = read_request(prompt, self.model.config, self.tokenizer, limits=engine.limits,
                                   plain_text=engine.plain_text, allow_paths=engine.allow_paths,
                                   allow_hosts=engine.allow_hosts,
-                                  after=session.response.token_ids if start else None)
+                                  after=session.response.token_ids if start else None, most=self.room)
         end = start + len(ids)
         if end >= self.room:
             raise InputError(f"the prompt has {end} tokens and leaves no room for an answer in a context of "

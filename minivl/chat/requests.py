@@ -59,11 +59,11 @@ def video_prompt(question: str, frames: list) -> list[dict]:
 
 def read_request(prompt, config: Config, tokenizer: Tokenizer, *, limits: Limits = Limits(), plain_text: bool = False,
                  allow_paths: bool = True, allow_hosts: tuple = (),
-                 after: list[int] | None = None) -> tuple[list[int], list[Image.Image]]:
+                 after: list[int] | None = None, most: int | None = None) -> tuple[list[int], list[Image.Image]]:
     """Read a prompt in any of its forms: (token ids, the tiles of all its pictures).
 
     `plain_text`, `allow_paths`, `allow_hosts`: see EngineConfig. `after`: the token ids of the answer that this prompt
-    follows in a session; then only what is new is in the ids.
+    follows in a session; then only what is new is in the ids. `most`: tokens that there is room for.
     """
     messages, blocks = [], []
     for message in read_messages(prompt):
@@ -80,7 +80,7 @@ def read_request(prompt, config: Config, tokenizer: Tokenizer, *, limits: Limits
                          "session remembers the earlier ones")
     system = None if messages[0]["role"] == "system" else config.system_message
     ids = template.encode(tokenizer, messages, [sum(map(len, block)) for block in tiles], system,
-                          tokens_per_tile=config.num_image_token, plain=plain_text, after=after)
+                          tokens_per_tile=config.num_image_token, plain=plain_text, after=after, most=most)
     return ids, [tile for block in tiles for picture in block for tile in picture]
 
 

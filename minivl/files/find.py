@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minivl.limits import InputError, in_words, offline, reading
+from minivl.limits import InputError, first_of, in_words, offline, reading
 
 SMALL_FILES = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "added_tokens.json",
                "tokenizer.json", "tokenizer_config.json"]
@@ -75,9 +75,9 @@ def _refuse_adapter(where: str, names: Iterable[str]):
     """Refuse a LoRA adapter, alone or beside weights, which without it would be another model than the one meant."""
     adapters = sorted(n for n in names if ADAPTER.fullmatch(n))
     if adapters:
-        raise InputError(f"{where} holds a LoRA adapter ({', '.join(adapters)}), which minivl does not apply; merge it "
-                         "first (in PEFT: merge_and_unload(), then save_pretrained), or delete these files to use the "
-                         "weights without it")
+        raise InputError(f"{where} holds a LoRA adapter ({first_of(adapters, ', ')}), which minivl does not apply; "
+                         "merge it first (in PEFT: merge_and_unload(), then save_pretrained), or delete these files to "
+                         "use the weights without it")
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

@@ -18,8 +18,7 @@ from minivl import fast
 from minivl.config import Config, left_out, read_json
 from minivl.files.find import find
 from minivl.files.formats import DTYPES, StoredTensor, open_weights
-from minivl.files.sets import first_of
-from minivl.limits import InputError, is_there
+from minivl.limits import InputError, first_of, is_there
 from minivl.memory import full_memory_told
 from minivl.model import MiniVL
 from minivl.tokenizer import read_listing

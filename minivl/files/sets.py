@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minivl.config import read_json
 from minivl.files.find import STEMS, shard_of
-from minivl.limits import InputError, is_there, reading
+from minivl.limits import InputError, clip, first_of, is_there, reading
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -65,7 +65,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     weight_map = {name: file.removeprefix("./") for name, file in weight_map.items()}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file.startswith("."):
-            raise InputError(f"{index.name} points outside its folder: {file!r}; do not use this checkpoint")
+            raise InputError(f"{index.name} points outside its folder: {clip(file)!r}; do not use this checkpoint")
+        if len(file) > 200:
+            raise InputError(f"{index.name} in {index.parent} names a file {clip(file)!r}, longer than any file system "
+                             "takes; download it again")
     return weight_map
 
 
@@ -84,9 +87,3 @@ def is_pointer(path: Path) -> bool:
     """Tell whether a file is the small text that git keeps in place of a large file."""
     with reading(path), open(path, "rb") as f:
         return f.read(len(POINTER)) == POINTER
-
-
-def first_of(problems: list[str], separator: str = "\n  ", most: int = 20) -> str:
-    """Join problems, but at most 20 of them and the count of the others."""
-    more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
-    return separator.join(problems[:most] + more)

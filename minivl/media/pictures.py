@@ -17,12 +17,12 @@ from PIL import Image
 from minivl.limits import InputError, Limits
 from minivl.media.fetch import data_url_bytes, fetch, show_url
 from minivl.media.local import check_bytes, local_path, read_file
+from minivl.media.parts import Parts, check_cost, parts_of
 
 # What Pillow may open. Its other plug-ins are left out: some start programs (EPS: Ghostscript), few are well tested.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 FORMAT_NAMES = "JPEG, PNG, WebP, GIF, BMP, TIFF"
 MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|GIF8[79]a|BM|(II|MM)([*+]\0|\0[*+])", re.DOTALL)
-TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")       # PNG chunks
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -72,35 +72,20 @@ def _check_open(image: Image.Image) -> None:
 
 def _decode(data: bytes, name: str, limits: Limits) -> Image.Image:
     """Decode the bytes of a picture file into an RGB image."""
-    return to_rgb(open_picture(data, name, limits), name)
+    return to_rgb(open_picture(data, name, limits)[0], name)
 
 
-def open_picture(data: bytes, name: str, limits: Limits) -> Image.Image:
+def open_picture(data: bytes, name: str, limits: Limits) -> tuple[Image.Image, Parts]:
     """Open the bytes of a picture file as a PIL image: the header is checked, the pixels are not decoded yet."""
     check_bytes(len(data), limits.picture_bytes, "picture_bytes", name)
     if not MAGIC.match(data):
         raise InputError(f"{name} is not a picture in an accepted format ({FORMAT_NAMES}); convert it to one of them")
+    parts = parts_of(data, name, limits)
     with translated(name, "the header of the picture is damaged, cut short, or claims a size of zero; save it again"):
-        image = Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS)
+        image = Image.open(io.BytesIO(parts.data), formats=FORMATS)
     check_size(*image.size, name, limits)
-    return image
-
-
-def _without_texts(data: bytes) -> bytes:
-    """Leave out a PNG's texts and colour profile: no pixel depends on them, and Pillow refuses long ones.
-
-    A PNG is 8 bytes and then chunks: size, name, content, checksum (4 bytes each but the content).
-    """
-    if not data.startswith(b"\x89PNG"):
-        return data
-    kept = [data[:8]]
-    place = 8
-    while place < len(data):
-        end = place + 12 + int.from_bytes(data[place:place + 4], "big")
-        if data[place + 4:place + 8] not in TEXTS:
-            kept.append(data[place:end])
-        place = end
-    return b"".join(kept) if sum(map(len, kept)) < len(data) else data
+    check_cost(parts, *image.size, name, limits)
+    return image, parts
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -9,8 +9,8 @@ from checkpoints import IDS, logits, raw, refused, write
 import minivl
 from minivl.files.find import choose_files
 from minivl.files.formats import open_weights
-from minivl.files.sets import first_of, sets_of
-from minivl.limits import InputError
+from minivl.files.sets import sets_of
+from minivl.limits import InputError, first_of
 
 STEM = {"safetensors": "model", "bin": "pytorch_model"}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9180840\n"
@@ -254,3 +254,12 @@ def test_sets_are_listed_in_transformers_order(copy, tensors):
     save(copy, tensors, shards=2)
     assert [one.name for one in sets_of(copy, "safetensors")] == ["model.safetensors", "model.safetensors.index.json"]
     assert sets_of(copy, "bin") == []
+
+
+def test_an_index_with_a_long_file_name_says_so_in_short(tmp_path):
+    for name in ("x" * 100_000, "../" + "x" * 100_000, "y" * 201):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(InputError, match="model.safetensors.index.json") as error:
+            sets_of(tmp_path, "safetensors")
+        assert len(str(error.value)) < 600
+    assert len(first_of(["z" * 10 ** 6] * 100)) < 6000

@@ -141,10 +141,10 @@ def test_total_frames_limit(monkeypatch, tmp_path):
 
 
 def test_memory_of_all_frames_is_bounded(tmp_path):
-    frames, limits = grey_frames(20), Limits(picture_pixels=256)         # 16 pictures of 256 pixels are the limit
+    frames, limits = grey_frames(20), Limits(decoding_bytes=16 * 256 * 4)      # 16 frames of 256 pixels
     assert len(load_video(frames, num_segments=16, limits=limits)) == 16
     assert len(load_video(frames[:16], num_segments=100, limits=limits)) == 100     # repeated frames cost nothing
-    with refused("first 17 frames", "4352 pixels", "4096"):
+    with refused("first 17 frames", "17408 bytes", "16384", "decoding_bytes"):
         load_video(frames, num_segments=100, limits=limits)
 
 
@@ -401,10 +401,13 @@ def test_video_limits(tmp_path, monkeypatch):
         load_video(path, limits=Limits(picture_pixels=2047))
     with refused("an aspect ratio of 2", "1.5"):
         load_video(path, limits=Limits(aspect_ratio=1.5))
-    with refused("first 17 frames"):
-        load_video(path, num_segments=100, limits=Limits(picture_pixels=2048))
+    with refused("20 frames of", "241664 bytes of memory", "decoding_bytes"):
+        load_video(path, num_segments=100, limits=Limits(decoding_bytes=2048 * (38 + 20 * 4) - 1))
+    assert len(load_video(path, num_segments=100, limits=Limits(decoding_bytes=2048 * (38 + 20 * 4)))) == 100
+    with refused("more work than decoding 20000 pixels", "video_work"):
+        load_video(path, num_segments=100, limits=Limits(video_work=20_000))
     monkeypatch.setattr(video, "TOTAL_FRAMES", 19)
-    with refused("has 20 frames", "19"):
+    with refused("20 samples", "19"):
         load_video(path)
 
 
@@ -416,7 +419,7 @@ def test_video_that_changes_size(tmp_path):
                        patch=lambda data: large if next(order) == 4 else data)
     sizes = [frame.size for frame in load_video(path, num_segments=100)]
     assert sizes == [(320, 240) if index == 4 else (64, 48) for index in every(6)]
-    with refused("frame 4 of", "320x240 = 76800 pixels", "70000"):
+    with refused("a frame of", "320x240 = 76800 pixels", "70000"):
         load_video(path, num_segments=100, limits=Limits(picture_pixels=70_000))
 
 

@@ -34,8 +34,9 @@ def test_safetensors_round_trip(tmp_path):
     assert same(found, {name: tensor.detach() for name, tensor in tensors.items()})
     assert (metadata["format"], metadata["note"]) == ("pt", "mine")
     plain = bytes(tensors["transposed"].contiguous().view(torch.uint8).flatten().tolist())    # bytes by another way
-    assert json.loads(metadata["sha256"])["transposed"] == hashlib.sha256(plain).hexdigest()
-    assert json.loads(metadata["sha256"]).keys() == tensors.keys()
+    digests = json.loads(metadata["sha256 of dtype, shape and bytes"])
+    assert digests["transposed"] == hashlib.sha256(b"F32 [5, 6] " + plain).hexdigest()
+    assert digests.keys() == tensors.keys()
     (tmp_path / "touched").touch()
     assert path.stat().st_mode == (tmp_path / "touched").stat().st_mode         # not for the owner alone
     assert sorted(os.listdir(tmp_path)) == ["touched", "x.safetensors"]
