@@ -9,6 +9,7 @@ from fuzz import __main__ as runner
 from fuzz import bytes, seeds, targets, worker
 from minivl import InputError
 
+pytestmark = pytest.mark.filterwarnings("ignore")       # Pillow's, about formats that are going to go
 FEW = {"safetensors": 300, "bin": 200, "json": 150, "pictures": 300, "videos": 100}
 
 
