@@ -8,11 +8,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from minivl.config import read_json
+from minivl.config import LFS, read_json
 from minivl.files.find import STEMS, shard_of
 from minivl.limits import InputError
-
-POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
@@ -72,16 +70,17 @@ def named(one: WeightSet) -> str:
 
 def is_here(path: Path) -> bool:
     """Tell whether a file is there: a git-lfs pointer only stands for one."""
+    # An index can name anything; the system raises for a name of more than 255 bytes.
     return len(path.name) <= 200 and path.is_file() and not is_pointer(path)
 
 
 def is_pointer(path: Path) -> bool:
     """Tell whether a file is the small text that git keeps in place of a large file."""
     with open(path, "rb") as f:
-        return f.read(len(POINTER)) == POINTER
+        return f.read(len(LFS)) == LFS.encode()
 
 
 def first_of(problems: list[str], separator: str = "\n  ", most: int = 20) -> str:
-    """Join problems, but at most 20 of them and the count of the others."""
+    """Join problems, but at most `most` of them and the count of the others."""
     more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
     return separator.join(problems[:most] + more)
