@@ -233,5 +233,5 @@ def _token_ids(folder: Path, config: Config) -> tuple[int | None, tuple[int, ...
         sources.append(read_json(folder / "generation_config.json"))
     for source in sources:
         ids = source.get("eos_token_id")
-        eos.update(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and 0 <= i < vocabulary)
+        eos.update(i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < vocabulary)
     return added.get("<IMG_CONTEXT>"), tuple(sorted(eos)), tuple(listing.unused(vocabulary))
