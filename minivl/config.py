@@ -128,7 +128,10 @@ class QuantizationConfig:
         if isinstance(data.get("version"), str):
             data["version"] = data["version"].lower()       # AutoAWQ writes GEMM
         method = data.get("quant_method", "awq" if "w_bit" in data else None)
-        _choose("quantization_config.quant_method", method, ["awq"])
+        if method != "awq":
+            raise InputError(f"quantization_config.quant_method is {method!r}; minivl knows 'awq'. Take the float "
+                             "checkpoint it was made from, or its AWQ version; python -m weights_tools.quantize makes "
+                             "one")
         _refuse_keys(cls, data, "quantization_config")
         config = _build(cls, data, "quantization_config")
         _choose("quantization_config.bits", config.bits, [4])
@@ -275,6 +278,8 @@ REFUSED = {     # key: (the values that change nothing, what any other one means
         "image_fold": ((None,), "the pictures are cut as in InternVL 1.2, which minivl does not do")},
     "llm_config": {
         "use_sliding_window": ((False, None), "a token would not see all before it; minivl has no such window"),
+        "is_causal": ((True,), "a token would see those after it (transformers 5 takes null for false); minivl's "
+                      "decoder has a causal mask"),
         "rope_pos_id_version": (("default", None), "visual tokens have positions of their own (V2PE), not in minivl"),
         "partial_rotary_factor": ((1, None), "RoPE turns a part of each head only; minivl turns all of it"),
         "min_length": ((0, None), CHOOSES), "min_new_tokens": ((0, None), CHOOSES),
@@ -401,7 +406,8 @@ def read_json(path: Path) -> dict:
         raise
     except (ValueError, RecursionError) as error:       # ValueError: also a number of more than 4300 digits
         where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise InputError(f"{path.name} in {path.parent} is not valid JSON{where}; download it again") from None
+        raise InputError(f"{path.name} in {path.parent} is not valid JSON{where}; correct it there, or download "
+                         "it again") from None
 
 
 def _rope_theta(data: dict, positions: int, default: float) -> float:

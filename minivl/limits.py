@@ -43,7 +43,7 @@ def clip(value: object, most: int = 200) -> str:
 
 
 def first_of(problems: list[str], separator: str = "\n  ", most: int = 20) -> str:
-    """Join problems, clipped, but at most 20 of them and the count of the others."""
+    """Join problems, clipped, but at most `most` of them and the count of the others."""
     more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
     return separator.join([clip(problem) for problem in problems[:most]] + more)
 

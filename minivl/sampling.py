@@ -74,12 +74,12 @@ class GenerationConfig:
                     "a list of at most 100 non-empty strings of at most 200 characters")
         for name in ("stop_token_ids", "bad_token_ids"):
             ids = getattr(self, name) or []
-            require(isinstance(ids, (list, tuple)) and all(isinstance(i, int) and i >= 0 for i in ids), name,
+            require(isinstance(ids, (list, tuple)) and all(type(i) is int and i >= 0 for i in ids), name,
                     "a list of token ids")
         ignored = [f.name for f in fields(self) if f.name in SAMPLING and getattr(self, f.name) != f.default]
         if ignored and not self.do_sample:      # LMDeploy ignores them without a word
-            warnings.warn(f"do_sample is False, so decoding is greedy and {', '.join(ignored)} have no effect; set "
-                          "do_sample=True to sample", stacklevel=4)
+            warnings.warn(f"do_sample is False, so decoding is greedy and {', '.join(ignored)} "
+                          f"{'have' if ignored[1:] else 'has'} no effect; set do_sample=True to sample", stacklevel=4)
 
 
 def probabilities(logits: torch.Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,

@@ -65,7 +65,8 @@ def test_quantization_block_anywhere(copy):
     ("llm_config.rope_theta", 0, "must be positive"),
     ("llm_config.quantization_config.bits", 8, "bits is 8"),
     ("llm_config.quantization_config.version", "gemv", "version is 'gemv'"),
-    ("llm_config.quantization_config.quant_method", "gptq", "quant_method is 'gptq'; minivl knows 'awq'"),
+    ("llm_config.quantization_config.quant_method", "gptq", "quant_method is 'gptq'; minivl knows 'awq'. Take the "
+     "float checkpoint .* weights_tools.quantize makes one"),
     ("llm_config.quantization_config.zero_point", False, "zero_point is False"),
     ("llm_config.quantization_config.group_size", -1, "group_size is -1"),
     ("llm_config.quantization_config.group_size", 100, "group_size 100 does not divide hidden_size 128"),

@@ -28,8 +28,8 @@ from torch import nn
 from minivl.fast.replace import is_large
 
 SLOWER = 1.3            # a step that takes so many times as long as the latest ones took: something else wants to run
-WAIT = 16               # steps with one thread before more are tried again; twice as many each time that it was no use
-MOST = 256
+WAIT = 16               # steps with fewer threads before more are tried; twice as many each time that it was no use,
+MOST = 256              # up to so many; and steps with all threads before fewer are tried
 
 
 @lru_cache
@@ -64,7 +64,8 @@ def at_most(n: int) -> Iterator[None]:
 class Pace:
     """Choose the threads of steps that cost about the same: all, half of them, ... or one, whichever is faster.
 
-    All are tried soon after the start, when steps become slow, and from time to time while fewer than all are in use.
+    All are tried soon after the start, when steps become slow, and from time to time: rarely while all are in use, more
+    often while fewer are.
     most: threads for all but steps. measured: whether steps may take fewer.
     """
 

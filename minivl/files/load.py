@@ -147,7 +147,8 @@ def _check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
 
 def _refuse_other_kinds(tensors: dict[str, StoredTensor], wanted: dict[str, torch.Tensor], folder: Path):
     """Refuse, in one sentence, weights that are no damaged checkpoint but a whole one of another kind."""
-    lora = [n for n in tensors if "base_model.model." in n or ".lora_" in n]
+    marks = ("base_model.model.", ".lora_", ".base_layer.", ".modules_to_save.")
+    lora = [n for n in tensors if any(mark in n for mark in marks)]
     if lora:
         raise InputError(f"the weights in {folder} are a LoRA checkpoint ({len(lora)} names like {lora[0]}), merge it "
                          "first: PEFT's merge_and_unload() and save_pretrained, or InternVL's own tools/merge_lora.py")
@@ -156,13 +157,25 @@ def _refuse_other_kinds(tensors: dict[str, StoredTensor], wanted: dict[str, torc
         raise InputError(f"the weights in {folder} have the names of transformers' own classes ({renamed[0]}), as the "
                          "-hf repositories; take the original release, the repository without -hf, or convert it back "
                          "with InternVL's tools/internvl_hf2custom.py")
+    before = {n.removesuffix(HEAD) for n in tensors if n.endswith("." + HEAD)}
+    if len(before) == 1 and {prefix + n for prefix in before for n in wanted} == tensors.keys():
+        prefix, = before
+        cut = f"t = {{n[{len(prefix)}:]: x for n, x in t.items()}}"
+        raise InputError(f"the names of the weights in {folder} all begin with {prefix!r}, which a wrapper such as "
+                         "torch.compile or DistributedDataParallel puts there; save the model inside it, or take that "
+                         f"away once: {_write_once(folder, cut)}")
     if wanted.keys() - tensors.keys() == {HEAD}:
         raise InputError(f"the weights in {folder} lack {HEAD}, which was tied to the embedding and not saved. The "
                          "original class never ties the two and would begin with a random head; if they were one in "
-                         "training, write it once: python -c \"from minivl.files.formats import open_weights; "
-                         f"from weights_tools.files import save_checkpoint; f = {str(folder)!r}; "
-                         "t = {n: s.read() for n, s in open_weights(f).items()}; "
-                         f"t[{HEAD!r}] = t[{EMBEDDING!r}]; save_checkpoint(t, f, overwrite=True)\"")
+                         f"training, write it once: {_write_once(folder, f't[{HEAD!r}] = t[{EMBEDDING!r}]')}")
+
+
+def _write_once(folder: Path, change: str) -> str:
+    """Spell the command that writes the weights of a folder again, after a change of the dict t of its tensors."""
+    return ("python -c \"from minivl.files.formats import open_weights; "
+            "from weights_tools.files import save_checkpoint; "
+            f"f = {str(folder)!r}; t = {{n: s.read() for n, s in open_weights(f).items()}}; {change}; "
+            "save_checkpoint(t, f, overwrite=True)\"")
 
 
 SHOWN_BY = {        # a key that config.json may leave out: the problem with a tensor that shows its default to be wrong
@@ -219,5 +232,5 @@ def _token_ids(folder: Path, config: Config) -> tuple[int | None, tuple[int, ...
         sources.append(read_json(folder / "generation_config.json"))
     for source in sources:
         ids = source.get("eos_token_id")
-        eos.update(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and 0 <= i < vocabulary)
+        eos.update(i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < vocabulary)
     return added.get("<IMG_CONTEXT>"), tuple(sorted(eos)), tuple(listing.unused(vocabulary))

@@ -8,11 +8,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from minivl.config import read_json
+from minivl.config import LFS, read_json
 from minivl.files.find import STEMS, shard_of
 from minivl.limits import InputError, clip, first_of, is_there, reading
-
-POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,11 @@ def named(one: WeightSet) -> str:
 
 def is_here(path: Path) -> bool:
     """Tell whether a file is there: a git-lfs pointer only stands for one."""
+    # An index can name anything; the system raises for a name of more than 255 bytes.
     return len(path.name) <= 200 and is_there(path) and not is_pointer(path)
 
 
 def is_pointer(path: Path) -> bool:
     """Tell whether a file is the small text that git keeps in place of a large file."""
     with reading(path), open(path, "rb") as f:
-        return f.read(len(POINTER)) == POINTER
+        return f.read(len(LFS)) == LFS.encode()

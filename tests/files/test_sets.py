@@ -205,7 +205,9 @@ def test_what_is_fetched_of_a_repository():
     lambda n: "base_model.model." + n,
     lambda n: n.replace(".weight", ".lora_A.default.weight") if "mlp1" in n else n,
     lambda n: n.replace(".qweight", ".lora_B.weight"),
-    lambda n: n.replace("embed_tokens.weight", "embed_tokens.lora_embedding_A")])
+    lambda n: n.replace("embed_tokens.weight", "embed_tokens.lora_embedding_A"),
+    lambda n: n.replace("_proj.qweight", "_proj.base_layer.qweight"),
+    lambda n: n.replace("mlp1.", "mlp1.modules_to_save.default.")])
 def test_an_unmerged_lora_is_one_sentence(copy, tensors, rename):
     save(copy, {rename(n): t for n, t in tensors.items()})
     text = refused(copy, "are a LoRA checkpoint .* merge it first: PEFT's merge_and_unload")
@@ -220,6 +222,18 @@ def test_names_of_transformers_own_classes(copy, tensors, prefix):
     text = refused(copy, "have the names of transformers' own classes .* take the original release, the repository "
                          "without -hf")
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+def test_names_that_a_wrapper_put_a_prefix_before(copy, tensors, prefix):
+    """The line that the message prints mends it."""
+    save(copy, tensors)
+    want = logits(copy)
+    save(copy, {prefix + n: t for n, t in tensors.items()})
+    text = refused(copy, f"all begin with '{prefix}', which a wrapper such as torch.compile")
+    assert "\n" not in text and "problems" not in text
+    exec(text.split('python -c "')[1].rstrip('"'), {})
+    assert logits(copy).equal(want)
 
 
 def test_a_tied_head_that_was_left_out(copy, tensors):
