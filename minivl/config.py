@@ -17,7 +17,7 @@ from pathlib import Path
 
 from minivl.limits import InputError, clip, first_of, is_there, reading
 
-# Bytes of a JSON or text file; the largest released one, tokenizer.json, has 11 MB. Python makes up to 40 of each.
+# Bytes of a JSON or text file; the largest released one, tokenizer.json, has 11 MB. Python makes 34 of each, at worst.
 MAX_TEXT = 24 * 2 ** 20
 # What a model may need. The largest released, the 78B: 7.8e10 parameters, 80 layers, 32768 positions; its tower's tile:
 # 1024 patches, 172 MB of activations. Each bound leaves room for ten times that, but 3 times the layers.
