@@ -19,6 +19,7 @@ from minivl.config import Config, left_out, read_json
 from minivl.files.find import find
 from minivl.files.formats import DTYPES, StoredTensor, open_weights
 from minivl.files.sets import first_of
+from minivl.forks import check_process
 from minivl.limits import InputError
 from minivl.memory import full_memory_told
 from minivl.model import MiniVL
@@ -42,6 +43,7 @@ def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: 
     if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 6):
         raise InputError(f"torch {torch.__version__} is too old: before 2.6 a pickle could run code even with "
                          "weights_only=True; install torch 2.6 or later")
+    check_process()
     folder = find(path_or_id, revision=revision)
     config = Config.load(folder)
     device = _device(device)
@@ -220,5 +222,5 @@ def _token_ids(folder: Path, config: Config) -> tuple[int | None, tuple[int, ...
         sources.append(read_json(folder / "generation_config.json"))
     for source in sources:
         ids = source.get("eos_token_id")
-        eos.update(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and 0 <= i < vocabulary)
+        eos.update(i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < vocabulary)
     return added.get("<IMG_CONTEXT>"), tuple(sorted(eos)), tuple(listing.unused(vocabulary))
