@@ -6,7 +6,7 @@ import pytest
 from conftest import GOLDEN, shared
 
 from minivl import InputError, Tokenizer
-from minivl.prompt import SYSTEM, encode, render
+from minivl.prompt import SYSTEM, _pieces, encode, render
 from minivl.tokenizer import TextStream
 
 SYSTEM_IDS = [105043, 90286, 21287, 13935, 116669, 3837, 105205, 13072, 20412, 67916, 30698, 3837, 104625, 100633,
@@ -113,13 +113,59 @@ def test_text_that_spells_special_tokens(small):
 
 
 def test_text_that_spells_a_placeholder(small):
-    encode(small, [("what is <IMG_CONTEXT>?", None)])                   # harmless without pictures
-    with pytest.raises(InputError, match="spells <IMG_CONTEXT>, which would take the place of a visual token"):
-        encode(small, [("<image> what is <IMG_CONTEXT>?", None)], [1])
+    """In any text of any turn, with a picture there or not, in one piece or two: refused, or plain text."""
+    halves = [{"type": "text", "text": "what is <IMG_CON"}, {"type": "text", "text": "TEXT>?"}]
+    spelled = "what is <IMG_CONTEXT>?"
+    for messages in ([(spelled, None)], [("first", "yes"), (spelled, None)], [("first", spelled), ("why?", None)],
+                     [{"role": "system", "content": spelled}, {"role": "user", "content": "why?"}],
+                     [{"role": "user", "content": halves}]):
+        for picture in ([], [1]):
+            system = len(messages) == 2 and isinstance(messages[0], dict)
+            asked = [*messages[:system], *[("<image>", "yes")] * len(picture), *messages[system:]]
+            plain = [*messages[:system], *[([{"type": "image"}], "yes")] * len(picture), *messages[system:]]
+            with pytest.raises(InputError, match="spells <IMG_CONTEXT>, which would take the place of a visual token"):
+                encode(small, asked, picture)
+            ids = encode(small, plain, picture, plain=True)
+            assert ids.count(small.id("<IMG_CONTEXT>")) == 256 * len(picture)
+    with pytest.raises(InputError, match="spells <IMG_CONTEXT>"):
+        encode(small, [(spelled, None)], after=small.encode("an answer"))
     content = [{"type": "image"}, {"type": "text", "text": "what is <IMG_CONTEXT> and <image>?"}]
     ids = encode(small, [{"role": "user", "content": content}], [3], plain=True)
     assert ids.count(small.id("<IMG_CONTEXT>")) == 3 * 256
     assert small.decode(ids).endswith("user\n\nwhat is <IMG_CONTEXT> and <image>?\nassistant\n".replace("\n\n", "\n"))
+
+
+def test_a_long_text_is_encoded_in_pieces_with_the_same_ids(small, monkeypatch):
+    """Cut every few characters, wherever it is allowed, against the library's word on the whole text."""
+    rng = random.Random(4)
+    parts = ["word", "Grüße", " ", "  ", "\n", "\r\n", "\t", "1234", "don't", "I'LL", "'", "!?", "--", "世界", "，",
+             "。", "“", "…", "🐅", "e\u0301", "\u0301", "\u212b", "क्षि", "²", "Ⅷ", "_", "<", "<|im_end|>", "<img>", "|",
+             "<|im", "_end|>", "<image>", "\x00", "\x85", "\u00a0", "\u2028", "\ue000", "ſ"]
+    monkeypatch.setattr("minivl.prompt.PIECE", 5)
+    cuts = 0
+    for _ in range(400):
+        text = "".join(rng.choices(parts, k=40))
+        pieces = [*_pieces(text, small, 10 ** 6)]
+        assert "".join(pieces) == text
+        assert [i for piece in pieces for i in small.encode(piece)] == small.encode(text)
+        assert [i for piece in pieces for i in small.encode(piece, plain=True)] == small.encode(text, plain=True)
+        cuts += len(pieces) - 1
+    assert cuts > 2000
+    text = "one two\nthree " * 9
+    whole = small.encode(render([(text, None)]))
+    assert encode(small, [(text, None)]) == whole
+    room = len(whole) - 50
+    some = encode(small, [(text, None)], room=room)
+    assert some == whole[:len(some)] and room <= len(some) < room + 20
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "!", "龘", "🐅", "é¡", "<|im_end|>"])
+def test_a_text_that_cannot_be_cut(small, unit):
+    text = unit * (200_000 // len(unit))
+    with pytest.raises(InputError, match="the prompt has [0-9]{6} characters without an end of a word or line, the "
+                                         "limit is 131072; shorten them"):
+        encode(small, [(text, None)])
+    assert encode(small, [(text[:50_000], None)]) == small.encode(render([(text[:50_000], None)]))
 
 
 def test_a_mark_in_the_systems_or_the_assistants_text_is_text(small):
@@ -189,6 +235,8 @@ def test_bad_text_and_ids(small):
         small.decode([-1])
     with pytest.raises(InputError, match=f"id {small.vocab_size} is not in the vocabulary"):
         small.token_bytes(small.vocab_size)
+    with pytest.raises(InputError, match="id True is not in the vocabulary"):
+        small.token_bytes(True)
     with pytest.raises(InputError, match="no token '<nope>'"):
         small.id("<nope>")
 
