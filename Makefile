@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PY := .venv/bin/python
 
-.PHONY: help setup demo test test-all gpu lint reference verify notebooks lab clean
+.PHONY: help setup demo test test-all fuzz gpu lint reference verify notebooks lab clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -34,6 +34,10 @@ lint: setup     ## ruff: imports, width, likely mistakes; the rules are in pypro
 
 test-all: setup     ## all tests, also those of over half a minute
 	$(PY) -m pytest -m "not gpu"
+
+# A few of one kind: make fuzz FUZZ="pictures=500 --seed 7"
+fuzz: setup     ## thousands of altered files of every kind, some minutes; the table and the failing ones: tests/fuzz/
+	PYTHONPATH=.:tests $(PY) -W ignore -m fuzz $(FUZZ)
 
 # On a bare machine with CUDA: `make gpu PY=python3`, with any Python that has torch, safetensors, tokenizers,
 # huggingface_hub and Pillow.

@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -23,6 +23,9 @@ from minivl import (
     video_prompt,
 )
 from minivl.demo import demo
+from minivl.limits import sentence
+from minivl.options import Help, option, spoken
+from minivl.terminal import Wrapped, can_show, check_text, complete_with_tab, person, say, typed_paths
 
 HELP = """\
 Ask about pictures.
@@ -31,9 +34,10 @@ Ask about pictures.
   python -m minivl chat -m FOLDER PICTURE                           a conversation with another model
   echo "what is this?" | python -m minivl chat -m FOLDER PICTURE    the prompt from a pipe
 
-In a conversation: /add PICTURE brings a picture to your next message, /new starts over, /quit ends (as does Ctrl-D).
-Ctrl-C stops an answer and forgets that turn."""
+In a conversation: /add PICTURE brings a picture to your next message (Tab completes its path), /new starts over,
+/quit ends (as do exit and Ctrl-D). Ctrl-C stops an answer and forgets that turn."""
 COMMANDS = "/add PICTURE brings a picture to your next message, /new starts over, /quit ends; Ctrl-C stops an answer"
+ENDS = ("/quit", "/exit", "quit", "exit")
 # Arguments that have an effect only with --sample -> fields of GenerationConfig.
 SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
             "repetition_penalty": "repetition_penalty", "seed": "random_seed"}
@@ -43,11 +47,11 @@ def parser() -> argparse.ArgumentParser:
     """Make the parser of all options."""
     main = argparse.ArgumentParser(prog="python -m minivl", description="InternVL2.5 in plain PyTorch.")
     main.add_argument("--version", action="version", version=f"minivl {__version__}")
-    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = main.add_subparsers(dest="command", metavar="COMMAND")
     tour = commands.add_parser("demo", help="the shipped small model answers questions about its sample pictures")
     tour.add_argument("-m", "--model", default="nano-awq", help="nano-awq (default, int4), nano (float16) or a folder")
     chat = commands.add_parser("chat", help="ask about pictures", description=HELP,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
+                               formatter_class=Help)
     chat.add_argument("pictures", nargs="*", metavar="PICTURE",
                       help="path, URL or data: URL; none for a text-only question")
     chat.add_argument("-p", "--prompt", help="the question; without it, a conversation (or the prompt from a pipe)")
@@ -94,21 +98,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; exit code 0, 2 for an input error, 130 after Ctrl-C."""
-    args = parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):         # a terminal that cannot show a character shows a question mark
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    """Run a command; exit code 0, 2 for an input error or no command, 130 after Ctrl-C."""
+    options = parser()
+    args = options.parse_args(argv)
+    if args.command is None:
+        options.print_help()
+        return 2            # a script that forgot the command must not take this for an answer
     try:
-        return demo(args.model) if args.command == "demo" else chat(args)
+        with person():
+            return demo(args.model) if args.command == "demo" else chat(args)
     except (InputError, OSError) as error:
         if isinstance(error, BrokenPipeError):      # the reader of a pipe went away, e.g. `| head`
             sys.stderr.close()
             return 0
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {spoken(sentence(error))}")
         return 2
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        say("\nstopped")
         return 130
 
 
@@ -118,23 +124,41 @@ def chat(args) -> int:
     gen_config = generation_config(args)
     # Pictures are opened before the model: a typo costs no loading time.
     pictures = [open_picture(source, args) for source in args.pictures]
-    video = None if args.video is None else load_video(args.video, num_segments=args.segments or 8,
-                                                       bound=args.bound and tuple(args.bound), fps=args.fps)
+    segments = 8 if args.segments is None else args.segments
+    video = None if args.video is None else load_video(os.path.expanduser(args.video), num_segments=segments,
+                                                       bound=args.bound and tuple(args.bound), fps=args.fps,
+                                                       # Ctrl-C stops it
+                                                       limits=Limits(decoding_work=10**12, video_work=10**12))
     engine = EngineConfig(session_len=args.session_len, device=args.device, dtype=args.dtype, precision=args.precision,
                           revision=args.revision, plain_text=args.plain_text)
     pipe = pipeline(args.model, engine)
     if args.prompt is None and sys.stdin.isatty():
         return Conversation(pipe, args, gen_config, pictures, video).run()
-    text = args.prompt if args.prompt is not None else sys.stdin.read().strip()
+    text = args.prompt if args.prompt is not None else piped()
     session = pipe.session()
     answer(pipe, session, message(text, pictures, args, video), gen_config, quiet=args.json)
     if args.json:
-        print(json.dumps(asdict(session.response), ensure_ascii=False))
+        found = asdict(session.response)
+        text = json.dumps(found, ensure_ascii=False)
+        # Data must not become signs alike: what the encoding lacks is escaped, as JSON can.
+        print(text if can_show(sys.stdout, text) else json.dumps(found))
     return 0
+
+
+def piped() -> str:
+    """Read the question from a pipe."""
+    try:
+        return check_text(sys.stdin.read().strip(), "the question from the pipe")
+    except UnicodeDecodeError:
+        raise InputError(f"the question from the pipe is not valid {sys.stdin.encoding}; pass it on in that encoding, "
+                         "or set PYTHONIOENCODING to its own") from None
 
 
 def check(args):
     """Refuse options that do not go together, or that would have no effect."""
+    for text, name in ((args.prompt, "the question of -p"), (args.system, "--system")):
+        if text is not None and (text or name != "--system"):       # no system text at all is a choice
+            check_text(text, name)
     unused = [] if args.sample else [name for name in SAMPLING if getattr(args, name) is not None]
     if unused:
         raise InputError(f"{', '.join(map(option, unused))} has an effect only with --sample; without it the most "
@@ -146,26 +170,21 @@ def check(args):
         raise InputError(f"--max-tiles is {args.max_tiles}; it must be in 1..{most}")
     if args.video is None and (args.segments, args.bound, args.fps) != (None, None, None):
         raise InputError("--segments, --bound and --fps choose frames of a video; name it with --video")
+    if args.fps is not None and args.bound is None:
+        raise InputError("--fps says where the seconds of --bound are; give --bound too, or leave --fps out")
     if args.video is not None and (args.pictures or args.max_tiles):
         raise InputError("a video comes without pictures and --max-tiles, its frames have one tile each; in a "
                          "conversation /add a picture to a later message")
+    one_answer = args.prompt is not None or not sys.stdin.isatty()
+    unused = [name for name in ("max_tiles", "allow_host") if getattr(args, name)]
+    if unused and one_answer and not args.pictures:
+        raise InputError(f"{', '.join(map(option, unused))} has an effect only on pictures; name one")
 
 
 def generation_config(args) -> GenerationConfig:
-    """Make the GenerationConfig of the options; its errors name the option instead of the field."""
+    """Make the GenerationConfig of the options."""
     values = {SAMPLING[name]: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    try:
-        return GenerationConfig(max_new_tokens=args.max_new_tokens, do_sample=args.sample, **values)
-    except InputError as error:
-        subject = str(error).split(" ")[0]          # GenerationConfig.random_seed
-        field = subject.removeprefix("GenerationConfig.")
-        name = next((name for name in SAMPLING if SAMPLING[name] == field), field)
-        raise InputError(str(error).replace(subject, option(name))) from None
-
-
-def option(name: str) -> str:
-    """Spell the option of an argument's name: top_k is --top-k."""
-    return "--" + name.replace("_", "-")
+    return GenerationConfig(max_new_tokens=args.max_new_tokens, do_sample=args.sample, **values)
 
 
 def open_picture(source: str, args) -> Picture:
@@ -189,16 +208,18 @@ def message(text: str, pictures: list[Picture], args, video: list | None = None,
 
 
 def answer(pipe: Pipeline, session: Session, message: list[dict], gen_config: GenerationConfig, quiet: bool = False):
-    """Stream one answer to the terminal, and its speed to stderr if that is one."""
+    """Stream one answer to the terminal, broken at words, and its speed to stderr if that is one."""
     start = time.perf_counter()
     first = None
+    page = Wrapped(sys.stdout)
     for text in pipe.stream(message, gen_config, session):
         first = first or time.perf_counter()
         if not quiet:
-            print(text, end="", flush=True)
+            page.write(text)
     end = time.perf_counter()
     if quiet:
         return
+    page.finish()
     print()
     if sys.stderr.isatty():
         first = first or end
@@ -206,11 +227,6 @@ def answer(pipe: Pipeline, session: Session, message: list[dict], gen_config: Ge
         rate = f", {(count - 1) / (end - first):.1f} tokens/s" if count > 1 and end > first else ""
         say(f"[{session.response.input_token_len} tokens read, first text after {first - start:.1f} s, "
             f"{count} tokens written{rate}]")
-
-
-def say(text: str):
-    """Tell the person at the terminal something that is no answer."""
-    print(text, file=sys.stderr)
 
 
 class Conversation:
@@ -231,8 +247,7 @@ class Conversation:
 
     def run(self) -> int:
         """Take lines until the person ends it; exit code 0."""
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  input() gets line editing and history by its mere import
+        complete_with_tab(["/add ", "/new", "/quit"])
         say(f"Ask away. {COMMANDS}.")
         while True:
             try:
@@ -243,12 +258,15 @@ class Conversation:
             except KeyboardInterrupt:       # perhaps a second one, meant for the answer just stopped
                 say("\n(Ctrl-D or /quit ends)")
                 continue
-            if line == "/quit":
+            except UnicodeDecodeError:
+                say(f"error: the line is not valid {sys.stdin.encoding}; type it in the encoding of the terminal")
+                continue
+            if line in ENDS:
                 return 0
             try:
                 self.take(line)
             except (InputError, OSError) as error:      # the conversation goes on as it was, waiting pictures too
-                say(f"error: {error}")
+                say(f"error: {spoken(sentence(error))}")
             except KeyboardInterrupt:
                 say("\n(stopped; this turn is forgotten)")
 
@@ -257,14 +275,15 @@ class Conversation:
         command, _, rest = line.partition(" ")
         if line == "/new":
             self.start_over()
-        elif command == "/add" and rest:
-            self.waiting.append(open_picture(rest.strip(), self.args))
+        elif command == "/add" and rest.strip():
+            self.waiting += [open_picture(path, self.args) for path in typed_paths(rest)]
             say(f"(goes with your next message: {len(self.waiting)} picture{'s' * (len(self.waiting) > 1)})")
         elif command.startswith("/") and "/" not in command[1:]:
             say(f"{COMMANDS}.")
-        elif line:
+        else:
             first = not self.session.history
-            answer(self.pipe, self.session, message(line, self.waiting, self.args, self.video, first), self.gen_config)
+            text = check_text(line, "the question")
+            answer(self.pipe, self.session, message(text, self.waiting, self.args, self.video, first), self.gen_config)
             self.waiting = []
 
 

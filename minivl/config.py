@@ -15,9 +15,19 @@ import os
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-from minivl.limits import InputError
+from minivl.limits import InputError, clip, first_of, is_there, reading
 
-MAX_TEXT = 64 * 2 ** 20     # bytes of a JSON or text file; the largest released one, tokenizer.json, has 11 MB
+# Bytes of a JSON or text file; the largest released one, tokenizer.json, has 11 MB. Python makes 34 of each, at worst.
+MAX_TEXT = 24 * 2 ** 20
+# What a model may need. The largest released, the 78B: 7.8e10 parameters, 80 layers, 32768 positions; its tower's tile:
+# 1024 patches, 172 MB of activations. Each bound leaves room for ten times that, but 3 times the layers.
+MOST_PARAMETERS = 10 ** 12
+MOST_LAYERS = 256           # of the tower, and of the decoder; building one takes milliseconds
+MOST_POSITIONS = 2 ** 22
+MOST_PATCHES = 2 ** 14      # of a tile
+MOST_TILE_BYTES = 2 * 2 ** 30
+MOST_TILES = 1000           # of a picture
+MOST_KEYS = 1000            # of a part of config.json; the original classes have some hundred
 LFS = "version https://git-lfs.github.com/spec/"    # how the pointer begins that git leaves without its lfs extension
 
 
@@ -46,6 +56,7 @@ class VisionConfig:
         _choose("vision_config.norm_type", config.norm_type, ["layer_norm", "rms_norm"])
         _divides("vision_config", data, hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads)
         _divides("vision_config", data, image_size=config.image_size, patch_size=config.patch_size)
+        _choose("vision_config.num_channels", config.num_channels, [3])
         return config
 
 
@@ -93,7 +104,7 @@ class LLMConfig:
                              "rotates pairs; correct hidden_size or num_attention_heads")
         layers = data.get("layer_types")
         if layers is not None and layers != ["full_attention"] * config.num_hidden_layers:
-            raise InputError(f"llm_config.layer_types is {str(layers)[:60]}; minivl knows {config.num_hidden_layers} "
+            raise InputError(f"llm_config.layer_types is {_shown(layers)}; minivl knows {config.num_hidden_layers} "
                              "times 'full_attention', every token attending to all before it")
         return config
 
@@ -112,12 +123,15 @@ class QuantizationConfig:
         data = dict(data)
         for key, other in (("bits", "w_bit"), ("group_size", "q_group_size"), ("version", "format")):   # AutoAWQ's
             if other in data and str(data.setdefault(key, data[other])).lower() != str(data[other]).lower():
-                raise InputError(f"quantization_config has {key} {data[key]!r} and {other} {data[other]!r}, two names "
-                                 "of one thing; keep the one that fits the tensors")
+                raise InputError(f"quantization_config has {key} {_shown(data[key])} and {other} "
+                                 f"{_shown(data[other])}, two names of one thing; keep the one that fits the tensors")
         if isinstance(data.get("version"), str):
             data["version"] = data["version"].lower()       # AutoAWQ writes GEMM
         method = data.get("quant_method", "awq" if "w_bit" in data else None)
-        _choose("quantization_config.quant_method", method, ["awq"])
+        if method != "awq":
+            raise InputError(f"quantization_config.quant_method is {method!r}; minivl knows 'awq'. Take the float "
+                             "checkpoint it was made from, or its AWQ version; python -m weights_tools.quantize makes "
+                             "one")
         _refuse_keys(cls, data, "quantization_config")
         config = _build(cls, data, "quantization_config")
         _choose("quantization_config.bits", config.bits, [4])
@@ -130,8 +144,8 @@ class QuantizationConfig:
         kept = [name for name in (listed if isinstance(listed, list) else [listed])
                 if not any(part in str(name) for part in ("vision", "mlp1", "lm_head", "embed", "norm"))]
         if kept:   # the vision tower and the head are never int4 in this family; anything else would be a new format
-            raise InputError(f"quantization_config.modules_to_not_convert keeps {kept} in float; minivl expects every "
-                             "linear of every decoder layer in int4, as the released AWQ files have it")
+            raise InputError(f"quantization_config.modules_to_not_convert keeps {_shown(kept)} in float; minivl "
+                             "expects every linear of every decoder layer in int4, as the released AWQ files have it")
         return config
 
 
@@ -167,7 +181,8 @@ class Config:
         llm = LLMConfig.from_json(data["llm_config"])
         quantized = [QuantizationConfig.from_json(block) for block in _quantization_blocks(data)]
         if any(other != quantized[0] for other in quantized):
-            raise InputError(f"config.json has quantization blocks that differ: {' and '.join(map(str, quantized))}; "
+            raise InputError("config.json has quantization blocks that differ: "
+                             f"{first_of([str(block) for block in quantized], ' and ')}; "
                              "keep the one that fits the tensors")
         side = data.get("force_image_size")
         config = _build(cls, {**data, "force_image_size": vision.image_size if side is None else side}, "config.json",
@@ -193,12 +208,18 @@ class Config:
         if not 1 <= config.min_dynamic_patch <= config.max_dynamic_patch:
             raise InputError(f"min_dynamic_patch {config.min_dynamic_patch} and max_dynamic_patch "
                              f"{config.max_dynamic_patch} must satisfy 1 <= min <= max")
+        _bound(config)
         return config
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Config:
         """Read config.json of a checkpoint folder."""
-        return cls.from_json(read_json(Path(folder) / "config.json"))
+        data = read_json(Path(folder) / "config.json")
+        try:
+            return cls.from_json(data)
+        except RecursionError:
+            raise InputError(f"config.json in {folder} holds a value so deep in lists or objects that it cannot be "
+                             "compared; take it out") from None
 
 
 # ---- models that are not this one -----------------------------------------------------------------------------------
@@ -223,11 +244,11 @@ def _refuse_other_models(data: dict) -> None:
         kind = "internvl"
     if kind not in (None, "internvl_chat"):
         what, step = OTHER_MODELS.get(kind, OTHER_FAMILY) if isinstance(kind, str) else OTHER_FAMILY
-        raise InputError(f"config.json has the model_type {kind!r}, {what}, not 'internvl_chat'; {step}")
+        raise InputError(f"config.json has the model_type {_shown(kind)}, {what}, not 'internvl_chat'; {step}")
     for part in ("vision_config", "llm_config"):
         if not isinstance(data.get(part), dict):
             raise InputError(f"config.json has no {part}; it must be the config of an InternVL chat model "
-                             f"(found model_type {kind!r})")
+                             f"(found model_type {_shown(kind)})")
 
 
 # ---- every other key of the original classes ------------------------------------------------------------------------
@@ -257,6 +278,8 @@ REFUSED = {     # key: (the values that change nothing, what any other one means
         "image_fold": ((None,), "the pictures are cut as in InternVL 1.2, which minivl does not do")},
     "llm_config": {
         "use_sliding_window": ((False, None), "a token would not see all before it; minivl has no such window"),
+        "is_causal": ((True,), "a token would see those after it (transformers 5 takes null for false); minivl's "
+                      "decoder has a causal mask"),
         "rope_pos_id_version": (("default", None), "visual tokens have positions of their own (V2PE), not in minivl"),
         "partial_rotary_factor": ((1, None), "RoPE turns a part of each head only; minivl turns all of it"),
         "min_length": ((0, None), CHOOSES), "min_new_tokens": ((0, None), CHOOSES),
@@ -319,11 +342,14 @@ WITHOUT_EFFECT = {      # why: keys
 
 def _refuse_keys(cls: type, data: dict, where: str) -> None:
     """Refuse a key of REFUSED that changes what is computed, and a misspelt key of `cls`."""
+    if len(data) > MOST_KEYS:
+        raise InputError(f"{where} has {len(data)} keys, the limit is {MOST_KEYS}; it is not a released config.json, "
+                         "download it again")
     for key, (neutral, why) in {**REFUSED["every part"], **REFUSED.get(where, {})}.items():
         if key in data and data[key] not in neutral:
-            raise InputError(f"{where}: {key} is {repr(data[key])[:60]}, not {neutral[0]!r}: {why}")
+            raise InputError(f"{where}: {key} is {_shown(data[key])}, not {neutral[0]!r}: {why}")
     missing = [field.name for field in fields(cls) if field.name not in data]
-    for key in sorted(data.keys() - known_keys(where)):
+    for key in sorted(key for key in data.keys() - known_keys(where) if len(key) < 100):
         for meant in difflib.get_close_matches(key.lower(), missing, 1, 0.85):
             raise InputError(f"{where} has {key!r} but no {meant!r}; rename it if it is misspelt, else give both")
 
@@ -350,13 +376,14 @@ PARTS = {"config.json": Config, "vision_config": VisionConfig, "llm_config": LLM
 
 def read_text(path: Path) -> str:
     """Read a text file of the checkpoint. Raises an InputError that names the file."""
-    if not path.is_file():
+    if not is_there(path):
         raise InputError(f"{path.parent} has no {path.name}; is the download complete?")
     if path.stat().st_size > MAX_TEXT:
         raise InputError(f"{path.name} in {path.parent} has {path.stat().st_size} bytes, at most {MAX_TEXT} are read; "
                          "it is not the released file, download it again")
     try:
-        text = path.read_text(encoding="utf-8-sig")     # an editor of Windows puts a byte order mark in front
+        with reading(path):
+            text = path.read_text(encoding="utf-8-sig")     # an editor of Windows puts a byte order mark in front
     except UnicodeDecodeError:
         raise InputError(f"{path.name} in {path.parent} is not UTF-8 text; save it as UTF-8 or download it "
                          "again") from None
@@ -379,7 +406,8 @@ def read_json(path: Path) -> dict:
         raise
     except (ValueError, RecursionError) as error:       # ValueError: also a number of more than 4300 digits
         where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise InputError(f"{path.name} in {path.parent} is not valid JSON{where}; download it again") from None
+        raise InputError(f"{path.name} in {path.parent} is not valid JSON{where}; correct it there, or download "
+                         "it again") from None
 
 
 def _rope_theta(data: dict, positions: int, default: float) -> float:
@@ -391,7 +419,7 @@ def _rope_theta(data: dict, positions: int, default: float) -> float:
     for key in ("rope_parameters", "rope_scaling"):
         block = data.get(key) or {}
         if not isinstance(block, dict) or not _scales_nothing(block, positions):
-            raise InputError(f"llm_config.{key} is {str(block)[:120]}; minivl computes plain RoPE and takes none, the "
+            raise InputError(f"llm_config.{key} is {_shown(block)}; minivl computes plain RoPE and takes none, the "
                              f"type 'default', and 'dynamic', which changes nothing up to {positions} tokens. Another "
                              "scaling would change what the model computes")
         if block.get("rope_theta") is not None:
@@ -402,7 +430,7 @@ def _rope_theta(data: dict, positions: int, default: float) -> float:
         found["rope_theta"] = beside
     first = next(iter(found.values()), default)
     if any(theta != first for theta in found.values()):
-        raise InputError("llm_config has " + " and ".join(f"{key} {theta!r}" for key, theta in found.items())
+        raise InputError("llm_config has " + " and ".join(f"{key} {_shown(theta)}" for key, theta in found.items())
                          + "; keep the one the model was trained with, 1000000.0 in the released files")
     return first
 
@@ -452,25 +480,63 @@ def _build(cls: type, data: dict, where: str, **ready: object):
                 "bool": isinstance(value, bool), "str": isinstance(value, str) or value == field.default,
                 "tuple": isinstance(value, list)}[kind]
         if not good:
-            problems.append(f"{field.name} is {value!r}, it must be of type {kind}")
-        elif kind == "int" and abs(value) > (1000 if "layers" in field.name else 2 ** 24) or kind == "float" and not (
-                abs(value) < 2 ** 100):
-            problems.append(f"{field.name} is {str(value)[:30]}, no model has such a number")
+            problems.append(f"{field.name} is {_shown(value)}, it must be of type {kind}")
+        elif kind == "int" and abs(value) > (MOST_LAYERS if "layers" in field.name else 2 ** 24) or (
+                kind == "float" and not abs(value) < 2 ** 100):
+            problems.append(f"{field.name} is {_shown(value)}, no model has such a number")
         elif kind in ("int", "float") and field.name not in ("select_layer", "group_size") and value <= 0:
             problems.append(f"{field.name} is {value!r}, it must be positive")
         values[field.name] = tuple(value) if kind == "tuple" and good else value
         if kind == "float" and good and not problems:
             values[field.name] = float(value)
     if problems:
-        raise InputError(f"{where}: " + "; ".join(problems) + ". Compare with the released config.json")
+        raise InputError(f"{where}: " + first_of(problems, "; ") + ". Compare with the released config.json")
     return cls(**values)
+
+
+def _shown(value: object) -> str:
+    """Show a value of a file in a message: its beginning, where it is long or deep."""
+    if isinstance(value, int) and value.bit_length() > 200:     # Python refuses to write a very long number
+        return f"a number of {value.bit_length()} bits"
+    try:
+        return clip(repr(value), 80)
+    except RecursionError:
+        return f"a deep {type(value).__name__}"
+
+
+def _bound(config: Config) -> None:
+    """Refuse a model whose sizes, each possible by itself, are together more than any machine has."""
+    vision, llm = config.vision_config, config.llm_config
+    C, D, F = vision.hidden_size, llm.hidden_size, vision.intermediate_size
+    side = config.force_image_size // vision.patch_size
+    patches = max(side, vision.image_size // vision.patch_size) ** 2
+    _most("patches of a tile, (image_size or force_image_size / patch_size)^2", patches, MOST_PATCHES)
+    # A layer keeps its input, the normed one, q, k, v and the attended; then its MLP's width before and after gelu.
+    tile = 4 * (3 * config.force_image_size ** 2 + (side ** 2 + 1) * (6 * C + 2 * F))
+    _most("bytes of one tile's activations", tile, MOST_TILE_BYTES)
+    _most("visual tokens of one tile, beside max_position_embeddings,", config.num_image_token,
+          llm.max_position_embeddings)
+    _most("positions, max_position_embeddings,", llm.max_position_embeddings, MOST_POSITIONS)
+    _most("tiles of a picture, max_dynamic_patch,", config.max_dynamic_patch, MOST_TILES)
+    kv = D // llm.num_attention_heads * llm.num_key_value_heads
+    parameters = (C * (3 * vision.patch_size ** 2 + patches) + vision.num_hidden_layers * C * (4 * C + 2 * F)
+                  + 4 * C * D + D * D + 2 * llm.vocab_size * D
+                  + llm.num_hidden_layers * D * (2 * D + 2 * kv + 3 * llm.intermediate_size))
+    _most("parameters", parameters, MOST_PARAMETERS)
+
+
+def _most(what: str, found: int, most: int) -> None:
+    """Refuse a number above `most`."""
+    if found > most:
+        raise InputError(f"config.json describes a model of {found} {what} where the limit is {most}; correct its "
+                         "sizes, compare with the released config.json")
 
 
 def _choose(name: str, value: object, known: list) -> None:
     """Refuse a value that is none of the known ones."""
     if value not in known:
-        raise InputError(f"{name} is {value!r}; minivl knows {' and '.join(map(repr, known))}. A value it does not "
-                         "know would change what the model computes")
+        raise InputError(f"{name} is {_shown(value)}; minivl knows {' and '.join(map(repr, known))}. A value it does "
+                         "not know would change what the model computes")
 
 
 def _divides(where: str, data: dict, **pair: int) -> None:

@@ -17,6 +17,7 @@ from minivl.chat.pipeline import pipeline
 from minivl.files.find import SHIPPED
 from minivl.media import load_image
 from minivl.sampling import GenerationConfig
+from minivl.terminal import Wrapped, can_show
 
 SAMPLES = SHIPPED["nano"].parent / "samples"
 # Sample picture, and a conversation about it.
@@ -51,28 +52,38 @@ def demo(model: str = "nano-awq", out: TextIO | None = None) -> int:
     start = time.perf_counter()
     pipe = pipeline(model)
     print(f"{model}: loaded in {time.perf_counter() - start:.2f} s\n", file=out)
-    colours = out.isatty() and os.environ.get("TERM") not in (None, "dumb") and "NO_COLOR" not in os.environ
+    colours = (out.isatty() and os.environ.get("TERM") not in (None, "dumb") and "NO_COLOR" not in os.environ
+               and can_show(out, "\u2580"))
     written = 0
     seconds = 0.0
     for name, questions in TOUR:
         image = load_image(SAMPLES / name)
-        print(f"{_shown(SAMPLES / name)}, {image.width} x {image.height} pixels", file=out)
+        page = Wrapped(out)
+        page.write(f"{_shown(SAMPLES / name)}, {image.width} x {image.height} pixels\n")
+        page.finish()
         if colours:
             print(in_terminal(image, min(48, shutil.get_terminal_size().columns - 4)), file=out)
         session = pipe.session()
         for question in questions:
-            print(f"  > {question}\n  ", end="", file=out)
+            page = Wrapped(out, "  ")
+            page.write(f"> {question}\n")
             start = time.perf_counter()
             prompt = (question, image) if not session.history else question
             for text in pipe.stream(prompt, GenerationConfig(max_new_tokens=128), session):
-                print(text.replace("\n", "\n  "), end="", file=out, flush=True)
+                page.write(text)
+            page.finish()
             took = time.perf_counter() - start
-            count = session.response.generate_token_len + 1
+            count = session.response.generate_token_len     # the one count everywhere: without the stop token
             written += count
             seconds += took
-            print(f"\n    [{session.response.input_token_len} tokens read, {count} written in {took:.2f} s]", file=out)
+            print(file=out)
+            page = Wrapped(out, "    ")
+            page.write(f"[{session.response.input_token_len} tokens read, {count} written in {took:.2f} s]\n")
+            page.finish()
         print(file=out)
-    print(f"{written / seconds:.0f} tokens/s, reading the pictures included.", file=out)
+    page = Wrapped(out)
+    page.write(f"{written / seconds:.0f} tokens/s, reading the pictures included.\n")
+    page.finish()
     return 0
 
 
@@ -80,3 +91,7 @@ def _shown(path: Path) -> str:
     """Write a path as short as it can be: relative to the current folder if it lies in it."""
     short = os.path.relpath(path)
     return str(path) if short.startswith("..") else short
+
+
+if __name__ == "__main__":
+    sys.exit("the demo is a command of minivl: python -m minivl demo")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from minivl.cache import KVCache
+from minivl.fast.threads import at_most, pace
 from minivl.forks import check_process
 from minivl.limits import InputError
 from minivl.memory import full_memory_told
@@ -52,23 +53,26 @@ def steps(model: MiniVL, inputs_embeds: torch.Tensor, samplers: list, *, cache: 
     x = inputs_embeds
     unused = torch.tensor(unused, dtype=torch.long, device=x.device)
     guessed = []
+    threads = pace(model)
     while True:
         check_process()
         # Of the prompt only the last token's scores are needed.
         with full_memory_told(x.device, f"{len(x)} prompts of {cache.length + x.shape[1]} tokens",
-                              "ask for fewer at once, with fewer tiles (max_num) or a shorter text"):
+                              "ask for fewer at once, with fewer tiles (max_num) or a shorter text"), \
+                threads.step(x.shape) if count else at_most(threads.most):
             scores = language.scores(x, cache, padding, 1 + len(guessed))   # (B, 1 + guessed, V)
         end = cache.length - len(guessed)
         for i in range(1 + len(guessed)):
             cache.length = end + i
             logits = scores[:, i]                                           # (B, V)
-            if not bool(torch.isfinite(logits).all()):
-                raise InputError("the model computed NaN or infinite scores for new token "
-                                 f"{count + 1} in {model.dtype}; load it with dtype='bfloat16' or 'float32', or check "
-                                 "the weights with `python -m weights_tools.inspect`")
-            if len(unused):
-                logits = logits.index_fill(1, unused, float("-inf"))
-            tokens = [sample(row) for sample, row in zip(samplers, logits)]
+            with at_most(threads.now):
+                if not bool(torch.isfinite(logits).all()):
+                    raise InputError("the model computed NaN or infinite scores for new token "
+                                     f"{count + 1} in {model.dtype}; load it with dtype='bfloat16' or 'float32', or "
+                                     "check the weights with `python -m weights_tools.inspect`")
+                if len(unused):
+                    logits = logits.index_fill(1, unused, float("-inf"))
+                tokens = [sample(row) for sample, row in zip(samplers, logits)]
             yield tokens, logits
             if cache.length != end + i:
                 raise InputError(f"the cache held {end + i} tokens at the last step and holds {cache.length} now; one "
@@ -106,7 +110,8 @@ def generate(model: MiniVL, input_ids: torch.Tensor | list[list[int]], pixel_val
     rows = checked_rows(input_ids)
     check_request(model, rows, max_new_tokens, config)
     ids, padding = left_pad([torch.tensor([row]) for row in rows])          # (B, T)
-    visual = None if pixel_values is None else model.visual_tokens(pixel_values)
+    with at_most(pace(model).most):
+        visual = None if pixel_values is None else model.visual_tokens(pixel_values)
     x = model.embed(ids, visual)                                            # (B, T, D)
     padding = None if padding is None else padding.to(x.device)
     stop = {*(() if ignore_eos or config.ignore_eos else model.eos_token_ids), *(config.stop_token_ids or ())}

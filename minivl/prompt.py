@@ -9,10 +9,9 @@ Source: InternVL internvl/conversation.py:238-247, 393-402 and modeling_internvl
 """
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
-from minivl.limits import InputError, Limits
+from minivl.limits import InputError
 from minivl.tokenizer import Tokenizer
 
 # The trained default, part of every prompt: "You are InternVL, in Chinese Shusheng Wanxiang, a multimodal large
@@ -22,11 +21,6 @@ SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智�
 IMAGE = "<image>"                   # in a user's text: a picture goes here
 CONTEXT = "<IMG_CONTEXT>"
 ROLES = ("system", "user", "assistant")
-PIECE = 2**15                       # characters that are tokenized at once: takes some 50 MB
-# Where the tokenizer always starts anew: behind a letter or digit, where neither goes on; behind the line end before
-# something that is no white space. What comes then is ASCII or a common mark of Chinese: no Unicode normalisation joins
-# it with what was before. The letters are of planes where none is newer than the tokenizer's tables.
-CUT = re.compile(r"(?<=[^\W_])(?<=[\0-\uD7FF])(?=[\0-@\[-`{-\x7F，。、；：？！（）《》「」“”…])|(?<=\n)(?=[!-~])")
 _PICTURE = object()                 # stands between the texts of a message, where a picture goes
 
 
@@ -44,8 +38,8 @@ def render(messages: Sequence, tiles_per_image: Sequence[int] = (), system: str 
 
 
 def encode(tokenizer: Tokenizer, messages: Sequence, tiles_per_image: Sequence[int] = (), system: str | None = None, *,
-           tokens_per_tile: int = 256, plain: bool = False, after: list[int] | None = None, room: int | None = None,
-           limits: Limits = Limits()) -> list[int]:
+           tokens_per_tile: int = 256, plain: bool = False, after: list[int] | None = None,
+           most: int | None = None) -> list[int]:
     """Write the prompt as ids. `plain`: what users wrote becomes ordinary text tokens even where it spells <|im_end|>.
 
     `after`: the token ids of the answer that this one user message follows in a conversation. Then only what comes
@@ -53,47 +47,24 @@ def encode(tokenizer: Tokenizer, messages: Sequence, tiles_per_image: Sequence[i
 
         encode(t, [(q1, None)]) + answer + encode(t, [(q2, None)], after=answer) == encode(t, [(q1, text), (q2, None)])
 
-    where `answer` are the ids of `text`. `room`: as soon as there are so many ids the rest is left out, so that a text
-    that is far too long costs little.
+    where `answer` are the ids of `text`. `most`: see Tokenizer.encode; the caller still counts.
     """
     segments = _segments(messages, tiles_per_image, system, tokens_per_tile, plain)
     if after is not None:
         turn = segments.index((False, "user\n")) - 1
         # an empty answer is only its header, as in _segments
         segments = ([(True, "<|im_end|>"), (False, "\n")] if after else []) + segments[turn:]
+    if not plain:
+        return tokenizer.encode("".join(text for _, text in segments), most=most)
     ids = []
-    run = []
+    run = ""
     for is_token, text in [*segments, (True, "")]:
-        if not is_token:    # a run of text is encoded as a whole, with its header: "user\n" + "\nHi" has one token \n\n
-            run.append(text)
-            continue
-        for piece in _pieces("".join(run), tokenizer, limits.unbroken_chars):
-            ids += tokenizer.encode(piece, plain=plain)
-            if room is not None and len(ids) >= room:
-                return ids
-        ids += tokenizer.encode(text)
-        run = []
-    return ids
-
-
-def _pieces(text: str, tokenizer: Tokenizer, unbroken: int) -> Iterator[str]:
-    """Cut a text that is longer than PIECE where no token lies across: encoded one by one they give the same ids."""
-    start = 0
-    while len(text) - start > PIECE:
-        end = start + PIECE
-        for match in CUT.finditer(text, end):
-            end = match.start()
-            if end - start > unbroken or not any(
-                    token in text[max(start, end - len(token)):end + len(token)] for token in tokenizer.added):
-                break
+        if is_token:        # a run of text is encoded as a whole, with its header: "user\n" + "\nHi" has one token \n\n
+            ids += tokenizer.encode(run, plain=True, most=most) + tokenizer.encode(text)
+            run = ""
         else:
-            end = len(text)
-        if end - start > unbroken:
-            raise InputError(f"the prompt has {end - start} characters without an end of a word or line, the limit is "
-                             f"{unbroken}; shorten them or raise Limits(unbroken_chars=...)")
-        yield text[start:end]
-        start = end
-    yield text[start:]
+            run += text
+    return ids
 
 
 def _segments(messages: Sequence, tiles_per_image: Sequence[int], system: str | None, tokens_per_tile: int,

@@ -46,8 +46,8 @@ class GenerationConfig:
         self.check()
         ignored = [f.name for f in fields(self) if f.name in SAMPLING and getattr(self, f.name) != f.default]
         if ignored and not self.do_sample:      # LMDeploy ignores them without a word
-            warnings.warn(f"do_sample is False, so decoding is greedy and {', '.join(ignored)} have no effect; set "
-                          "do_sample=True to sample", stacklevel=4)
+            warnings.warn(f"do_sample is False, so decoding is greedy and {', '.join(ignored)} "
+                          f"{'have' if ignored[1:] else 'has'} no effect; set do_sample=True to sample", stacklevel=4)
 
     def check(self):
         """Refuse values that mean nothing. Fields may be set later: whoever uses a configuration checks it again."""

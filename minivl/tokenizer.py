@@ -13,7 +13,9 @@ from __future__ import annotations
 import codecs
 import os
 import re
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +25,7 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from minivl.config import read_json, read_text
-from minivl.limits import InputError
+from minivl.limits import InputError, is_there
 
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -35,6 +37,12 @@ SPECIAL = {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"
            "<box>", "</box>"}
 REQUIRED = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 JSON_FILES = ("vocab.json", "added_tokens.json", "tokenizer.json", "tokenizer_config.json")
+# What a tokenizer may hold: over twice the largest known, so that any loads in seconds and less than 1 GB.
+MAX_FILES = 24_000_000      # bytes of its JSON files together; 16 MB where a folder has both forms
+MAX_TOKENS = 2 ** 19        # 151,665 in the released ones; as many merges
+MAX_ADDED = 20_000          # 24 in the released ones, a thousand where places are tokens
+MAX_ADDED_CHARS = 1_000_000     # of all added tokens: they become one automaton that is searched for
+WORDS_KEPT = 100            # texts whose tokens `containing` remembers
 FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
          "additional_special_tokens", "extra_special_tokens")       # keys of tokenizer_config.json
@@ -82,19 +90,30 @@ class Tokenizer:
             raise InputError(f"the tokenizer has no token {token!r}")
         return found
 
-    def encode(self, text: str, *, plain: bool = False) -> list[int]:
-        """Encode a text as ids. `plain`: what spells an added token (`<|im_end|>`) is encoded as its characters."""
+    def encode(self, text: str, *, plain: bool = False, most: int | None = None) -> list[int]:
+        """Encode a text as ids. `plain`: what spells an added token (`<|im_end|>`) is encoded as its characters.
+
+        `most`: of far more ids than these only so many are made that the text can be refused: a character can become
+        six ids, and each takes 250 bytes while the library works.
+        """
         if not isinstance(text, str):
             raise InputError(f"a text to encode cannot be a {type(text).__name__}; give a str")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"the text holds half a surrogate pair at character {error.start}, which no UTF-8 can "
-                             "hold; remove it") from None
-        if not plain:
-            return self.backend.encode(text).ids
-        pieces = self.backend.pre_tokenizer.pre_tokenize_str(self.backend.normalizer.normalize_str(text))
-        return [token.id for piece, _ in pieces for token in self.backend.model.tokenize(piece)]
+        _utf8(text)
+        size = len(text) if most is None else most + 1000
+        while size < len(text):
+            # Cut within a word, the begin of a text can have some ids more than in the whole, but not twice as many.
+            if len(self._ids_of(text[:size], plain)) > 2 * most + 1000:
+                raise InputError(f"the text has {len(text)} characters, already the first {size} of them have over "
+                                 f"{2 * most + 1000} tokens and there is room for {most}; use a shorter text")
+            size *= 2
+        return self._ids_of(text, plain)
+
+    def _ids_of(self, text: str, plain: bool) -> list[int]:
+        with library_errors("the text cannot be encoded; remove what is unusual in it"):
+            if not plain:
+                return self.backend.encode(text).ids
+            pieces = self.backend.pre_tokenizer.pre_tokenize_str(self.backend.normalizer.normalize_str(text))
+            return [token.id for piece, _ in pieces for token in self.backend.model.tokenize(piece)]
 
     def decode(self, ids: Iterable[int] | torch.Tensor, *, skip_special_tokens: bool = True) -> str:
         """Decode ids (a tensor: int64[T]) into a text. Broken UTF-8 becomes U+FFFD, as everywhere."""
@@ -116,10 +135,12 @@ class Tokenizer:
     def containing(self, text: str) -> list[int]:
         """Find the ids of all tokens that contain a text, for bad_words.
 
-        It looks at every token, so what it found for a text is kept.
+        It looks at every token, so what it found for the latest texts is kept.
         """
         if text not in self._containing:
-            wanted = text.encode()
+            wanted = _utf8(text)
+            while len(self._containing) >= WORDS_KEPT:
+                self._containing.pop(next(iter(self._containing), None), None)
             self._containing[text] = [i for i in self._ids if wanted in self.token_bytes(i)]
         return self._containing[text]
 
@@ -129,6 +150,27 @@ class Tokenizer:
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [b for b in range(256) if b not in printable]
         return {**{chr(b): b for b in printable}, **{chr(0x100 + i): b for i, b in enumerate(others)}}
+
+
+def _utf8(text: str) -> bytes:
+    """Encode a text. Raises InputError for half a surrogate pair, which json.loads makes of `\\ud800`."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text holds half a surrogate pair at character {error.start}, which no UTF-8 can hold; "
+                         "remove it") from None
+
+
+@contextmanager
+def library_errors(problem: str) -> Iterator[None]:
+    """Turn what the tokenizers library raises inside into an InputError. A panic of its Rust is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, InputError) or not (isinstance(error, Exception)
+                                                 or type(error).__name__ == "PanicException"):
+            raise
+        raise InputError(problem) from None
 
 
 class TextStream:
@@ -175,7 +217,11 @@ def without_token(ids: Iterable[int], rows: int) -> list[int]:
 
 def read_listing(folder: Path) -> Listing:
     """Read which tokens the files of a folder list, with which ids. Refuses files that contradict each other."""
-    files = {name: read_json(folder / name) for name in JSON_FILES if (folder / name).is_file()}
+    there = [name for name in JSON_FILES if is_there(folder / name)]
+    if (total := sum((folder / name).stat().st_size for name in there)) > MAX_FILES:
+        raise InputError(f"{' and '.join(there)} in {folder} have {total} bytes together, at most {MAX_FILES} are "
+                         "read; they are not the released ones, download them again")
+    files = {name: read_json(folder / name) for name in there}
     vocabularies, added, flags = {}, {}, {}
     if "vocab.json" in files:
         vocabularies["vocab.json"] = files["vocab.json"]
@@ -204,16 +250,30 @@ def read_listing(folder: Path) -> Listing:
             raise InputError(f"{name} in {folder} holds an empty token or half a surrogate pair, which is no text; "
                              "download it again")
     tokens = _agreed(added, folder)
+    _bounded("added tokens", len(tokens), MAX_ADDED, folder)
+    _bounded("characters in added tokens", sum(map(len, tokens)), MAX_ADDED_CHARS, folder)
     vocabulary = _same_vocabulary(vocabularies, tokens, folder)
+    _bounded("tokens in its vocabulary", len(vocabulary), MAX_TOKENS, folder)
     _agreed({"the added tokens": tokens, **vocabularies}, folder)
     owner = {}
     for token, i in (*vocabulary.items(), *tokens.items()):
         if owner.setdefault(i, token) != token:
-            raise InputError(f"the tokenizer files in {folder} give id {i} to {owner[i]!r} and to {token!r}; they do "
-                             "not belong together, download them again")
+            raise InputError(f"the tokenizer files in {folder} give id {i} to {_named(owner[i])} and to "
+                             f"{_named(token)}; they do not belong together, download them again")
     named = {text for key in NAMED for text in _texts(config.get(key))}
     return Listing(files, vocabulary, dict(sorted(tokens.items(), key=lambda item: item[1])),
                    {token: _flags(token, flags.get(token), token in named) for token in tokens})
+
+
+def _bounded(what: str, count: int, most: int, folder: Path):
+    if count > most:
+        raise InputError(f"the tokenizer in {folder} has {count} {what}, at most {most} are taken; no known model has "
+                         "so many, take the tokenizer files of the original model")
+
+
+def _named(token: str) -> str:
+    """Name a token in a message: a long one by its begin."""
+    return repr(token) if len(token) <= 60 else f"{token[:60]!r}..."
 
 
 def _are_tokens(listed: object) -> bool:
@@ -229,8 +289,8 @@ def _agreed(tables: dict[str, dict[str, int]], folder: Path) -> dict[str, int]:
     for name, table in tables.items():
         for token, i in table.items():
             if together.setdefault(token, i) != i:
-                raise InputError(f"{token!r} has id {together[token]} in {source[token]} and {i} in {name} ({folder}); "
-                                 "the files are of different models, keep those of one")
+                raise InputError(f"{_named(token)} has id {together[token]} in {source[token]} and {i} in {name} "
+                                 f"({folder}); the files are of different models, keep those of one")
             source.setdefault(token, name)
     return together
 
@@ -242,8 +302,8 @@ def _same_vocabulary(found: dict[str, dict[str, int]], added: dict[str, int], fo
         if differing := {t for t, _ in one.items() ^ other.items()} - added.keys():
             token = min(differing)
             raise InputError(f"{' and '.join(found)} in {folder} differ in {len(differing)} tokens of their "
-                             f"vocabularies ({token!r} is {one.get(token)} and {other.get(token)}); keep the files of "
-                             "one model")
+                             f"vocabularies ({_named(token)} is {one.get(token)} and {other.get(token)}); keep the "
+                             "files of one model")
     return {token: i for table in vocabularies for token, i in table.items()}
 
 
@@ -265,8 +325,10 @@ def _flags(token: str, said: dict | None, named: bool) -> dict[str, bool]:
 def _merges(listing: Listing, folder: Path) -> list[tuple[str, str]]:
     """Read the merges, from merges.txt, tokenizer.json or both; each must join two tokens to a third."""
     found = {}
-    if (folder / "merges.txt").is_file():
-        lines = read_text(folder / "merges.txt").split("\n")
+    if is_there(folder / "merges.txt"):
+        text = read_text(folder / "merges.txt")
+        _bounded("lines in merges.txt", text.count("\n"), MAX_TOKENS, folder)
+        lines = text.split("\n")
         found["merges.txt"] = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version"):] if line]
     if "tokenizer.json" in listing.files:
         listed = listing.files["tokenizer.json"]["model"].get("merges")
@@ -274,6 +336,7 @@ def _merges(listing: Listing, folder: Path) -> list[tuple[str, str]]:
             isinstance(m, str) or isinstance(m, list) and all(isinstance(part, str) for part in m) for m in listed)
         if not good:
             raise InputError(f"tokenizer.json in {folder} is JSON but not a BPE tokenizer; download it again")
+        _bounded("merges in tokenizer.json", len(listed), MAX_TOKENS, folder)
         found["tokenizer.json"] = [tuple(m.split(" ") if isinstance(m, str) else m) for m in listed]
     words = listing.vocabulary
     for name, merges in found.items():      # the library panics at some that do not fit
@@ -293,7 +356,7 @@ def _merges(listing: Listing, folder: Path) -> list[tuple[str, str]]:
 def _qwen2(folder: Path) -> tokenizers.Tokenizer:
     """Build the tokenizer of a folder by Qwen2's recipe. Refuses files that were written by another."""
     listing = read_listing(folder)
-    pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    pair = is_there(folder / "vocab.json") and is_there(folder / "merges.txt")
     if not pair and "tokenizer.json" not in listing.files:
         raise InputError(f"{folder} has neither vocab.json and merges.txt nor tokenizer.json; copy the tokenizer "
                          "files of the model there")
@@ -310,6 +373,17 @@ def _qwen2(folder: Path) -> tokenizers.Tokenizer:
     if [*sorted(own), *added.values()] != list(range(len(own) + len(added))):
         # The library numbers added tokens on from the vocabulary; those with ids of their own have to be in it.
         vocabulary = {**vocabulary, **added}
+    with library_errors(f"the tokenizers library refuses the vocabulary and merges in {folder}; download them again"):
+        backend = _built(vocabulary, merges, [AddedToken(token, **listing.flags[token]) for token in added])
+    for token, i in added.items():
+        if backend.token_to_id(token) != i:
+            raise InputError(f"added token {_named(token)} in {folder} got id {backend.token_to_id(token)} instead of "
+                             f"{i}; download the tokenizer files again")
+    return backend
+
+
+def _built(vocabulary: dict[str, int], merges: list[tuple[str, str]], added: list[AddedToken]) -> tokenizers.Tokenizer:
+    """Put the parts together."""
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, byte_fallback=False))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([
@@ -317,11 +391,7 @@ def _qwen2(folder: Path) -> tokenizers.Tokenizer:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    backend.add_tokens([AddedToken(token, **listing.flags[token]) for token in added])
-    for token, i in added.items():
-        if backend.token_to_id(token) != i:
-            raise InputError(f"added token {token!r} in {folder} got id {backend.token_to_id(token)} instead of {i}; "
-                             "download the tokenizer files again")
+    backend.add_tokens(added)
     return backend
 
 
@@ -372,5 +442,5 @@ def _adds_nothing(single: object) -> bool:
 
 def _refuse(name: str, value: object, good: bool, folder: Path, file: str = "tokenizer.json"):
     if not good:
-        raise InputError(f"{name} of {file} in {folder} is {str(value)[:80]}, which is not the recipe of Qwen2 that "
-                         "minivl follows; take the tokenizer files of the original model")
+        raise InputError(f"{name} of {file} in {folder} is {reprlib.repr(value)[:80]}, which is not the recipe of "
+                         "Qwen2 that minivl follows; take the tokenizer files of the original model")

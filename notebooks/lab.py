@@ -6,6 +6,9 @@
     lab.slider(draw, layer=(0, 3, 1, 0))     to drag
     lab.number("tokens", 256)           printed, and compared by `make notebooks` with the number committed here
     lab.grade(my_function)              an exercise: where it first differs, and a hint the second time
+
+torch takes one thread here until a large model is opened: work as small as nano's gains nothing from more, and beside
+another program they wait for each other (minivl/fast/threads.py).
 """
 from __future__ import annotations
 
@@ -27,8 +30,12 @@ import minivl  # noqa: E402
 from minivl import EngineConfig  # noqa: E402
 from minivl.files.find import SHIPPED  # noqa: E402
 
+THREADS = torch.get_num_threads()
+torch.set_num_threads(1)
 SAMPLES = Path(minivl.__file__).parent / "nano" / "samples"
 PICTURES = Path(__file__).parents[1] / "tests" / "golden"
+LISTING = ("white-space: pre; word-break: normal; overflow-x: auto; margin: 0; padding: 8px; font-family: monospace; "
+           "font-size: 13px; line-height: 1.35; color: #1c2733; background-color: #f6f8fa")
 _failures = {}
 
 
@@ -38,6 +45,7 @@ def open(model: str = "nano") -> minivl.Pipeline:
         print(f"{model}: the 4B needs 5 GB of memory (AWQ) or 15 (bfloat16 files), 3.3 or 7.4 GB of download if it is "
               "not here yet, and on two CPU cores about 10 s to load, 3 s for each tile, 1 s for each 50 tokens of "
               "prompt.")
+        torch.set_num_threads(THREADS)
     pipe = minivl.pipeline(model, EngineConfig(precision="exact"))
     print(f"{model}: {sum(p.numel() for p in pipe.model.parameters()) / 1e6:,.1f} million numbers, "
           f"tiles of {pipe.model.config.force_image_size} pixels")
@@ -55,8 +63,14 @@ class Source:
         path = Path(inspect.getsourcefile(thing)).relative_to(Path(minivl.__file__).parents[1])
         self.place = f"{path.as_posix()}, line {start + begin}"
 
-    def _repr_markdown_(self) -> str:
-        return f"```python\n# {self.place}\n{self.text}\n```"
+    def _repr_html_(self) -> str:
+        """Colour the lines for a notebook, on a card of their own; long ones scroll. JupyterLab would break them, also
+        inside words, and keeps only styles that stand in the elements."""
+        from pygments import highlight
+        from pygments.formatters import HtmlFormatter
+        from pygments.lexers import PythonLexer
+        lines = highlight(f"{self!r}\n", PythonLexer(), HtmlFormatter(noclasses=True, nowrap=True))
+        return f'<pre style="{LISTING}">{lines}</pre>'
 
     def __repr__(self) -> str:
         return f"# {self.place}\n{self.text}"
@@ -71,15 +85,19 @@ def source(thing: object, first: str | None = None, last: str | None = None) -> 
 def slider(draw: Callable, **ranges: tuple) -> None:
     """Add a slider for each name=(from, to, step, start); dragging it calls draw(name=value).
 
-    Where no kernel runs, as on GitHub, the picture above it is all there is to see.
+    Where no kernel runs, as on GitHub, a sentence says so; the picture above it is all there is to see.
     """
-    from ipywidgets import FloatSlider, IntSlider, interact
+    from IPython.display import display
+    from ipywidgets import FloatSlider, IntSlider, interactive
     controls = {}
     for name, (low, high, step, start) in ranges.items():
         kind = IntSlider if isinstance(step, int) else FloatSlider
         controls[name] = kind(value=start, min=low, max=high, step=step, description=name,
                               style={"description_width": "initial"})
-    interact(draw, **controls)
+    shown = interactive(draw, **controls)._repr_mimebundle_()
+    names = " and ".join(f"{name} ({low} to {high})" for name, (low, high, *_) in ranges.items())
+    shown["text/plain"] = f"[slider for {names}: run this notebook to drag it]"
+    display(shown, raw=True)
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -82,12 +82,21 @@ def problems(path: Path, write: bool = False) -> list[str]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the notebooks named on the command line, or all of them; the exit code is 1 if anything is wrong."""
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(HERE.glob("*.ipynb")))
     parser.add_argument("--write", action="store_true", help="put the outputs into the files")
     args = parser.parse_args(argv)
+    for path in args.notebooks:
+        if not path.is_file():
+            parser.error(f"{path} is no file; name notebooks, or none for all")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the notebooks named on the command line, or all of them; the exit code is 1 if anything is wrong."""
+    args = arguments(argv)
     bad = {path: found for path in args.notebooks if (found := problems(path, args.write))}
     for path, found in bad.items():
         for problem in found:

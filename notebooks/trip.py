@@ -4,6 +4,7 @@ The numbers are those of InternVL2_5-4B for tests/golden/tiger.jpeg, computed fr
 """
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -102,8 +103,10 @@ def draw() -> Svg:
              'stroke-width="1.4"/>')
     body += text(left + 284, y + 104, "one token a step; keys and values of the earlier ones are kept",
                  anchor="middle", size=10.5, colour=FAINT)
-    return Svg(body, left + 550, y + 116)
+    return Svg(body, left + 550, y + 116, "A picture becomes words: tiles, vision tower, pixel unshuffle, projector, "
+               "prompt, decoder, scores, a word")
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()      # takes no options
     print(draw().save(HERE / "trip.svg"))

@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")    # no test may reach the hub
+# Everything here is small: more threads gain nothing, and beside another program they wait (minivl/fast/threads.py).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -1,9 +1,13 @@
 """The command line as a person uses it: one answer, a pipe, a conversation on a terminal, Ctrl-C."""
+import io
 import json
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,8 +16,10 @@ from PIL import Image
 
 import minivl
 from minivl.__main__ import main
+from minivl.terminal import person
 from minivl.tokenizer import TextStream
 
+ROOT = Path(minivl.__file__).parents[1]
 TIGER = str(GOLDEN / "tiger.jpeg")
 
 
@@ -79,7 +85,16 @@ def test_video(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["missing.png", "-p", "x"], "missing.png"), (["-p", ""], "the prompt is empty"),
+    (["missing.png", "-p", "x"], "missing.png"), (["-p", ""], "the question of -p is empty; write a question"),
+    ([TIGER, "-p", " \n\t"], "the question of -p is empty"), (["-p", "caf\udce9"], "bytes that are not valid"),
+    (["-p", "x", "--segments", "0", "--video", str(GOLDEN)], "--segments, the number of frames to take"),
+    (["-p", "x", "--session-len", "0"], "--session-len is 0; it must be"),
+    (["-p", "x", "--max-new-tokens", "99999"], "--max-new-tokens is 99999, the limit is 32768; ask for fewer"),
+    (["-p", "long " * 40, "--session-len", "20"], "or a larger --session-len"),
+    (["-p", "<image>"], "give the pictures, or --plain-text if it is only text"),
+    (["-p", "x", "--max-tiles", "2", "--allow-host", "a"], "--max-tiles, --allow-host has an effect only on pictures"),
+    (["-p", "x", "--video", "a.gif", "--fps", "2"], "give --bound too, or leave --fps out"),
+    (["-p", "x", "--video", str(GOLDEN), "--bound", "3", "1"], "--bound 3..1 seconds must not end before"),
     ([TIGER, "-p", "x", "--max-tiles", "99"], "--max-tiles is 99; it must be in 1..40"),
     (["-p", "x", "--fps", "3"], "name it with --video"),
     (["-p", "x", "--video", "a.gif", "--max-tiles", "2"], "without pictures"),
@@ -118,8 +133,79 @@ def test_help_reads_well(capsys):
 
 def test_prompt_from_a_pipe(tiny):
     run = subprocess.run([sys.executable, "-m", "minivl", "chat", "-m", str(tiny), TIGER, "--max-new-tokens", "8"],
-                         input="what?\n", capture_output=True, text=True, cwd=Path(minivl.__file__).parents[1])
+                         input="what?\n", capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0 and run.stdout == answer(tiny, TIGER).text + "\n", run.stderr
+
+
+@pytest.mark.parametrize("text, words", [(b" \n", "is empty; write a question"), (b"caf\xe9", "not valid utf-8")])
+def test_a_pipe_without_a_question(tiny, monkeypatch, capsys, text, words):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), "utf-8"))
+    assert main(["chat", "-m", str(tiny)]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: the question from the pipe") and words in err and not out
+
+
+@pytest.mark.parametrize("package, words", [
+    ("minivl", ("demo", "chat", "--version")), ("weights_tools.nano", ("evaluate", "train OUT", "ship")),
+    ("weights_tools", ("verify", "inspect", "bench", "download", "quantize", "synthesize"))])
+def test_no_command_lists_the_commands(package, words, monkeypatch, capsys):
+    """Exit code 2: a script that forgot the command must not go on as if it had run."""
+    monkeypatch.setattr(warnings, "warn", lambda *_, **__: None)        # runpy's: the module is imported already
+    for more, code in ((), 2), (("--help",), 0):
+        monkeypatch.setattr(sys, "argv", [package, *more])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_module(package, run_name="__main__")
+        out, err = capsys.readouterr()
+        assert exit.value.code == code and not err
+        assert all(word in out for word in words)
+
+
+@pytest.mark.parametrize("module, words", [("minivl.demo", "python -m minivl demo"),
+                                           ("weights_tools.files", "has no command"),
+                                           ("weights_tools.bench.gpu", "weights_tools.bench --device cuda")])
+def test_a_module_without_a_command_says_so(module, words):
+    with pytest.raises(SystemExit, match=words), warnings.catch_warnings():
+        warnings.simplefilter("ignore")         # runpy's, where the module is imported already
+        runpy.run_module(module, run_name="__main__")
+
+
+def test_a_host_to_be_trusted_is_named_with_its_option(capsys, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert main(["chat", "-p", "x", "http://127.0.0.1:9/x.png"]) == 2
+    assert capsys.readouterr().err.endswith("if you trust it, add --allow-host 127.0.0.1\n")
+
+
+def test_a_warning_is_one_line_without_its_source(capsys):
+    message = "2 pictures share a pair"
+    with person():
+        warnings.simplefilter("always")
+        warnings.warn(f"{message}; a larger session_len helps", stacklevel=1)
+    assert capsys.readouterr().err == f"warning: {message}; a larger --session-len helps\n"
+
+
+@pytest.mark.parametrize("word", ["/quit", "/exit", "quit", "exit"])
+def test_words_that_end_a_conversation(tiny, terminal, monkeypatch, word):
+    lines = iter([word])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    assert main(["chat", "-m", str(tiny)]) == 0 and next(lines, None) is None
+
+
+def test_add_takes_what_a_shell_takes(tiny, terminal, monkeypatch, capsys, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("my tiger.jpeg", "b.jpeg"):
+        (home / name).write_bytes(Path(TIGER).read_bytes())
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
+    lines = iter(['/add "~/my tiger.jpeg"', "/add ~/my\\ tiger.jpeg b.jpeg", "/add   my tiger.jpeg ",
+                  "/add b.jpeg no.png", "what?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    assert main(["chat", "-m", str(tiny), "--max-new-tokens", "3", "--max-tiles", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert re.findall(r"next message: (\d)", err) == ["1", "3", "4"] and "'b.jpeg no.png': no such file" in err
+    text = "".join(f"Image-{i}: <IMAGE_TOKEN>\n" for i in (1, 2, 3, 4)) + "what?"
+    pictures = [minivl.Picture(TIGER, 1)] * 4
+    assert out == minivl.pipeline(tiny)((text, pictures), minivl.GenerationConfig(max_new_tokens=3)).text + "\n"
 
 
 def test_conversation(tiny, terminal, monkeypatch, capsys):
@@ -134,7 +220,8 @@ def test_conversation(tiny, terminal, monkeypatch, capsys):
         session = pipe.chat(prompt, session, short)
         want.append(session.response.text)
     assert out == "".join(t + "\n" for t in [*want, want[0]])
-    assert "error: 'nowhere.png': no such file" in err and "(goes with your next message: 1 picture)" in err
+    assert "error: the question is empty" in err and "error: 'nowhere.png': no such file" in err
+    assert "(goes with your next message: 1 picture)" in err
     assert err.count("/add PICTURE brings") == 3        # at the start, and for two unknown commands
 
 
@@ -163,7 +250,7 @@ def test_ctrl_c_of_one_answer_ends_cleanly(tiny):
                "sys.exit(main(sys.argv[1:]))")
     run = subprocess.Popen([sys.executable, "-u", "-c", endless, "chat", "-m", str(tiny), TIGER, "-p", "what?",
                             "--max-new-tokens", "30000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                           cwd=Path(minivl.__file__).parents[1], start_new_session=True)
+                           cwd=ROOT, start_new_session=True)
     assert run.stdout.read(1)           # the answer has begun
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)

@@ -42,6 +42,7 @@ CLASSES = {
                            "initializer_range initializer_factor"),
     "Qwen2Config": ("llm_config", "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
                     "num_key_value_heads hidden_act max_position_embeddings initializer_range rms_norm_eps use_cache "
+                    "is_causal "     # no parameter: transformers 5 reads it in masking_utils.py
                     "tie_word_embeddings rope_theta rope_scaling rope_parameters use_sliding_window sliding_window "
                     "max_window_layers layer_types attention_dropout head_dim partial_rotary_factor "
                     "quantization_config"),

@@ -53,7 +53,7 @@ def test_the_same_for_generation():
     (name, (default, _)), = GENERATION.items()
     with pytest.warns(UserWarning, match="spaces_between_special_tokens=False has no effect in minivl"):
         assert GenerationConfig(max_new_tokens=3, **{name: not default}).max_new_tokens == 3
-    with pytest.warns(UserWarning, match="top_k have no effect") as told:
+    with pytest.warns(UserWarning, match="top_k has no effect") as told:
         GenerationConfig(top_k=40)
     assert [w.filename for w in told] == [__file__]
 

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,33 @@ def test_committed_outputs(path):
     assert sum("[ ] not attempted yet" in "".join(o.get("text", "")) for o in outputs) == 4
 
 
+# The forms that JupyterLab 4 shows of a notebook which it did not run; it drops SVG, scripts and styles.
+UNTRUSTED = {"text/plain", "text/html", "text/markdown", "text/latex", "image/png", "image/jpeg"}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+def test_committed_outputs_show_without_trust(path):
+    """Drawings as pictures with words for them; sources whose lines scroll; a slider says that it needs a kernel."""
+    cells = [c for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
+    outputs = [o for c in cells for o in c["outputs"] if "data" in o]
+    drawings = 0
+    for o in outputs:
+        forms = {form: "".join(v) for form, v in o["data"].items() if not form.endswith("+json")}
+        assert set(forms) <= UNTRUSTED and "image/svg+xml" not in json.dumps(o)
+        if len(forms) < len(o["data"]):
+            assert set(forms) == {"text/plain"} and re.match(r"\[slider for .* run this notebook", forms["text/plain"])
+        if forms["text/plain"].startswith("[drawing: "):
+            drawings += 1
+            assert set(forms) == {"text/plain", "image/png"}
+            facts = o["metadata"]["image/png"]
+            assert forms["text/plain"] == f"[drawing: {facts['alt']}]" and facts["width"] <= 860
+        if html := forms.get("text/html"):
+            assert html.startswith("<pre style=") and "overflow-x: auto" in html
+            assert not re.search(r"<(script|style|svg)|class=", html)
+        assert " at 0x" not in forms["text/plain"] or "image/png" in forms
+    assert drawings == sum(bool(re.search(r"(?m)^(show\.|drawing$)", "".join(c["source"]))) for c in cells)
+
+
 @pytest.mark.parametrize("name", solutions.EXERCISES)
 def test_solutions(name, monkeypatch, capsys):
     exercise = solutions.EXERCISES[name]
@@ -113,10 +141,14 @@ def test_a_model_must_be_put_back(capsys):
         del solutions.nano().model.visual_tokens
 
 
-def test_slider():
+def test_slider(monkeypatch):
     seen = []
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
     lab.slider(lambda layer, share: seen.append((layer, share)), layer=(0, 3, 1, 2), share=(0.0, 1.0, 0.1, 0.5))
     assert seen == [(2, 0.5)]
+    assert shown[0]["text/plain"] == "[slider for layer (0 to 3) and share (0.0 to 1.0): run this notebook to drag it]"
+    assert "application/vnd.jupyter.widget-view+json" in shown[0]
 
 
 def test_card(capsys):
@@ -147,6 +179,10 @@ def test_source_says_where_it_lies():
     shown = lab.source(minivl.load_image, "def load_image", "allow_hosts")
     assert re.fullmatch(r"minivl/media/pictures\.py, line \d+", shown.place)
     assert shown.text.startswith("def load_image(")
+    html = shown._repr_html_()
+    assert re.match(r'<pre style="[^"]*white-space: pre;[^"]*overflow-x: auto', html) and "class=" not in html
+    assert unescape(re.sub("<[^>]+>", "", html)) == f"{shown!r}\n"
+    assert not hasattr(shown, "_repr_markdown_")
 
 
 # A notebook's code cells one after the other, on the int4 twin as a large checkpoint is prepared.

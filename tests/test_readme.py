@@ -16,7 +16,7 @@ from weights_tools.synthesize import config_json
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 # Each folder's own README; the notes of a trained nano and of what was tried are about the past.
-GUIDES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md",
+GUIDES = [ROOT / "README.md", *sorted((ROOT / ".github").glob("*.md")), ROOT / "tests" / "fuzz" / "README.md",
           *sorted(path for folder in ("minivl", "weights_tools") for path in (ROOT / folder).rglob("README.md"))]
 each_guide = pytest.mark.parametrize("guide", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -123,6 +123,17 @@ def test_links_lead_somewhere(guide):
         if section:
             headings = [heading.lower() for heading in re.findall(r"^#+ (.*)", to.read_text("utf-8"), re.M)]
             assert section in {re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in headings}, link
+
+
+def test_security_names_a_test_for_each_promise():
+    text = (ROOT / ".github" / "SECURITY.md").read_text("utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| **")]
+    assert len(rows) > 8
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/.]+)`", row)
+        assert named and all((ROOT / name).exists() for name in named), row
+    files = {path.name for path in (ROOT / "tests" / "fuzz").glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"`(\w+\.py)`", (ROOT / "tests/fuzz/README.md").read_text("utf-8"))) == files
 
 
 def test_limits_are_all_in_one_table():

@@ -1,12 +1,13 @@
 """Tokenizer and template: against the original's ids where the vocabulary is there, by rule on the tiny one."""
 import json
 import random
+import time
 
 import pytest
 from conftest import GOLDEN, shared
 
 from minivl import InputError, Tokenizer
-from minivl.prompt import SYSTEM, _pieces, encode, render
+from minivl.prompt import SYSTEM, encode, render
 from minivl.tokenizer import TextStream
 
 SYSTEM_IDS = [105043, 90286, 21287, 13935, 116669, 3837, 105205, 13072, 20412, 67916, 30698, 3837, 104625, 100633,
@@ -135,39 +136,6 @@ def test_text_that_spells_a_placeholder(small):
     assert small.decode(ids).endswith("user\n\nwhat is <IMG_CONTEXT> and <image>?\nassistant\n".replace("\n\n", "\n"))
 
 
-def test_a_long_text_is_encoded_in_pieces_with_the_same_ids(small, monkeypatch):
-    """Cut every few characters, wherever it is allowed, against the library's word on the whole text."""
-    rng = random.Random(4)
-    parts = ["word", "Grüße", " ", "  ", "\n", "\r\n", "\t", "1234", "don't", "I'LL", "'", "!?", "--", "世界", "，",
-             "。", "“", "…", "🐅", "e\u0301", "\u0301", "\u212b", "क्षि", "²", "Ⅷ", "_", "<", "<|im_end|>", "<img>", "|",
-             "<|im", "_end|>", "<image>", "\x00", "\x85", "\u00a0", "\u2028", "\ue000", "ſ"]
-    monkeypatch.setattr("minivl.prompt.PIECE", 5)
-    cuts = 0
-    for _ in range(400):
-        text = "".join(rng.choices(parts, k=40))
-        pieces = [*_pieces(text, small, 10 ** 6)]
-        assert "".join(pieces) == text
-        assert [i for piece in pieces for i in small.encode(piece)] == small.encode(text)
-        assert [i for piece in pieces for i in small.encode(piece, plain=True)] == small.encode(text, plain=True)
-        cuts += len(pieces) - 1
-    assert cuts > 2000
-    text = "one two\nthree " * 9
-    whole = small.encode(render([(text, None)]))
-    assert encode(small, [(text, None)]) == whole
-    room = len(whole) - 50
-    some = encode(small, [(text, None)], room=room)
-    assert some == whole[:len(some)] and room <= len(some) < room + 20
-
-
-@pytest.mark.parametrize("unit", ["a", " ", "!", "龘", "🐅", "é¡", "<|im_end|>"])
-def test_a_text_that_cannot_be_cut(small, unit):
-    text = unit * (200_000 // len(unit))
-    with pytest.raises(InputError, match="the prompt has [0-9]{6} characters without an end of a word or line, the "
-                                         "limit is 131072; shorten them"):
-        encode(small, [(text, None)])
-    assert encode(small, [(text[:50_000], None)]) == small.encode(render([(text[:50_000], None)]))
-
-
 def test_a_mark_in_the_systems_or_the_assistants_text_is_text(small):
     turns = [("<image>\nwrite html", "<image> is no tag, <img> is"), ("and <image>?", None)]
     text = render(turns, [1, 2], "Never write <image>.", tokens_per_tile=2)
@@ -272,3 +240,14 @@ def test_bad_tokenizer_files(tiny, tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(InputError, match="is JSON but not a BPE tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("piece", ["a", " ", "\n", " \n", "1", "e\u0301", "\u0301\u0323", "\u1100\u1161", "!", "'s",
+                                   "🐅", "<|im_", "<|im_end|>", "\0", "\U0001d160", "\u200d", "\u00a0", "!\n", "a \t"])
+@pytest.mark.parametrize("end", ["x", " "])
+def test_time_grows_as_the_text_does(small, piece, end):
+    """30,000 characters: what needs a step for each pair of them takes far longer."""
+    start = time.process_time()
+    for plain in (False, True):
+        small.encode(piece * (30_000 // len(piece)) + end, plain=plain)
+    assert time.process_time() - start < 6

@@ -5,7 +5,9 @@ import json
 import random
 
 import pytest
+import tokenizers
 
+import minivl.tokenizer as minivl_tokenizer
 from minivl import InputError, Tokenizer
 from minivl.tokenizer import TextStream, read_listing
 
@@ -340,3 +342,92 @@ def test_added_tokens_between_those_of_the_vocabulary(tiny, parts, tmp_path):
     folder = put(tmp_path / "x", parts, "merges.txt", vocab={t: shift[i] for t, i in parts["vocab.json"].items()},
                  added_tokens={t: shift[i] for t, i in parts["added_tokens.json"].items()})
     assert ids_of(Tokenizer.load(folder)) == [[shift[i] for i in ids] for ids in ids_of(known)]
+
+
+# ---- bounds ---------------------------------------------------------------------------------------------------------
+
+def test_more_than_any_tokenizer_has(parts, tmp_path, monkeypatch):
+    three = ("vocab.json", "merges.txt", "added_tokens.json")
+    monkeypatch.setattr(minivl_tokenizer, "MAX_TOKENS", 600)
+    monkeypatch.setattr(minivl_tokenizer, "MAX_ADDED", 40)
+    monkeypatch.setattr(minivl_tokenizer, "MAX_ADDED_CHARS", 900)
+    monkeypatch.setattr(minivl_tokenizer, "MAX_FILES", 100_000)
+    Tokenizer.load(put(tmp_path / "x", parts, *three))
+    added, merges = parts["added_tokens.json"], parts["merges.txt"]
+    for n, (message, files) in enumerate([
+            (r"has 631 added tokens, at most 40", {"added_tokens.json": {f"<{i}>": i for i in range(631)}}),
+            (r"characters in added tokens, at most 900", {"added_tokens.json": {**added, "x" * 900: 600}}),
+            (r"tokens in its vocabulary, at most 600", {"vocab.json": {**parts["vocab.json"],
+                                                                      **{f"qq{i}": 600 + i for i in range(200)}}}),
+            (r"lines in merges.txt, at most 600", {"merges.txt": merges + "\n" * 600}),
+            (r"have \d+ bytes together, at most 100000", {"vocab.json": {**parts["vocab.json"], "x" * 99_000: 568}})]):
+        with pytest.raises(InputError, match=message):
+            Tokenizer.load(put(tmp_path / str(n), {**parts, **files}, *three))
+    pairs = parts["tokenizer.json"]["model"]["merges"]
+    with pytest.raises(InputError, match=r"merges in tokenizer.json, at most 600"):
+        Tokenizer.load(put(tmp_path / "m", parts, tokenizer=edited(parts, "model.merges", (pairs * 600)[:601])))
+
+
+def test_messages_clip_tokens(parts, tmp_path):
+    long = "y" * 100_000
+    for n, (vocab, added) in enumerate([({long: 5}, {}), ({long: 600}, {long: 601}), ({}, {long: 5})]):
+        changed = {"vocab.json": {**parts["vocab.json"], **vocab},
+                   "added_tokens.json": {**parts["added_tokens.json"], **added}}
+        with pytest.raises(InputError) as caught:
+            Tokenizer.load(put(tmp_path / str(n), {**parts, **changed}, "vocab.json", "merges.txt",
+                               "added_tokens.json"))
+        assert len(str(caught.value)) < 500
+    nested = {"type": "Sequence"}
+    for _ in range(400):
+        nested = {"type": "Sequence", "normalizers": [nested, "z" * 1000]}
+    with pytest.raises(InputError, match="normalizer of tokenizer.json") as caught:
+        Tokenizer.load(put(tmp_path / "n", parts, tokenizer=edited(parts, "normalizer", nested)))
+    assert len(str(caught.value)) < 500
+
+
+def test_a_panic_of_the_library_is_an_input_error():
+    """Its Rust panics as a BaseException; a bug of ours, Ctrl-C and our own errors stay what they are."""
+    class PanicException(BaseException):
+        pass
+    for inner, outer in ((PanicException("x"), InputError), (Exception("x"), InputError),
+                         (InputError("mine"), InputError), (KeyboardInterrupt(), KeyboardInterrupt),
+                         (SystemExit(), SystemExit)):
+        with pytest.raises(outer) as caught, minivl_tokenizer.library_errors("said by us"):
+            raise inner
+        assert isinstance(inner, outer) == (caught.value is inner)
+    data = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
+            "post_processor": None, "decoder": None, "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(data))       # a real one, if the library still panics here
+    with pytest.raises(InputError, match="said by us"), minivl_tokenizer.library_errors("said by us"):
+        backend.encode("a" * 100 + "!")
+
+
+def test_texts_of_far_too_many_tokens_are_refused_early(tiny, monkeypatch):
+    tokenizer, longest = Tokenizer.load(tiny), []
+    ids_of = Tokenizer._ids_of
+
+    def seen(self, text, plain):
+        longest.append(len(text))
+        return ids_of(self, text, plain)
+    monkeypatch.setattr(Tokenizer, "_ids_of", seen)
+    for text in ("1" * 30_000, "\U0001d160" * 30_000, "\u0301" * 30_000, "<|im_start|>" * 3_000, "a b " * 8_000):
+        for plain in (False, True):
+            longest.clear()
+            with pytest.raises(InputError, match="there is room for 100; use a shorter text"):
+                tokenizer.encode(text, plain=plain, most=100)
+            assert max(longest) < 20_000
+            assert tokenizer.encode(text, plain=plain, most=10 ** 7) == ids_of(tokenizer, text, plain)
+
+
+def test_half_a_surrogate_pair_in_what_is_looked_for(tiny):
+    with pytest.raises(InputError, match="half a surrogate pair at character 1"):
+        Tokenizer.load(tiny).containing("a\ud800")
+
+
+def test_what_was_found_for_many_texts_is_not_kept_for_ever(tiny):
+    tokenizer = Tokenizer.load(tiny)
+    first = tokenizer.containing("a")
+    for n in range(300):
+        tokenizer.containing(f"a{n}")
+    assert len(tokenizer._containing) <= minivl_tokenizer.WORDS_KEPT and tokenizer.containing("a") == first

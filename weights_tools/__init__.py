@@ -9,8 +9,8 @@
     python -m weights_tools.bench CHECKPOINT                how fast, beside what the machine could do
     python -m weights_tools.nano.train OUT                  nano, the small model in the package (also .evaluate, .ship)
 
-`files` writes weight files: weights_tools.files.save_checkpoint. `train` holds optimisers, step and loop for any
-training. README.md names every file.
+`files` writes files, whole or not at all: weights_tools.files.save_checkpoint. `train` holds optimisers, step and loop
+for any training. README.md names every file.
 """
 import os
 import sys
@@ -23,15 +23,18 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 def run(main: Callable[[], int]) -> int:
     """Run `main()` as a command: what the user can correct is one line on stderr and exit code 2; Ctrl-C is 130."""
-    from minivl.limits import InputError
+    from minivl.limits import InputError, sentence
+    from minivl.options import spoken
+    from minivl.terminal import person, say
     try:
-        return main()
+        with person():
+            return main()
     except (InputError, OSError) as error:
         if isinstance(error, BrokenPipeError):      # `... | head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or the exit's flush would fail again
             return 141
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {spoken(sentence(error))}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return 130

@@ -17,8 +17,9 @@ from pathlib import Path
 import huggingface_hub
 from tqdm import tqdm
 
-from minivl.files.find import choose_files, hub_errors, hub_info
-from minivl.limits import InputError, offline
+from minivl import options
+from minivl.files.find import SHIPPED, choose_files, fetch, hub_errors, hub_info
+from minivl.limits import InputError, is_there, offline, reading
 from weights_tools import run
 from weights_tools.files import WEIGHT_FILE, weight_files
 
@@ -38,6 +39,8 @@ def download(hub_id: str, *, revision: str | None = None, to: str | Path | None 
 
     Returns the folder to load, None after a dry run. A file whose sha256 is not the hub's is an InputError.
     """
+    if hub_id in SHIPPED:
+        raise InputError(f"{hub_id} is inside the package, {SHIPPED[hub_id]}; there is nothing to download")
     if offline():
         raise InputError(f"HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it to fetch {hub_id}, or load a "
                          "local folder")
@@ -46,7 +49,8 @@ def download(hub_id: str, *, revision: str | None = None, to: str | Path | None 
     _list(files, place, "the hub's cache" if to is None else "--to")
     _refuse_mixture(files, to)
     missing = sum(f.size for f in files if not f.here)
-    free = shutil.disk_usage(_existing(place)).free
+    with reading(place):
+        free = shutil.disk_usage(_existing(place)).free
     if missing > free:
         raise InputError(f"{hub_id} needs {missing / 1e9:.3f} GB more, {place} has {free / 1e9:.3f} GB free; free some "
                          "space or give a folder on another disk with --to")
@@ -54,9 +58,7 @@ def download(hub_id: str, *, revision: str | None = None, to: str | Path | None 
     if dry_run:
         return None
     with hub_errors(hub_id, revision):
-        # By the name of the revision, not its commit: only so the cache learns what `main` is, for offline use later.
-        folder = Path(huggingface_hub.snapshot_download(hub_id, revision=revision, local_dir=to,
-                                                        allow_patterns=[f.name for f in files]))
+        folder = fetch(hub_id, revision, [f.name for f in files], to)
     verify(folder, files)
     print(f"ready: give this folder to minivl\n{folder}")
     return folder
@@ -83,7 +85,7 @@ def verify(folder: Path, files: list[RemoteFile]):
     print("sha256")
     for file in files:
         path = Path(folder) / file.name
-        size = path.stat().st_size if path.is_file() else 0
+        size = path.stat().st_size if is_there(path) else 0
         if size != file.size:
             raise InputError(f"{file.name} has {size} bytes in {folder}, on the hub {file.size}; run again")
         if file.sha256 is None:
@@ -100,7 +102,7 @@ def verify(folder: Path, files: list[RemoteFile]):
 def sha256(path: str | Path) -> str:
     """Compute the hex digest of a file of any size."""
     digest = hashlib.sha256()
-    with open(path, "rb") as f, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, leave=False,
+    with reading(path), open(path, "rb") as f, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, leave=False,
                                      desc=f"sha256 {Path(path).name}", disable=None) as bar:
         while chunk := f.read(1 << 24):
             digest.update(chunk)
@@ -131,16 +133,21 @@ def _existing(path: Path) -> Path:
     return next(p for p in [path, *path.parents] if p.exists())
 
 
-def main(argv: list | None = None) -> int:
-    """Run the command; its exit code."""
+def arguments(argv: list | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.download", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     parser.add_argument("hub_id", metavar="HUB_ID", help="for example OpenGVLab/InternVL2_5-4B-MPO-AWQ (3.3 GB)")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default main); refs/pr/1 often holds a "
                                                         "safetensors form of an -AWQ checkpoint")
     parser.add_argument("--to", metavar="FOLDER", help="a folder of your own instead of the hub's cache")
     parser.add_argument("--dry-run", action="store_true", help="only list the files and the space they need")
-    download(**vars(parser.parse_args(argv)))
+    return parser.parse_args(argv)
+
+
+def main(argv: list | None = None) -> int:
+    """Run the command; its exit code."""
+    download(**vars(arguments(argv)))
     return 0
 
 

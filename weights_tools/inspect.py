@@ -23,11 +23,12 @@ import huggingface_hub
 import torch
 from tqdm import tqdm
 
+from minivl import options
 from minivl.config import Config, read_json
-from minivl.files.find import choose_files, find, hub_errors, hub_info
-from minivl.files.formats import DTYPES, choose_set, open_weights, safetensors_header
+from minivl.files.find import SHIPPED, choose_files, find, hub_errors, hub_info
+from minivl.files.formats import DIGESTS, DTYPES, OLD_DIGESTS, choose_set, open_weights, safetensors_header
 from minivl.files.load import wrong_defaults
-from minivl.limits import InputError, offline
+from minivl.limits import InputError, first_of, offline
 from minivl.model import MiniVL
 from weights_tools import run
 
@@ -82,19 +83,24 @@ def inspect(path_or_id: str | Path, *, revision: str | None = None) -> Report:
     """Read the headers of a folder, a .safetensors file or a hub id and compare them with config.json."""
     path = Path(os.path.expanduser(path_or_id))
     if path.is_file():
+        if revision is not None:
+            raise InputError(f"{path} is a local file, it has no revision {revision!r}; leave --revision out")
         if path.suffix != ".safetensors":
             raise InputError(f"{path} is not a .safetensors file; give that, or the folder of a checkpoint")
         tensors = _headers(path.parent, [path.name])
+        old = _old_digests(path.parent, [path.name])
         config, whole = path.parent / "config.json", False
-    elif path.is_dir() or offline():
+    elif path.is_dir() or offline() or os.fspath(path_or_id) in SHIPPED:
         folder = find(path_or_id, revision=revision)
         files = [file for file in choose_set(folder).files if (folder / file).is_file()]    # one that lacks is reported
         tensors = _headers(folder, files) if all(file.endswith(".safetensors") for file in files) else {
             name: (t.dtype, t.shape, t.file.name) for name, t in open_weights(folder).items()}
+        old = _old_digests(folder, files)
         config, whole = folder / "config.json", True
     else:
         tensors, config = _remote(os.fspath(path_or_id), revision)
         whole = True
+        old = None
     model, note = None, "no config.json beside it: no module column, nothing compared"
     if config.is_file():
         try:
@@ -114,12 +120,12 @@ def inspect(path_or_id: str | Path, *, revision: str | None = None) -> Report:
     if model and not whole:
         note = "one file of a checkpoint: tensors of other files are not missed"
     if not model:
-        return Report(os.fspath(path_or_id), rows, None, note)
+        return Report(os.fspath(path_or_id), rows, None, f"{note}. {old}" if old else note)
     problems = compare(wanted, tensors, whole)
     told = [f"{'shape' if kind == 'misshapen' else kind}: {line}" for kind, lines in problems.items() for line in lines]
     if wrong := wrong_defaults(told, read_json(config)):
         note = " ".join(([f"{note}."] if note else []) + wrong)
-    return Report(os.fspath(path_or_id), rows, problems, note)
+    return Report(os.fspath(path_or_id), rows, problems, f"{note}. {old}" if note and old else note or old)
 
 
 def compare(wanted: dict[str, torch.Tensor], tensors: dict[str, tuple], whole: bool = True) -> dict[str, list[str]]:
@@ -146,11 +152,20 @@ def _headers(folder: Path, files: list[str]) -> dict[str, tuple]:
     return tensors
 
 
+def _old_digests(folder: Path, files: list[str]) -> str | None:
+    """Say so where a file's digests are of the kind that does not see another dtype of the same size."""
+    kinds = {file: safetensors_header(folder / file)[1].keys() for file in files if file.endswith(".safetensors")}
+    old = [file for file, kind in kinds.items() if OLD_DIGESTS in kind and DIGESTS not in kind]
+    return (f"the sha256 digests in {old[0]} are of an older version: they cover the bytes, not dtype and shape"
+            if old else None)
+
+
 def _remote(hub_id: str, revision: str | None) -> tuple[dict[str, tuple], Path]:
     """Read the same from a repository on the hub, by range requests; and fetch its config.json, which is small."""
-    if hub_id.count("/") != 1 or hub_id.startswith((".", "/")):
-        raise InputError(f"{hub_id} does not exist; give a folder, a .safetensors file, or a hub id like "
-                         "OpenGVLab/InternVL2_5-4B-MPO-AWQ")
+    # A typo in a local path must not become a request: `build/tyni` beside a folder `build` is no hub id.
+    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")) or os.path.isdir(hub_id.split("/")[0]):
+        raise InputError(f"{hub_id} does not exist; give a folder, a .safetensors file, nano, nano-awq, or a hub id "
+                         "like OpenGVLab/InternVL2_5-4B-MPO-AWQ")
     with hub_errors(hub_id, revision):
         api = huggingface_hub.HfApi()
         names = [file.rfilename for file in hub_info(hub_id, revision).siblings or []]
@@ -214,7 +229,7 @@ def as_text(report: Report, shown: list[Tensor], summary: bool) -> str:
         lines.append(f"note: {report.note}")
     if report.problems is not None:
         for kind, names in report.problems.items():
-            lines += [f"{kind}: {name}" for name in names]
+            lines += [f"{kind}: " + first_of(names, f"\n{kind}: ")] if names else []
         wrong = sum(map(len, report.problems.values()))
         lines.append(f"does not fit config.json: {wrong} problems" if wrong else "fits config.json")
     return "\n".join(lines)
@@ -230,21 +245,27 @@ def _table(rows, right=()) -> list[str]:
             for row in rows]
 
 
-def main(argv: list | None = None) -> int:
-    """Run the command; its exit code."""
+def arguments(argv: list | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.inspect", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="PATH_OR_HUB_ID", help="folder, .safetensors file, or hub id")
+                                     formatter_class=options.Help)
+    parser.add_argument("source", metavar="PATH_OR_HUB_ID",
+                        help="folder, .safetensors file, hub id, or the shipped nano or nano-awq")
     parser.add_argument("--revision", metavar="R", help="of a hub id: branch, tag or commit (default main)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--filter", metavar="GLOB", help="only tensors whose name matches, such as '*.layers.0.*'")
     parser.add_argument("--summary", action="store_true", help="only the sums, not every tensor")
-    options = parser.parse_args(argv)
-    report = inspect(options.source, revision=options.revision)
-    shown = [t for t in report.tensors if options.filter is None or fnmatch.fnmatchcase(t.name, options.filter)]
+    return parser.parse_args(argv)
+
+
+def main(argv: list | None = None) -> int:
+    """Run the command; its exit code."""
+    args = arguments(argv)
+    report = inspect(args.source, revision=args.revision)
+    shown = [t for t in report.tensors if args.filter is None or fnmatch.fnmatchcase(t.name, args.filter)]
     if not shown:
-        raise InputError(f"none of the {len(report.tensors)} tensors matches {options.filter!r}; try '*.layers.0.*'")
-    print((as_json if options.json else as_text)(report, shown, options.summary))
+        raise InputError(f"none of the {len(report.tensors)} tensors matches {args.filter!r}; try '*.layers.0.*'")
+    print((as_json if args.json else as_text)(report, shown, args.summary))
     return 1 if _fits(report) is False else 0
 
 

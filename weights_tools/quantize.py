@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import sys
 import warnings
 from collections.abc import Iterable
@@ -26,11 +25,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minivl import Pipeline, load
+from minivl import Pipeline, load, options
 from minivl.awq import dequantize, pack
 from minivl.config import read_json
 from minivl.files.find import SMALL_FILES, find
-from minivl.limits import InputError
+from minivl.limits import InputError, first_of, is_there, reading
 from minivl.model import MiniVL
 from minivl.sampling import GenerationConfig
 from minivl.tokenizer import Tokenizer
@@ -227,8 +226,7 @@ def _warn_of_hurt(off: dict[str, torch.Tensor], method: str):
     if not hurt:
         return
     worst = max(off, key=lambda name: float(off[name].max()))
-    most = sorted(hurt, key=hurt.get, reverse=True)[:3]
-    tensors = ", ".join(f"{name} {hurt[name]}" for name in most) + (f", {len(hurt) - 3} more" if len(hurt) > 3 else "")
+    tensors = first_of([f"{name} {hurt[name]}" for name in sorted(hurt, key=hurt.get, reverse=True)], ", ", 3)
     warnings.warn(f"the method {method} puts {sum(hurt.values())} of {sum(map(torch.numel, off.values()))} groups of "
                   f"weights off by more than half a step, in {len(hurt)} tensors ({tensors}), the worst by "
                   f"{float(off[worst].max()):.1f} steps, in {worst}; use the method {METHODS[0]}, which does not",
@@ -240,23 +238,23 @@ def save_quantized(source, out, tensors: dict, group_size: int = GROUP, overwrit
     """Save the tensors with config.json and tokenizer of the float checkpoint `source`; return the folder."""
     source = Path(source)
     out = Path(out)
-    save_checkpoint(tensors, out, overwrite=overwrite, metadata=metadata)
     config = read_json(source / "config.json")
     config["llm_config"]["quantization_config"] = quantization_block(group_size)
     for part in (config, config["llm_config"], config["vision_config"]):
         part.pop("dtype", None)     # transformers 5's name, which would win
         part["torch_dtype"] = "float16"
-    for name in (*SMALL_FILES, "preprocessor_config.json"):
-        if name != "config.json" and (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
-    (out / "config.json").write_text(json_text(config), encoding="utf-8")
+    with reading(source):
+        small = {name: (source / name).read_bytes() for name in (*SMALL_FILES, "preprocessor_config.json")
+                 if is_there(source / name)}
+    save_checkpoint(tensors, out, overwrite=overwrite, metadata=metadata,
+                    small={**small, "config.json": json_text(config).encode("utf-8")})
     return out
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line, and refuse what would have no effect."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.quantize", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     parser.add_argument("checkpoint", metavar="FOLDER", help="a float checkpoint: folder or hub id")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument("--plain", action="store_true", help="round to nearest, no smoothing")
@@ -269,8 +267,16 @@ def main(argv: list[str] | None = None) -> int:
                              "lmdeploy: it is not, which loses groups of one sign")
     parser.add_argument("--overwrite", action="store_true", help="replace the weights that OUT already holds")
     args = parser.parse_args(argv)
+    if args.plain:
+        options.refuse(options.given(parser, argv), ("examples", "alpha"), "with --plain, which does not smooth")
     if not 0 <= args.alpha <= 1 or args.examples < 1:
         raise InputError(f"alpha {args.alpha} must be in 0..1 and examples {args.examples} at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    args = arguments(argv)
     check_free_of_weights(args.out, args.overwrite)
     folder = find(args.checkpoint)
     model = load(folder, dtype="float32")

@@ -20,9 +20,10 @@ import tokenizers
 import torch
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from minivl import options
 from minivl.awq import pack
 from minivl.config import Config
-from minivl.limits import InputError
+from minivl.limits import InputError, is_there, reading
 from minivl.model import MiniVL
 from minivl.prompt import SYSTEM
 from minivl.tokenizer import PATTERN, Tokenizer
@@ -98,9 +99,8 @@ def synthesize(out: str | Path, size: str = "tiny", *, awq: bool = False, format
     def make(name):
         return random_tensor(name, wanted[name], seed=seed, layers=layers[name.split(".")[0]], group_size=group_size)
 
-    save_checkpoint(wanted, out, make=make, format=format, shard_bytes=int(shard_gb * 1e9), overwrite=overwrite)
-    for name, text in small.items():
-        (out / name).write_bytes(text.encode("utf-8"))      # bytes: no line ends of another system in merges.txt
+    save_checkpoint(wanted, out, make=make, format=format, shard_bytes=int(shard_gb * 1e9), overwrite=overwrite,
+                    small={name: text.encode("utf-8") for name, text in small.items()})
     return out
 
 
@@ -223,7 +223,7 @@ def _copied_tokenizer(size: str, folder, config: dict) -> dict[str, str]:
     if folder is None:
         raise InputError(f"size {size} needs the real Qwen2 vocabulary ({', '.join(TOKENIZER_FILES)}, as in every "
                          "released checkpoint of the family); give its folder with --tokenizer")
-    missing = [name for name in TOKENIZER_FILES if not (Path(folder) / name).is_file()]
+    missing = [name for name in TOKENIZER_FILES if not is_there(Path(folder) / name)]
     if missing:
         raise InputError(f"{folder} lacks {', '.join(missing)}; --tokenizer takes a folder with "
                          f"{', '.join(TOKENIZER_FILES)}")
@@ -232,7 +232,8 @@ def _copied_tokenizer(size: str, folder, config: dict) -> dict[str, str]:
     if found != wanted:
         raise InputError(f"the tokenizer in {folder} has {found} tokens, size {size} has {wanted}; take the one of an "
                          "InternVL2.5 checkpoint with a Qwen2 decoder")
-    return {name: (Path(folder) / name).read_bytes().decode("utf-8") for name in TOKENIZER_FILES}
+    with reading(folder):
+        return {name: (Path(folder) / name).read_bytes().decode("utf-8") for name in TOKENIZER_FILES}
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------
@@ -279,10 +280,10 @@ def random_tensor(name: str, like: torch.Tensor, *, seed: int, layers: int, grou
     return out
 
 
-def main(argv: list | None = None) -> int:
-    """Run the command; its exit code."""
+def arguments(argv: list | None = None) -> argparse.Namespace:
+    """Read the command line, and refuse what would have no effect."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.synthesize", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     parser.add_argument("out", metavar="OUT", help="folder to write; made if it does not exist")
     parser.add_argument("--size", choices=SIZES, default="tiny",
                         help="tiny (default, under 2 MB), or the shapes of a released model: on disk about 1.9, 7.4, "
@@ -302,11 +303,21 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("--config-quirk", choices=["llm", "top"], default="llm",
                         help="--awq: where in config.json quantization_config is (default %(default)s, as released)")
     parser.add_argument("--overwrite", action="store_true", help="replace the weights that OUT already holds")
-    options = vars(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    if not args.awq:
+        options.refuse(options.given(parser, argv), ("group_size", "config_quirk"), "without --awq")
+    if args.size == "tiny":
+        options.refuse(options.given(parser, argv), ("tokenizer",), "with size tiny, which has a tokenizer of its own")
+    return args
+
+
+def main(argv: list | None = None) -> int:
+    """Run the command; its exit code."""
+    asked = vars(arguments(argv))
     start = time.perf_counter()
-    folder = synthesize(**options)
+    folder = synthesize(**asked)
     size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
-    print(f"{folder}: {options['size']}{' AWQ' if options['awq'] else ''}, random weights of seed {options['seed']}, "
+    print(f"{folder}: {asked['size']}{' AWQ' if asked['awq'] else ''}, random weights of seed {asked['seed']}, "
           f"{size / 1e9:.3f} GB, {time.perf_counter() - start:.1f} s")
     return 0
 

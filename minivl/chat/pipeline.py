@@ -25,6 +25,7 @@ from minivl.cache import KVCache
 from minivl.chat.answers import Answer, Response
 from minivl.chat.requests import Turn, is_whole, read_request, warn
 from minivl.config import Config
+from minivl.fast.threads import at_most, pace
 from minivl.files.find import find
 from minivl.files.load import load
 from minivl.generation import check_ids, left_pad, steps
@@ -346,7 +347,8 @@ def embed(model: MiniVL, turn: Turn) -> torch.Tensor:
     By itself, so that no other prompt of a batch can shift its visual tokens.
     """
     parts = [turn.tiles[i:i + TILES_AT_ONCE] for i in range(0, len(turn.tiles), TILES_AT_ONCE)]
-    visual = [model.visual_tokens(tiling.to_pixel_values(tiles)) for tiles in parts]        # each (n, L, D)
+    with at_most(pace(model).most):
+        visual = [model.visual_tokens(tiling.to_pixel_values(tiles)) for tiles in parts]    # each (n, L, D)
     return model.embed(torch.tensor([turn.ids]), torch.cat(visual) if visual else None)
 
 

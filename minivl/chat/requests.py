@@ -88,7 +88,7 @@ def read_request(prompt, config: Config, tokenizer: Tokenizer, *, limits: Limits
     system = None if messages[0]["role"] == "system" else config.system_message
     ids = template.encode(tokenizer, messages, [sum(map(len, block)) for block in tiles], system,
                           tokens_per_tile=config.num_image_token, plain=plain_text, after=after,
-                          room=None if room is None else room - start, limits=limits)
+                          most=None if room is None else room - start)
     _check_room(start + len(ids), room)
     return ids, [tile for block in tiles for picture in block for tile in picture]
 

@@ -9,6 +9,7 @@
     compiled.py   these loops compiled ahead of time by torch (AOTInductor) and kept on disk
     layers.py     the faster modules; each is the definition's class with one method replaced
     graphs.py     on a GPU: a step of the decoder recorded once and replayed (CUDA graphs)
+    threads.py    how many threads share a piece of work
     replace.py    which modules of a model become which of these
 
 Some parts of torch used here are private: `torch._inductor` (compiled.py), `torch.ops.mkldnn` (machine.py, layers.py)

@@ -96,7 +96,7 @@ def loop_file(function: Callable, *fixed) -> Path:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = {line for line in lines if line.startswith(("flags", "Features"))}
     what = [inspect.getsource(function), inspect.getsource(sample), inspect.getsource(build), fixed, torch.__version__,
-            torch.get_num_threads(), sys.version, sorted(processor), os.environ.get("CXX")]
+            sys.version, sorted(processor), os.environ.get("CXX")]
     digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     return cache_folder() / f"{function.__name__}-{digest}.pt2"
 
@@ -105,7 +105,8 @@ def build(function: Callable, *fixed) -> Path:
     """Compile a loop into its file. This takes some seconds, and some more for the first loop of a process."""
     path = loop_file(function, *fixed)
     arguments, sizes = sample(function, *fixed)
-    settings = {"cpp.enable_floating_point_contract_flag": "fast"}
+    # dynamic: as many threads as the caller has when it runs, see threads.py
+    settings = {"cpp.enable_floating_point_contract_flag": "fast", "cpp.dynamic_threads": True}
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), \
             tempfile.TemporaryDirectory(dir=path.parent) as folder:
         warnings.simplefilter("ignore")                 # of all sorts, from deep inside torch

@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import errno
 import os
 import re
 import warnings
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minivl.limits import InputError, offline
+from minivl.limits import InputError, first_of, in_words, offline, reading
 
 SMALL_FILES = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "added_tokens.json",
                "tokenizer.json", "tokenizer_config.json"]
@@ -40,7 +41,8 @@ def find(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Path:
     if os.path.isdir(text):
         if revision is not None:
             raise InputError(f"{text} is a local folder, it has no revision {revision!r}; leave `revision` out")
-        _refuse_adapter(text, os.listdir(text))
+        with reading(text):
+            _refuse_adapter(text, os.listdir(text))
         return Path(text)
     if os.path.exists(text):
         raise InputError(f"{text} is a file; give the folder that holds config.json and the weights")
@@ -73,19 +75,17 @@ def _refuse_adapter(where: str, names: Iterable[str]):
     """Refuse a LoRA adapter, alone or beside weights, which without it would be another model than the one meant."""
     adapters = sorted(n for n in names if ADAPTER.fullmatch(n))
     if adapters:
-        raise InputError(f"{where} holds a LoRA adapter ({', '.join(adapters)}), which minivl does not apply; merge it "
-                         "first (in PEFT: merge_and_unload(), then save_pretrained), or delete these files to use the "
-                         "weights without it")
+        raise InputError(f"{where} holds a LoRA adapter ({first_of(adapters, ', ')}), which minivl does not apply; "
+                         "merge it first (in PEFT: merge_and_unload(), then save_pretrained), or delete these files to "
+                         "use the weights without it")
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
-    import huggingface_hub
     if not offline():
         try:
             with hub_errors(hub_id, revision):
                 files = [file.rfilename for file in hub_info(hub_id, revision).siblings or []]
-                return Path(huggingface_hub.snapshot_download(hub_id, revision=revision,
-                                                              allow_patterns=choose_files(files)))
+                return fetch(hub_id, revision, choose_files(files))
         except InputError as problem:
             cached = _cached(hub_id, revision)
             if cached is None:
@@ -97,6 +97,16 @@ def _download(hub_id: str, revision: str | None) -> Path:
         raise InputError(f"{_at(hub_id, revision)} is not in the local cache (nor a local folder) and offline mode is "
                          "set; unset HF_HUB_OFFLINE once to download it, or give a local folder")
     return cached
+
+
+def fetch(hub_id: str, revision: str | None, names: list[str], to: str | os.PathLike | None = None) -> Path:
+    """Fetch files into the hub's cache, or the folder `to`: weights last, so that what was cut short does not load."""
+    import huggingface_hub
+    weights = [name for name in names if name.endswith(tuple(STEMS))]
+    for wanted in ([name for name in names if name not in weights], weights):
+        # By the name of the revision, not its commit: only so the cache learns what `main` is, for offline use later.
+        folder = huggingface_hub.snapshot_download(hub_id, revision=revision, local_dir=to, allow_patterns=wanted)
+    return Path(folder)
 
 
 def hub_info(hub_id: str, revision: str | None, files_metadata: bool = False):
@@ -139,9 +149,22 @@ def hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
         raise InputError(f"the hub cannot be reached and {at} is not in the local cache; check the network and run "
                          "again, finished files are kept") from None
     except Exception as error:      # the hub client passes on whatever its HTTP library raises
+        refused = _refused_by_the_disk(error)
+        if refused:
+            what = f"{at} cannot be stored" + (f" in {refused.filename}" if refused.filename else "")
+            raise InputError(str(in_words(refused, what, "finished files are kept"))) from None
         reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
         raise InputError(f"could not read {at} from the hub ({reason}), and there is no local folder of that name; "
                          "check the network and run again, finished files are kept") from None
+
+
+def _refused_by_the_disk(error: Exception) -> OSError | None:
+    """Find the error of a file in what the hub client raises: HTTP libraries derive theirs from OSError too."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in full):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))      # as Rust spells it, in which parts of the client are
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number and int(number[1]) in full else None
 
 
 def _at(hub_id: str, revision: str | None) -> str:

@@ -1,7 +1,6 @@
 """Read weight files: every file is checked to be whole, then each tensor is mapped into memory when it is asked for.
 
-Reads model.safetensors, sharded safetensors, and the pickled pytorch_model*.bin of the AWQ repositories (opened with
-weights_only=True, and only after its pickle was seen to name nothing but tensors).
+Reads model.safetensors, sharded safetensors, and the pickled pytorch_model*.bin of the AWQ repositories (pickles.py).
 """
 from __future__ import annotations
 
@@ -10,12 +9,8 @@ import json
 import math
 import mmap
 import os
-import pickletools
-import re
 import warnings
-import zipfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,16 +20,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minivl.files.find import EXPECTED, STEMS
-from minivl.files.sets import WeightSet, first_of, is_here, is_pointer, named, sets_of
-from minivl.limits import InputError
+from minivl.files.pickles import MAX_NAME, a_shape, read_places
+from minivl.files.sets import WeightSet, is_here, is_pointer, named, sets_of
+from minivl.limits import InputError, first_of, is_there, reading
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 MAX_HEADER = 16_000_000     # bytes; the released ones stay below 1 MB, and Python's JSON needs 25 times as much memory
+DIGESTS = "sha256 of dtype, shape and bytes"        # key of a file's metadata: a digest of each tensor, see digest_of
+OLD_DIGESTS = "sha256"                              # the same in older files: a digest of the bytes alone
 OLD_FORMAT = bytes.fromhex("8a0a6cfc9c46f9206aa85019")      # the number with which torch's format before 1.6 begins
-RECORD = re.compile(r"/data/(\d+)$")        # of a tensor, in a zip that torch wrote
-PICKLED = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
-
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -85,11 +80,13 @@ def _open_set(folder: Path, one: WeightSet, verify: bool = True) -> dict[str, St
     """Open the files of a set. `verify`: check the sums of the tensors too, where the files carry any."""
     open_file = _open_pickle if ".bin" in one.name else _open_safetensors
     for file in one.files:
-        if len(file) > 200 or not (folder / file).is_file():
+        if len(file) > 200 or not is_there(folder / file):
             raise InputError(f"{folder} lacks the shard {file} that {one.name} names; download it again")
     tensors = {}
     for file in one.files:
-        for name, tensor in open_file(folder / file, verify).items():
+        with reading(folder / file):
+            opened = open_file(folder / file, verify)
+        for name, tensor in opened.items():
             if name in tensors:
                 raise InputError(f"{name} is in {tensors[name].file.name} and in {file}; the shards do not belong "
                                  "together, download them again")
@@ -147,30 +144,47 @@ def safetensors_header(path: str | os.PathLike, size: int | None = None,
     for a remote file, its total size and its first bytes.
     """
     path = Path(path)
-    size = path.stat().st_size if size is None else size
     bad = f"{path.name} is not a whole safetensors file: "
-    if data is None:
-        _refuse_stand_in(path)
-        with open(path, "rb") as f:
-            data = f.read(8)
-            length = int.from_bytes(data, "little")
-            data += f.read(length) if length <= min(MAX_HEADER, size) else b""
+    with reading(path):
+        size = path.stat().st_size if size is None else size
+        if data is None:
+            _refuse_stand_in(path)
+            with open(path, "rb") as f:
+                data = f.read(8)
+                length = int.from_bytes(data, "little")
+                data += f.read(length) if length <= min(MAX_HEADER, size) else b""
     length = int.from_bytes(data[:8], "little")
     if size < 8 or length > MAX_HEADER or 8 + length > size:
         raise InputError(f"{bad}its first 8 bytes announce a header of {length} bytes, the file has {size}; "
                          "download it again")
     try:
-        header = json.loads(data[8:8 + length], object_pairs_hook=_without_repetition)
+        header = json.loads(data[8:8 + length].decode(), object_pairs_hook=_without_repetition,
+                            parse_constant=_no_number)
         metadata = header.pop("__metadata__", {})
-        entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
-        whole = all(isinstance(n, int) and n >= 0 for _, shape, *ends in entries.values() for n in (*shape, *ends))
-        whole &= all(isinstance(dtype, str) for dtype, *_ in entries.values())
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{bad}its header is corrupt; download it again") from None
-    if not whole or not isinstance(metadata, dict):
+        entries = {name: _entry(name, **entry) for name, entry in header.items()}
+        whole = all(isinstance(text, str) for text in metadata.values())
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        whole = False
+    if not whole:
         raise InputError(f"{bad}its header is corrupt; download it again")
     _check_layout(path.name, entries, 8 + length, size)
     return entries, metadata, 8 + length
+
+
+def _entry(name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[str, tuple, int, int]:
+    """Check the types of a tensor's entry; raises ValueError or TypeError where they are not those of the format."""
+    begin, end = data_offsets
+    numbers = [*shape, begin, end]
+    if not (isinstance(dtype, str) and isinstance(shape, list) and all(type(n) is int for n in numbers)):
+        raise TypeError
+    if min(numbers) < 0 or max(numbers) >= 2**63 or not a_shape(shape) or len(name.encode()) > MAX_NAME:
+        raise ValueError
+    return dtype, tuple(shape), begin, end
+
+
+def _no_number(name: str):
+    """Refuse NaN and Infinity, which Python reads though JSON has none."""
+    raise ValueError(name)
 
 
 def _check_layout(file: str, entries: dict, start: int, size: int):
@@ -180,7 +194,7 @@ def _check_layout(file: str, entries: dict, start: int, size: int):
     last = "the header"
     for name, (dtype, shape, begin, stop) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
         if dtype not in DTYPES:
-            raise InputError(f"{file}: {name} has dtype {dtype}; known are {', '.join(DTYPES)}")
+            raise InputError(f"{file}: {name} has dtype {dtype[:20]}; known are {', '.join(DTYPES)}")
         bytes_needed = math.prod(shape) * DTYPES[dtype].itemsize
         if begin != end or stop - begin != bytes_needed:
             raise InputError(f"{bad}{name} ({dtype} {list(shape)}, {bytes_needed} bytes) is said to lie at "
@@ -216,18 +230,29 @@ def _open_safetensors(path: Path, verify: bool) -> dict[str, StoredTensor]:
             for name, (dtype, shape, begin, _) in entries.items()}
 
 
+def digest_of(dtype: str, shape: Sequence[int], data) -> str:
+    """Compute the digest of a tensor: sha256 of its dtype, named as in the header, its shape, and its bytes."""
+    digest = hashlib.sha256(f"{dtype} {list(shape)} ".encode())
+    digest.update(data)
+    return digest.hexdigest()
+
+
 def _verify_sha256(path: Path, entries: dict, metadata: dict, start: int):
-    """Check each tensor's digest. Files of weights_tools carry them; released ones do not (the hub has the file's)."""
-    if "sha256" not in metadata:
+    """Check each tensor's digest. Files of weights_tools carry them; released ones do not (the hub has the file's).
+
+    Older files carry OLD_DIGESTS, of the bytes alone: there, another dtype of the same size goes unseen.
+    """
+    kind = next((kind for kind in (DIGESTS, OLD_DIGESTS) if kind in metadata), None)
+    if kind is None:
         return
     try:
-        digests = dict(json.loads(metadata["sha256"]))
+        digests = dict(json.loads(metadata[kind]))
     except (ValueError, TypeError, RecursionError):
         raise InputError(f"{path.name}: its list of sha256 digests is corrupt; make or download it again") from None
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
         def digest(entry):
             with view[start + entry[2]:start + entry[3]] as part:
-                return hashlib.sha256(part).hexdigest()
+                return digest_of(*entry[:2], part) if kind == DIGESTS else hashlib.sha256(part).hexdigest()
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for name, found in zip(entries, pool.map(digest, entries.values())):
@@ -237,7 +262,7 @@ def _verify_sha256(path: Path, entries: dict, metadata: dict, start: int):
 
 
 def _open_pickle(path: Path, verify: bool) -> dict[str, StoredTensor]:
-    """Open pytorch_model.bin: a zip of one pickle and a record per tensor. Only tensors are unpickled, no code runs."""
+    """Open pytorch_model.bin, see pickles.py."""
     _refuse_stand_in(path)
     with open(path, "rb") as f:
         old = OLD_FORMAT in f.read(40)
@@ -246,29 +271,7 @@ def _open_pickle(path: Path, verify: bool) -> dict[str, StoredTensor]:
                          "_use_new_zipfile_serialization=False), without checksums, which cannot be mapped; convert "
                          f"it once: python -c \"import torch; f = {str(path)!r}; torch.save(torch.load(f, "
                          "weights_only=True), f)\"")
-    damaged = f"{path.name} is not a whole PyTorch file (a zip of tensors); download it again"
-    records = _check_zip(path, damaged)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:       # pickle, zip and runtime errors, with pages of advice to switch the check off
-        raise InputError(damaged) from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor)
-                                              for k, v in state.items()):
-        raise InputError(f"{path.name} does not hold a dict of names and tensors; download it again")
-    for name, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise InputError(f"{path.name}: {name} is not a plain dense tensor; download it again")
-    # torch takes a storage's size from the pickle and maps that many bytes, beyond the end of its record if need be.
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.values()}
-    if sum(storages.values()) != records:
-        raise InputError(f"{path.name}: its tensors claim {sum(storages.values())} bytes, its records hold {records}; "
-                         "the file was altered or damaged, download it again")
-    if verify:
-        _verify_crc(path, list(state))
-    # torch maps the file as one piece, which stays in memory as long as any tensor of it. So each is mapped again when
-    # it is read.
-    base = min((start for start, size in storages.items() if size), default=0) - _first_record(path)
-    return {name: _stored(path, t.data_ptr() - base, tuple(t.shape), t.stride(), t.dtype) for name, t in state.items()}
+    return {name: _stored(path, *place) for name, place in read_places(path, verify).items()}
 
 
 def _stored(path: Path, at: int, shape: tuple, stride: tuple | None, dtype: torch.dtype) -> StoredTensor:
@@ -284,75 +287,8 @@ def _map(path: Path, at: int, shape: tuple, stride: tuple | None, dtype: torch.d
         return torch.empty(shape, dtype=dtype)
     numbers = math.prod(shape) if stride is None else 1 + sum((n - 1) * step for n, step in zip(shape, stride))
     end = at + numbers * dtype.itemsize
-    storage = torch.UntypedStorage.from_file(str(path), False, end)[at:end]
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, *([] if stride is None else [stride])).contiguous()
-
-
-def _first_record(path: Path) -> int:
-    """Find where the first tensor record's bytes begin: after its local header, whose length is in it."""
-    with zipfile.ZipFile(path) as archive:
-        records = [r for r in archive.infolist() if r.file_size and RECORD.search(r.filename)]
-    header = min((r.header_offset for r in records), default=0)
-    with open(path, "rb") as f:
-        f.seek(header + 26)
-        name, extra = (int.from_bytes(f.read(2), "little") for _ in range(2))
-    return header + 30 + name + extra
-
-
-def _check_zip(path: Path, damaged: str) -> int:
-    """Count the bytes of all tensor records; refuse what torch.save never writes, before torch reads the file.
-
-    That is: compressed or repeated records (a small file could fill the memory), and a pickle that names anything but
-    dicts, storages and tensors, or builds towers of tuples out of one another (hashing such a key never ends).
-    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            if len({r.filename for r in records}) != len(records) or any(
-                    r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records):
-                raise InputError(f"{path.name} has compressed or repeated records, torch writes none such; do not use "
-                                 "this checkpoint")
-            pickles = [r for r in records if r.filename.endswith("/data.pkl")]
-            if len(pickles) != 1 or pickles[0].file_size > MAX_HEADER:
-                raise InputError(damaged)
-            tuples = set()
-            previous = ""
-            for op, argument, _ in pickletools.genops(archive.read(pickles[0])):
-                called = argument if op.name in ("GLOBAL", "INST") else op.name
-                if op.name in ("GLOBAL", "INST", "STACK_GLOBAL", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4") \
-                        and not (op.name == "GLOBAL" and PICKLED.fullmatch(argument)):
-                    raise InputError(f"{path.name} holds more than tensors (its pickle asks for {called!r}); refused, "
-                                     "nothing of it was run. Do not use this checkpoint")
-                if previous.endswith(("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")) and "PUT" in op.name:
-                    tuples.add(argument)
-                if op.name == "DUP" or "GET" in op.name and argument in tuples:
-                    raise InputError(damaged)
-                previous = op.name
-            return sum(r.file_size for r in records if RECORD.search(r.filename))
-    except InputError:
-        raise
-    except Exception:       # zipfile and pickletools raise many things for damaged files
-        raise InputError(damaged) from None
-
-
-def _verify_crc(path: Path, names: list[str]):
-    """Check the CRC-32 that the zip keeps of each record: torch's memory-mapped reader does not look at it."""
-    with zipfile.ZipFile(path) as archive:
-        def checksum(record):
-            crc = 0
-            try:
-                with archive.open(record) as f:
-                    f._expected_crc = None      # the zipfile module would raise without saying which tensor
-                    while chunk := f.read(1 << 24):
-                        crc = zlib.crc32(chunk, crc)
-                return crc
-            except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError):
-                return None
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for record, crc in zip(archive.infolist(), pool.map(checksum, archive.infolist())):
-                if crc != record.CRC:
-                    number = RECORD.search(record.filename)     # records are numbered in the dict's order
-                    name = names[int(number[1])] if number and int(number[1]) < len(names) else record.filename
-                    raise InputError(f"{path.name}: {name} does not match its checksum; the file was altered or "
-                                     "damaged, download it again")
+        storage = torch.UntypedStorage.from_file(str(path), False, end)[at:end]
+    except RuntimeError as error:       # torch's own, around what the operating system says
+        raise InputError(f"{path} cannot be read any more ({str(error).splitlines()[0]}); load it again") from None
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, *([] if stride is None else [stride])).contiguous()

@@ -18,9 +18,8 @@ from minivl import fast
 from minivl.config import Config, left_out, read_json
 from minivl.files.find import find
 from minivl.files.formats import DTYPES, StoredTensor, open_weights
-from minivl.files.sets import first_of
 from minivl.forks import check_process
-from minivl.limits import InputError
+from minivl.limits import InputError, first_of, is_there
 from minivl.memory import full_memory_told
 from minivl.model import MiniVL
 from minivl.tokenizer import read_listing
@@ -150,7 +149,8 @@ def _check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
 
 def _refuse_other_kinds(tensors: dict[str, StoredTensor], wanted: dict[str, torch.Tensor], folder: Path):
     """Refuse, in one sentence, weights that are no damaged checkpoint but a whole one of another kind."""
-    lora = [n for n in tensors if "base_model.model." in n or ".lora_" in n]
+    marks = ("base_model.model.", ".lora_", ".base_layer.", ".modules_to_save.")
+    lora = [n for n in tensors if any(mark in n for mark in marks)]
     if lora:
         raise InputError(f"the weights in {folder} are a LoRA checkpoint ({len(lora)} names like {lora[0]}), merge it "
                          "first: PEFT's merge_and_unload() and save_pretrained, or InternVL's own tools/merge_lora.py")
@@ -159,13 +159,25 @@ def _refuse_other_kinds(tensors: dict[str, StoredTensor], wanted: dict[str, torc
         raise InputError(f"the weights in {folder} have the names of transformers' own classes ({renamed[0]}), as the "
                          "-hf repositories; take the original release, the repository without -hf, or convert it back "
                          "with InternVL's tools/internvl_hf2custom.py")
+    before = {n.removesuffix(HEAD) for n in tensors if n.endswith("." + HEAD)}
+    if len(before) == 1 and {prefix + n for prefix in before for n in wanted} == tensors.keys():
+        prefix, = before
+        cut = f"t = {{n[{len(prefix)}:]: x for n, x in t.items()}}"
+        raise InputError(f"the names of the weights in {folder} all begin with {prefix!r}, which a wrapper such as "
+                         "torch.compile or DistributedDataParallel puts there; save the model inside it, or take that "
+                         f"away once: {_write_once(folder, cut)}")
     if wanted.keys() - tensors.keys() == {HEAD}:
         raise InputError(f"the weights in {folder} lack {HEAD}, which was tied to the embedding and not saved. The "
                          "original class never ties the two and would begin with a random head; if they were one in "
-                         "training, write it once: python -c \"from minivl.files.formats import open_weights; "
-                         f"from weights_tools.files import save_checkpoint; f = {str(folder)!r}; "
-                         "t = {n: s.read() for n, s in open_weights(f).items()}; "
-                         f"t[{HEAD!r}] = t[{EMBEDDING!r}]; save_checkpoint(t, f, overwrite=True)\"")
+                         f"training, write it once: {_write_once(folder, f't[{HEAD!r}] = t[{EMBEDDING!r}]')}")
+
+
+def _write_once(folder: Path, change: str) -> str:
+    """Spell the command that writes the weights of a folder again, after a change of the dict t of its tensors."""
+    return ("python -c \"from minivl.files.formats import open_weights; "
+            "from weights_tools.files import save_checkpoint; "
+            f"f = {str(folder)!r}; t = {{n: s.read() for n, s in open_weights(f).items()}}; {change}; "
+            "save_checkpoint(t, f, overwrite=True)\"")
 
 
 SHOWN_BY = {        # a key that config.json may leave out: the problem with a tensor that shows its default to be wrong
@@ -218,7 +230,7 @@ def _token_ids(folder: Path, config: Config) -> tuple[int | None, tuple[int, ...
     # at <|im_end|> alone. The union is safe: none of them can be part of an answer.
     eos = {added["<|im_end|>"]} if "<|im_end|>" in added else set()
     sources = [read_json(folder / "config.json")["llm_config"]]
-    if (folder / "generation_config.json").is_file():
+    if is_there(folder / "generation_config.json"):
         sources.append(read_json(folder / "generation_config.json"))
     for source in sources:
         ids = source.get("eos_token_id")

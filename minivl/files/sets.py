@@ -8,11 +8,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from minivl.config import read_json
+from minivl.config import LFS, read_json
 from minivl.files.find import STEMS, shard_of
-from minivl.limits import InputError
-
-POINTER = b"version https://git-lfs.github.com/spec/"
+from minivl.limits import InputError, clip, first_of, is_there, reading
 
 
 @dataclass(frozen=True)
@@ -27,9 +25,9 @@ def sets_of(folder: Path, suffix: str) -> list[WeightSet]:
     """List the sets of one format: the single file, then the index with its shards, or shards without an index."""
     single = f"{STEMS[suffix]}.{suffix}"
     index = f"{single}.index.json"
-    shards = {name: shard for name in sorted(os.listdir(folder)) if (shard := shard_of(name, suffix))}
+    shards = {name: shard for name in _names(folder) if (shard := shard_of(name, suffix))}
     sets = []
-    if (folder / index).is_file():
+    if is_there(folder / index):
         weight_map = _weight_map(folder / index)
         files = sorted(set(weight_map.values()))
         sets.append(WeightSet(index, files, weight_map))
@@ -46,9 +44,14 @@ def sets_of(folder: Path, suffix: str) -> list[WeightSet]:
             raise InputError(f"{folder} holds {len(shards)} of {counts[0]} shards ({first_of(list(shards), ', ', 3)}) "
                              f"and no {index}; download it again, or delete them if you mean other weights")
         sets.append(WeightSet(next(iter(shards)), list(shards), None))
-    if (folder / single).is_file() and not (sets and single in sets[0].files):
+    if is_there(folder / single) and not (sets and single in sets[0].files):
         sets.insert(0, WeightSet(single, [single], None))
     return sets
+
+
+def _names(folder: Path) -> list[str]:
+    with reading(folder):
+        return sorted(os.listdir(folder))
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -60,7 +63,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     weight_map = {name: file.removeprefix("./") for name, file in weight_map.items()}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file.startswith("."):
-            raise InputError(f"{index.name} points outside its folder: {file!r}; do not use this checkpoint")
+            raise InputError(f"{index.name} points outside its folder: {clip(file)!r}; do not use this checkpoint")
+        if len(file) > 200:
+            raise InputError(f"{index.name} in {index.parent} names a file {clip(file)!r}, longer than any file system "
+                             "takes; download it again")
     return weight_map
 
 
@@ -72,16 +78,11 @@ def named(one: WeightSet) -> str:
 
 def is_here(path: Path) -> bool:
     """Tell whether a file is there: a git-lfs pointer only stands for one."""
-    return len(path.name) <= 200 and path.is_file() and not is_pointer(path)
+    # An index can name anything; the system raises for a name of more than 255 bytes.
+    return len(path.name) <= 200 and is_there(path) and not is_pointer(path)
 
 
 def is_pointer(path: Path) -> bool:
     """Tell whether a file is the small text that git keeps in place of a large file."""
-    with open(path, "rb") as f:
-        return f.read(len(POINTER)) == POINTER
-
-
-def first_of(problems: list[str], separator: str = "\n  ", most: int = 20) -> str:
-    """Join problems, but at most 20 of them and the count of the others."""
-    more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
-    return separator.join(problems[:most] + more)
+    with reading(path), open(path, "rb") as f:
+        return f.read(len(LFS)) == LFS.encode()

@@ -242,12 +242,14 @@ def _read_response(response: http.client.HTTPResponse, deadline: float, limits: 
     promised = response.length                  # Content-Length in bytes, None when the server does not say
     limit = limits.picture_bytes
     if promised is not None and promised > limit:
-        raise InputError(f"{name} has {promised} bytes, the limit is {limit}; raise Limits(picture_bytes=...)")
+        raise InputError(f"{name} has {promised} bytes, the limit is {limit}; make it smaller "
+                         "or raise Limits(picture_bytes=...)")
     body = bytearray()
     while chunk := response.read1(65536):       # read1 returns what has come; read would wait for all of it
         body += chunk
         if len(body) > limit:
-            raise InputError(f"{name} has more than {limit} bytes, the limit; raise Limits(picture_bytes=...)")
+            raise InputError(f"{name} has more than {limit} bytes, the limit; make it smaller or raise "
+                             "Limits(picture_bytes=...)")
         if time.monotonic() > deadline:
             raise TimeoutError
     if promised is not None and len(body) < promised:
@@ -255,13 +257,22 @@ def _read_response(response: http.client.HTTPResponse, deadline: float, limits: 
     return bytes(body), None
 
 
-def data_url_bytes(url: str, limits: Limits) -> bytes:
-    """Decode the bytes of a data:image/...;base64,... URL."""
+def data_url_bytes(url: str, limits: Limits) -> tuple[bytes, str]:
+    """Decode a data: URL, base64 or percent-coded: (its bytes, how to name it in messages).
+
+    The type it states is not looked at, what the bytes are decides. Base64 may be url-safe, percent-coded, broken into
+    lines, and without its = at the end. Source: RFC 2397, RFC 4648 section 5.
+    """
     head, comma, payload = url.partition(",")
-    if not comma or not re.fullmatch("data:image/[^;]*(;[^;]*)*;base64", head[:200], re.IGNORECASE):
-        raise InputError("a data: URL must start with data:image/...;base64, and then hold the picture in base64")
-    check_bytes(len(payload) * 3 // 4 - payload.count("="), limits.picture_bytes, "picture_bytes", "the data: URL")
+    if not comma:
+        raise InputError("the data: URL has no comma; it must be data:image/...;base64, and then the picture in base64")
+    coded = "base64" in (parameter.strip().lower() for parameter in head.split(";")[1:])
+    name = "the data: URL" if coded else "the data: URL (percent-coded, as it does not say ;base64)"
+    data = urllib.parse.unquote_to_bytes(payload if coded else re.sub(r"[\t\r\n]", "", payload))
+    if coded:
+        data = b"".join(data.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+    check_bytes(len(data) * 3 // 4 if coded else len(data), limits.picture_bytes, "picture_bytes", name)
     try:
-        return base64.b64decode("".join(payload.split()), validate=True)
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True) if coded else data, name
     except ValueError:
         raise InputError("the data: URL is not valid base64 after the comma; encode the picture file again") from None

@@ -17,6 +17,7 @@ from PIL import Image
 from minivl.limits import InputError, Limits
 from minivl.media.fetch import data_url_bytes, fetch, show_url
 from minivl.media.local import check_bytes, local_path, read_file
+from minivl.media.parts import Parts, check_cost, parts_of
 
 # What Pillow may open. Its other plug-ins are left out: some start programs (EPS: Ghostscript), few are well tested.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -29,17 +30,19 @@ def load_image(source: Image.Image | str | os.PathLike | bytes | bytearray | mem
                allow_paths: bool = True, allow_urls: bool = True, allow_hosts: Collection[str] = ()) -> Image.Image:
     """Open one picture as a new PIL image of mode "RGB", exactly as `Image.open(x).convert("RGB")` gives it.
 
-    source: a PIL image, path (str, pathlib.Path, file:// URL), http(s):// URL, data:image/...;base64, URL, or bytes.
+    source: a PIL image, path (str, pathlib.Path, file:// URL), http(s):// URL, data: URL (base64 or percent-coded,
+    whatever type it states), or bytes.
     As in the reference, EXIF rotation is NOT applied, alpha is dropped (not blended), animations give frame one.
     allow_hosts: host names that may resolve to private addresses, see `fetch`. Raises InputError.
     """
     if isinstance(source, Image.Image):
+        _check_open(source)
         check_size(*source.size, "the PIL image", limits)
         return to_rgb(source, "the PIL image")
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(bytes(source), "the bytes given", limits)
-    if isinstance(source, str) and source[:5].lower() == "data:":
-        return _decode(data_url_bytes(source, limits), "the data: URL", limits)
+    if isinstance(source, str) and re.match(r"\s*data:", source, re.IGNORECASE):
+        return _decode(*data_url_bytes(source, limits), limits)
     if isinstance(source, str) and re.match("https?:", source, re.IGNORECASE):
         if not allow_urls:
             raise InputError(f"{show_url(source)}: URLs are not accepted here; download the picture and give its "
@@ -52,20 +55,37 @@ def load_image(source: Image.Image | str | os.PathLike | bytes | bytearray | mem
                      "data:image/...;base64, URL, or the bytes of a picture file")
 
 
+def _check_open(image: Image.Image) -> None:
+    """Refuse a PIL image that was closed, itself or its file, before its pixels were read."""
+    file = getattr(image, "fp", None)
+    closed = bool(getattr(image, "tile", None)) and (file is None or getattr(file, "closed", False))
+    try:
+        image.im.mode       # noqa: B018  Pillow keeps an error in place of a closed image's pixels
+    except ValueError:
+        closed = True
+    except (AssertionError, AttributeError):        # not read yet
+        pass
+    if closed:
+        raise InputError("the PIL image is closed, its pixels are gone; use it inside the `with Image.open(...)` "
+                         "block, or give a copy made there: image.copy()")
+
+
 def _decode(data: bytes, name: str, limits: Limits) -> Image.Image:
     """Decode the bytes of a picture file into an RGB image."""
-    return to_rgb(open_picture(data, name, limits), name)
+    return to_rgb(open_picture(data, name, limits)[0], name)
 
 
-def open_picture(data: bytes, name: str, limits: Limits) -> Image.Image:
+def open_picture(data: bytes, name: str, limits: Limits) -> tuple[Image.Image, Parts]:
     """Open the bytes of a picture file as a PIL image: the header is checked, the pixels are not decoded yet."""
     check_bytes(len(data), limits.picture_bytes, "picture_bytes", name)
     if not MAGIC.match(data):
         raise InputError(f"{name} is not a picture in an accepted format ({FORMAT_NAMES}); convert it to one of them")
+    parts = parts_of(data, name, limits)
     with translated(name, "the header of the picture is damaged, cut short, or claims a size of zero; save it again"):
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(parts.data), formats=FORMATS)
     check_size(*image.size, name, limits)
-    return image
+    check_cost(parts, *image.size, name, limits)
+    return image, parts
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -116,6 +136,11 @@ def translated(name: str, problem: str, bugs: tuple[type[Exception], ...] = ()) 
         # Pillow's own guard, process-wide, and lower than a raised Limits.picture_pixels: not ours to change.
         raise InputError(f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels, refused by Pillow; make it smaller, "
                          "or raise both PIL.Image.MAX_IMAGE_PIXELS and Limits(picture_pixels=...)") from None
+    except ValueError as error:
+        if "MAX_TEXT" in str(error):    # of a PIL image only: bytes come here without their texts
+            problem = ("it holds a text or colour profile over Pillow's limit (PngImagePlugin.MAX_TEXT_CHUNK); give "
+                       "the file itself, which is read without it")
+        raise InputError(f"{name}: {problem}") from None
     except MemoryError:
         raise InputError(f"{name} does not fit into the memory when decoded; make it smaller") from None
     except Exception:

@@ -38,7 +38,8 @@ def bars(values: Iterable, names: Iterable, *, title: str = "", unit: str = "", 
                  f'fill="rgb{shade(math.copysign(1, value), 1)}">'
                  f'<title>{escape(name)}: {value:.5g} {escape(unit)}</title></rect>')
         body += text(zero + max(0.0, value) * scale + 5, y + 14, ends[i], size=11)
-    return Svg(body, max(width, label + room + 12 + 6.5 * max(map(len, ends))), above + 20 * len(values) + 6)
+    about = f"{title or 'bars'}: " + ", ".join(f"{name} {end}" for name, end in zip(names, ends))
+    return Svg(body, max(width, label + room + 12 + 6.5 * max(map(len, ends))), above + 20 * len(values) + 6, about)
 
 
 def curve(series: dict[str, Sequence], *, title: str = "", x: str = "", y: str = "", log: bool = False,
@@ -101,7 +102,8 @@ def curve(series: dict[str, Sequence], *, title: str = "", x: str = "", y: str =
         if abs(lies - level) > 1:       # moved: a short stroke says whose name it is
             body += f'<path d="M{end:.1f} {level:.1f} L{end + 6:.1f} {lies:.1f}" fill="none" stroke="{colour}"/>'
         body += text(end + 7, lies + 4, name, colour=colour)
-    return Svg(body, width, height)
+    ranges = ", ".join(f"{name} from {line[0][1]:.4g} to {line[-1][1]:.4g}" for name, line in lines.items())
+    return Svg(body, width, height, f"{title or ' by '.join(filter(None, (y, x))) or 'curves'}: {ranges}")
 
 
 def _apart(levels: Sequence[float], top: float, bottom: float) -> list[float]:

@@ -61,7 +61,9 @@ def heat(values: torch.Tensor | Sequence, rows: str = "", columns: str = "", *, 
     for i, note in enumerate(notes):
         body += text(left, above + height + 16 + 14 * i, note, size=11, colour=FAINT)
     full = max(left + width + 12, left + 6.2 * max(map(len, notes)), left + 7.4 * len(title))
-    return Svg(body, full, above + height + 10 + 14 * len(notes))
+    sides = f"{rows or 'rows'} x {columns or 'columns'}"
+    about = f"{title or 'map'}: {R} x {C} squares, {sides}, from {low:.3g} to {float(m.max()):.3g}"
+    return Svg(body, full, above + height + 10 + 14 * len(notes), about)
 
 
 def _squares(m: torch.Tensor, left: float, above: float, cell: float, top: float, numbers: bool) -> str:
@@ -78,7 +80,7 @@ def _squares(m: torch.Tensor, left: float, above: float, cell: float, top: float
             if numbers:
                 body += text(x + cell / 2, y + cell / 2 + 4, f"{v:.3g}", anchor="middle", size=11, colour=ink)
             elif v < -0.15 * top and cell >= 9:
-                body += text(x + cell / 2, y + cell / 2 + 3, "\u2212", anchor="middle", size=9, colour=ink)
+                body += f'<path d="M{x + cell / 2 - 2.5:.1f} {y + cell / 2:.1f} h5" stroke="{ink}"/>'
     return body
 
 
@@ -99,11 +101,14 @@ def overlay(image: Image.Image, weights: torch.Tensor | Sequence, *, title: str 
             pale = 0.85 * (1 - max(0.0, v) / top)
             body += (f'<rect x="{4 + c * w:.1f}" y="{above + r * h:.1f}" width="{w:.2f}" height="{h:.2f}" fill="white" '
                      f'fill-opacity="{pale:.2f}"><title>[{r}, {c}] = {v:.4g}</title></rect>')
-    for n, flat in enumerate(m.flatten().topk(min(3, m.numel())).indices.tolist(), start=1):
-        x = 4 + flat % C * w
-        y = above + flat // C * h
+    heaviest = [divmod(flat, C) for flat in m.flatten().topk(min(3, m.numel())).indices.tolist()]
+    for n, (r, c) in enumerate(heaviest, start=1):
+        x = 4 + c * w
+        y = above + r * h
         body += (f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" fill="none" stroke="{INK}" '
                  f'stroke-width="2"/><rect x="{x:.1f}" y="{y:.1f}" width="13" height="13" fill="white"/>')
         body += text(x + 3, y + 11, n, size=10, weight="bold")
     note = f"{R} x {C} squares; clear {top:.3g}, pale 0"
-    return Svg(body + text(4, above + height + 15, note, size=11, colour=FAINT), width + 8, above + height + 22)
+    places = ", ".join(f"[{r}, {c}]" for r, c in heaviest)
+    about = f"{title or 'map over a picture'}: {note}; heaviest at [row, column] {places}"
+    return Svg(body + text(4, above + height + 15, note, size=11, colour=FAINT), width + 8, above + height + 22, about)

@@ -21,8 +21,9 @@ def tiles(image: Image.Image, *, max_num: int = 12, tile_size: int = 448, use_th
     side = width / max(columns, 3)
     height = rows * side
     above = 24
-    title = f"{image.width}x{image.height} \u2192 {columns}x{rows} tiles of {tile_size}"
-    body = text(4, 16, title + (" and a thumbnail" if has_thumbnail else ""), weight="bold")
+    title = f"{image.width}x{image.height}: {columns}x{rows} tiles of {tile_size}"
+    title += " and a thumbnail" if has_thumbnail else ""
+    body = text(4, 16, title, weight="bold")
     for n, piece in enumerate(cut[:columns * rows]):
         x = 4 + n % columns * side
         y = above + n // columns * side
@@ -39,32 +40,42 @@ def tiles(image: Image.Image, *, max_num: int = 12, tile_size: int = 448, use_th
         right += 14 + small
         height = max(height, small + 18)
     note = f"{len(cut)} x {tokens_per_tile} = {len(cut) * tokens_per_tile} visual tokens"
-    return Svg(body + text(4, above + height + 18, note), max(right + 8, 8 + 8 * 44), above + height + 26)
+    return Svg(body + text(4, above + height + 18, note), max(right + 8, 8 + 8 * 44), above + height + 26,
+               f"{title}, {note}")
 
 
-def strip(stages: Iterable[tuple], *, here: str | None = None, width: float = 860) -> Svg:
-    """Draw [(name, shape or words), ...] as boxes with arrows; the one called `here` has a heavy frame and a mark."""
+def strip(stages: Iterable[tuple], *, here: str | None = None, width: float = 560) -> Svg:
+    """Draw [(name, shape or words), ...] as boxes with arrows, in rows of at most `width` pixels; the one called `here`
+    has a heavy frame and a mark."""
     stages = [(str(name), _shape(shape)) for name, shape in stages]
     names = [name for name, _ in stages]
     if not stages or here is not None and here not in names:
         raise InputError(f"{here!r} is none of the stages {', '.join(names)}")
     gap = 22
-    box = (width - 8 - gap * (len(stages) - 1)) / len(stages)
     body = ""
+    x = 4
+    top = 22
+    right = 0
     for i, (name, shape) in enumerate(stages):
-        x = 4 + i * (box + gap)
-        middle = x + box / 2
         now = name == here
-        body += (f'<rect x="{x:.1f}" y="22" width="{box:.1f}" height="44" rx="5" '
+        box = max(60, 7 * len(name) + 14, 6 * len(shape) + 14)
+        if i and x + box > width - 4:       # an arrow leads into each further row
+            x = 4 + gap
+            top += 68
+        middle = x + box / 2
+        body += (f'<rect x="{x}" y="{top}" width="{box}" height="44" rx="5" '
                  f'fill="{"#e3edf7" if now else "white"}" stroke="{INK}" stroke-width="{2.5 if now else 1}"/>')
-        body += text(middle, 40, name, anchor="middle", weight="bold" if now else "normal",
-                     size=min(12, 1.75 * box / max(4, len(name))))
-        body += text(middle, 57, shape, anchor="middle", colour=FAINT, size=min(11, 1.75 * box / max(4, len(shape))))
+        body += text(middle, top + 18, name, anchor="middle", weight="bold" if now else "normal")
+        body += text(middle, top + 35, shape, anchor="middle", colour=FAINT, size=11)
         if now:
-            body += text(middle, 15, "\u25bc here", anchor="middle", size=11)
+            body += text(middle, top - 8, "here", anchor="middle", size=11, weight="bold")
+            body += f'<path d="M{middle - 4:.1f} {top - 6} l4 4 l4 -4" fill="none" stroke="{INK}"/>'
         if i:
-            body += f'<path d="M{x - gap + 4:.1f} 44 h{gap - 9} m-4 -4 l4 4 l-4 4" fill="none" stroke="{INK}"/>'
-    return Svg(body, width, 74)
+            body += f'<path d="M{x - gap + 4} {top + 22} h{gap - 9} m-4 -4 l4 4 l-4 4" fill="none" stroke="{INK}"/>'
+        right = max(right, x + box)
+        x += box + gap
+    about = "stages: " + ", ".join(f"{name} ({shape})" for name, shape in stages) + (f"; here: {here}" if here else "")
+    return Svg(body, right + 4, top + 52, about)
 
 
 def _shape(shape: object) -> str:

@@ -3,34 +3,47 @@ from __future__ import annotations
 
 import base64
 import io
-from html import escape
+import re
+from html import escape, unescape
 from os import PathLike
 from pathlib import Path
 
 from PIL import Image
 
+from minivl.show.png import png
+
 INK = "#1c2733"
-FAINT = "#8a96a3"
+FAINT = "#65717e"       # five times as dark as the card: small words stay legible
 LOW = (11, 83, 148)     # positive values
 HIGH = (176, 78, 0)     # negative ones
 
 
 class Svg:
-    """Hold a drawing of `width` x `height` pixels; `body` is what stands between <svg> and </svg>."""
+    """Hold a drawing of `width` x `height` pixels; `body` is what stands between <svg> and </svg>.
 
-    def __init__(self, body: str, width: float, height: float):
+    `about`: what is to be seen, for those who do not see it; the words of the drawing if not given.
+    """
+
+    def __init__(self, body: str, width: float, height: float, about: str = ""):
         self.body = body
         self.width = width
         self.height = height
+        self.about = about or unescape(" ".join(re.findall(r"<text[^>]*>([^<]*)</text>", body))) or "a picture"
 
     def __str__(self) -> str:
         size = f"{self.width:.0f} {self.height:.0f}"
         return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{self.width:.0f}" height="{self.height:.0f}" '
-                f'viewBox="0 0 {size}" font-family="system-ui, sans-serif" font-size="12">'
+                f'viewBox="0 0 {size}" role="img" aria-label="{escape(self.about)}" '
+                'font-family="system-ui, sans-serif" font-size="12">'
                 f'<rect width="100%" height="100%" rx="6" fill="white"/>{self.body}</svg>')
 
-    def _repr_svg_(self) -> str:
-        return str(self)
+    def __repr__(self) -> str:
+        return f"[drawing: {self.about}]"
+
+    def _repr_png_(self) -> tuple[bytes, dict]:
+        """Show the drawing in a notebook: as a picture, the one form that every page shows without trusting it."""
+        return png(str(self)), {"width": round(self.width), "height": round(self.height), "alt": self.about,
+                                "unconfined": True}     # wide ones scroll and keep their letters' size
 
     def save(self, path: str | PathLike) -> Path:
         """Write the drawing to a file and return its path."""
@@ -45,7 +58,7 @@ def beside(*drawings: Svg, gap: float = 16) -> Svg:
     for drawing in drawings:
         body += f'<g transform="translate({x:.1f} 0)">{drawing.body}</g>'
         x += drawing.width + gap
-    return Svg(body, x - gap, max(drawing.height for drawing in drawings))
+    return Svg(body, x - gap, max(drawing.height for drawing in drawings), "; ".join(d.about for d in drawings))
 
 
 def text(x: float, y: float, words: object, *, anchor: str = "start", size: float = 12, colour: str = INK,

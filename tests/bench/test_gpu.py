@@ -10,9 +10,9 @@ from weights_tools.bench import gpu
 
 def test_the_whole_script_on_the_cpu(tmp_path, capsys):
     code = command.main(["--device", "cpu", "--size", "tiny", "--questions", "2", "--parts", "proof", "speed", "--json",
-                         str(tmp_path / "gpu.json")])
+                         str(tmp_path / "new" / "my.json")])
     said = capsys.readouterr().out
-    rows = json.loads((tmp_path / "gpu.json").read_text())
+    rows = json.loads((tmp_path / "new" / "my.json").read_text())
     assert code == 0 and all(row["good"] is not False for row in rows), said
     named = " ".join(row["what"] for row in rows)
     for what in ("qwen2, float32", "qwen2-awq, bfloat16", "12 greedy tokens", "6B tower", "an edit of qwen2.MLP",
@@ -43,5 +43,5 @@ def test_without_a_checkpoint_or_device_it_says_what_to_name():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_proof_on_a_gpu(tmp_path):
-    report = gpu.run("cuda", count=40, out=tmp_path, parts=("proof",))
+    report = gpu.run("cuda", count=40, out=tmp_path / "gpu.json", parts=("proof",))
     assert not report.failed

@@ -84,14 +84,16 @@ def test_limits(pipe):
 
 def test_far_too_much_is_refused_early(pipe, monkeypatch):
     """Neither all the text is tokenized nor all pictures are opened; long lists are counted first."""
-    monkeypatch.setattr("minivl.prompt.PIECE", 100)
     read = []
-    whole = minivl.Tokenizer.encode
-    monkeypatch.setattr(minivl.Tokenizer, "encode",
-                        lambda self, text, **how: read.append(text) or whole(self, text, **how))
-    with pytest.raises(InputError, match="the prompt has at least 1[0-9][0-9] tokens and leaves no room"):
-        with_config(pipe, session_len=100)("two words " * 100_000)
-    assert sum(map(len, read)) < 1000
+    whole = minivl.Tokenizer._ids_of
+    monkeypatch.setattr(minivl.Tokenizer, "_ids_of",
+                        lambda self, text, plain: read.append(text) or whole(self, text, plain))
+    small = with_config(pipe, session_len=100)
+    session = small.chat("hello", gen_config=GenerationConfig(max_new_tokens=1))
+    for ask, room in ((small, "100"), (lambda text: small.chat(text, session), "[0-9]{2}")):
+        with pytest.raises(InputError, match=f"there is room for {room}; use a shorter text"):
+            ask("two words " * 100_000)
+    assert sum(map(len, read)) < 20_000
     opened = []
     tiles = minivl.chat.requests.open_tiles
     monkeypatch.setattr(minivl.chat.requests, "open_tiles", lambda *args: opened.append(1) or tiles(*args))

@@ -180,3 +180,14 @@ def test_repr_of_a_pipeline_and_a_session(tiny, pipe):
     pipe.chat("hello", session, SHORT)
     session.close()
     assert repr(session) == f"<Session {session.id}: 1 turn, {len(session.ids)} tokens, closed>"
+
+
+def test_a_text_of_millions_of_tokens_is_refused_before_they_are_made(pipe, monkeypatch):
+    made = []
+    ids_of = minivl.Tokenizer._ids_of
+    monkeypatch.setattr(minivl.Tokenizer, "_ids_of",
+                        lambda self, text, plain: made.append(len(text)) or ids_of(self, text, plain))
+    for text in ("7" * 1_900_000, [{"role": "user", "content": "\U0001d160" * 1_900_000}]):
+        with pytest.raises(InputError, match="use a shorter text"):
+            pipe(text)
+    assert max(made) < 10 * pipe.room + 10_000 < 500_000

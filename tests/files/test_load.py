@@ -74,6 +74,14 @@ def test_defaults():
     assert {p.requires_grad for p in model.parameters()} == {True}
 
 
+@pytest.mark.parametrize("listed", [True, [True], [599, False], "599", 599.0, {"a": 599}, [[599]], 10 ** 6, -1, None])
+def test_what_is_no_id_stops_nothing(copy, listed):
+    """For Python true is the number 1: an answer would end at that token."""
+    edit(copy, lambda config: config["llm_config"].update(eos_token_id=listed))
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    assert set(minivl.load(copy).eos_token_ids) <= {599}
+
+
 def test_token_ids_come_from_the_files(tiny, tmp_path):
     model, tokenizer = minivl.load(tiny), minivl.Tokenizer.load(tiny)
     assert model.img_context_token_id == tokenizer.id("<IMG_CONTEXT>")

@@ -9,8 +9,8 @@ from checkpoints import IDS, logits, raw, refused, write
 import minivl
 from minivl.files.find import choose_files
 from minivl.files.formats import open_weights
-from minivl.files.sets import first_of, sets_of
-from minivl.limits import InputError
+from minivl.files.sets import sets_of
+from minivl.limits import InputError, first_of
 
 STEM = {"safetensors": "model", "bin": "pytorch_model"}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9180840\n"
@@ -205,7 +205,9 @@ def test_what_is_fetched_of_a_repository():
     lambda n: "base_model.model." + n,
     lambda n: n.replace(".weight", ".lora_A.default.weight") if "mlp1" in n else n,
     lambda n: n.replace(".qweight", ".lora_B.weight"),
-    lambda n: n.replace("embed_tokens.weight", "embed_tokens.lora_embedding_A")])
+    lambda n: n.replace("embed_tokens.weight", "embed_tokens.lora_embedding_A"),
+    lambda n: n.replace("_proj.qweight", "_proj.base_layer.qweight"),
+    lambda n: n.replace("mlp1.", "mlp1.modules_to_save.default.")])
 def test_an_unmerged_lora_is_one_sentence(copy, tensors, rename):
     save(copy, {rename(n): t for n, t in tensors.items()})
     text = refused(copy, "are a LoRA checkpoint .* merge it first: PEFT's merge_and_unload")
@@ -220,6 +222,18 @@ def test_names_of_transformers_own_classes(copy, tensors, prefix):
     text = refused(copy, "have the names of transformers' own classes .* take the original release, the repository "
                          "without -hf")
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+def test_names_that_a_wrapper_put_a_prefix_before(copy, tensors, prefix):
+    """The line that the message prints mends it."""
+    save(copy, tensors)
+    want = logits(copy)
+    save(copy, {prefix + n: t for n, t in tensors.items()})
+    text = refused(copy, f"all begin with '{prefix}', which a wrapper such as torch.compile")
+    assert "\n" not in text and "problems" not in text
+    exec(text.split('python -c "')[1].rstrip('"'), {})
+    assert logits(copy).equal(want)
 
 
 def test_a_tied_head_that_was_left_out(copy, tensors):
@@ -254,3 +268,12 @@ def test_sets_are_listed_in_transformers_order(copy, tensors):
     save(copy, tensors, shards=2)
     assert [one.name for one in sets_of(copy, "safetensors")] == ["model.safetensors", "model.safetensors.index.json"]
     assert sets_of(copy, "bin") == []
+
+
+def test_an_index_with_a_long_file_name_says_so_in_short(tmp_path):
+    for name in ("x" * 100_000, "../" + "x" * 100_000, "y" * 201):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(InputError, match="model.safetensors.index.json") as error:
+            sets_of(tmp_path, "safetensors")
+        assert len(str(error.value)) < 600
+    assert len(first_of(["z" * 10 ** 6] * 100)) < 6000

@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import threading
 import time
+import urllib.parse
 
 import pytest
 from media_files import encoded, noise, refused
@@ -24,13 +25,39 @@ def _no_outside_settings(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+def test_data_urls_in_every_spelling():
+    """What the bytes are decides; the stated type, and how the sender broke or coded the text, do not."""
+    picture = noise(61, 3)
+    data = encoded(picture, compress_level=0)
+    standard = base64.b64encode(data).decode()
+    assert "+" in standard and "/" in standard and standard.endswith("=")
+    safe = base64.urlsafe_b64encode(data).decode()
+    texts = [standard, standard.rstrip("="), safe, safe.rstrip("="), urllib.parse.quote(standard, safe=""),
+             base64.encodebytes(data).decode(), standard.replace("A", "A\r\n\t "), standard + "\n"]
+    heads = ["data:image/png;base64", "data:application/octet-stream;base64", "data:;base64", "DATA:IMAGE/PNG;BASE64",
+             "data:text/plain;charset=utf-8;base64", "data:image/png; base64", "data:image/png;name=a b.png;base64",
+             "data:image/png;base64;charset=utf-8", " \n data:image/*;base64"]
+    urls = [f"{heads[0]},{text}" for text in texts] + [f"{head},{standard}" for head in heads]
+    percent = urllib.parse.quote(data)
+    all_coded = "".join(f"%{byte:02x}" for byte in data)
+    urls += [f"data:image/png,{percent}", f"data:,{all_coded}", f"data:;charset=x,{percent[:200]}\n{percent[200:]}"]
+    for url in urls:
+        assert load_image(url).tobytes() == picture.tobytes(), url[:60]
+
+
 def test_bad_data_urls():
-    for url in ("data:image/png,abc", "data:text/plain;base64,aGVsbG8=", "data:image/png;base64"):
-        with refused("must start with data:image/...;base64,"):
-            load_image(url)
-    for payload in ("abc", "@@@@", "iVBO=Rw0K", "é" * 8):
+    with refused("has no comma", "data:image/...;base64,"):
+        load_image("data:image/png;base64")
+    with refused("(percent-coded, as it does not say ;base64) is not a picture"):       # the word was forgotten
+        load_image("data:image/png," + base64.b64encode(encoded(noise())).decode())
+    with refused("the data: URL is not a picture"):
+        load_image("data:image/svg+xml;base64," + base64.b64encode(b"<svg/>").decode())
+    for payload in ("abcde", "@@@@", "iVBO=Rw0K", "é" * 8, "iVBO%"):
         with refused("not valid base64"):
             load_image("data:image/png;base64," + payload)
+    for url in ("data:image/png;base64," + "A" * 16, "data:," + "A" * 12):
+        with refused("has 12 bytes, the limit is 11"):
+            load_image(url, limits=Limits(picture_bytes=11))
     with refused("the data: URL is empty"):
         load_image("data:image/png;base64,")
     with refused("the data: URL is not a picture"):

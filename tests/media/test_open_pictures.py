@@ -7,6 +7,7 @@ import random
 import re
 import struct
 import warnings
+import zlib
 
 import pytest
 from media_files import encoded, fuzz_seeds, mutated, noise, png_header, refused
@@ -195,19 +196,66 @@ def test_truncated_pil_image_and_closed_one():
     image = Image.open(io.BytesIO(data[:len(data) // 2]))
     with refused("the PIL image: the picture is cut short"):
         load_image(image)
-    image = Image.open(io.BytesIO(data))
-    image.close()
-    with refused("the PIL image"):
-        load_image(image)
 
 
-def test_text_bomb_in_png():
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_closed_pil_image(tmp_path, format):
+    path = tmp_path / "x"
+    path.write_bytes(encoded(noise(), format))
+    made = noise()
+    with Image.open(path) as unread:
+        pass
+    with open(path, "rb") as file:
+        of_file = Image.open(file)
+    with Image.open(path) as read:
+        read.load()
+    if format != "WEBP":        # Pillow's WebP keeps the whole file when it is opened
+        for image in (unread, of_file):
+            with refused("the PIL image is closed", "image.copy()"):
+                load_image(image)
+    wanted = load_image(path).tobytes()
+    assert load_image(read).tobytes() == wanted         # its pixels were read before its file was closed
+    with Image.open(path) as image:
+        assert load_image(image).tobytes() == wanted
+    for image in (made, read):
+        image.close()
+        with refused("the PIL image is closed"):
+            load_image(image)
+    with refused("the PIL image is closed"):
+        load_video([noise(), made])
+
+
+def test_png_with_texts_over_pillows_limits():
+    """A megabyte that XMP, a workflow or a profile takes in a PNG is no reason not to show its picture."""
+    long = "b" * 10_000_000
+    for how in ("tEXt", "zTXt", "iTXt", "iCCP", "after the pixels"):
+        info = PngImagePlugin.PngInfo()
+        more = {}
+        if how in ("tEXt", "zTXt"):
+            info.add_text("a", long, zip=how == "zTXt")
+        if how == "iTXt":
+            info.add_itxt("a", long, zip=True)
+        if how == "iCCP":
+            more["icc_profile"] = long.encode()
+        data = encoded(noise(), "PNG", pnginfo=info, **more)
+        if how == "after the pixels":
+            text = b"zTXta\0\0" + zlib.compress(long.encode())
+            chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+            data = data[:-12] + chunk + data[-12:]
+        assert load_image(data).tobytes() == noise().tobytes(), how
+    with refused("text or colour profile over Pillow's limit", "give the file itself"):
+        load_image(Image.open(io.BytesIO(data)))
+
+
+def test_png_cut_inside_a_text():
     info = PngImagePlugin.PngInfo()
-    info.add_text("a", "b" * 10_000_000, zip=True)
+    info.add_text("a", "b" * 1000)
     data = encoded(noise(), "PNG", pnginfo=info)
-    assert len(data) < 50_000
-    with refused("header of the picture is damaged"):
-        load_image(data)
+    for size in range(8, data.index(b"IDAT") + 4, 7):
+        with refused("the bytes given"):
+            load_image(data[:size])
+    with refused("the bytes given"):        # a size that goes round the end
+        load_image(data[:33] + b"\xff\xff\xff\xff" + data[37:])
 
 
 def test_memory_error(monkeypatch):

@@ -141,10 +141,10 @@ def test_total_frames_limit(monkeypatch, tmp_path):
 
 
 def test_memory_of_all_frames_is_bounded(tmp_path):
-    frames, limits = grey_frames(20), Limits(picture_pixels=256)         # 16 pictures of 256 pixels are the limit
+    frames, limits = grey_frames(20), Limits(decoding_bytes=16 * 256 * 4)      # 16 frames of 256 pixels
     assert len(load_video(frames, num_segments=16, limits=limits)) == 16
     assert len(load_video(frames[:16], num_segments=100, limits=limits)) == 100     # repeated frames cost nothing
-    with refused("first 17 frames", "4352 pixels", "4096"):
+    with refused("first 17 frames", "17408 bytes", "16384", "decoding_bytes"):
         load_video(frames, num_segments=100, limits=limits)
 
 
@@ -328,24 +328,67 @@ def test_more_packets_than_frames(tmp_path):
     assert levels(load_video(path, num_segments=1, bound=(1.4, 1.4))) == [18]
 
 
-@pytest.mark.parametrize("matrix, corner", [
-    ((0, 1, 0, -1, 0, 0), (1, 0)), ((-1, 0, 0, 0, -1, 0), (1, 1)), ((0, -1, 0, 1, 0, 0), (0, 1)),
-    ((1, 0, 0, 0, 1, 0), (0, 0))])
-def test_video_rotation_is_applied(tmp_path, matrix, corner):
-    """A phone's MP4 says how to turn it, in the matrix of its track header; the white corner moves."""
+@pytest.mark.parametrize("size", [1, 0.5, -0.001])
+@pytest.mark.parametrize("a, b, c, d", [(1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1),
+                                        (0, 1, 1, 0), (0, 1, -1, 0), (0, -1, 1, 0), (0, -1, -1, 0)])
+def test_video_is_shown_as_its_matrix_says(tmp_path, a, b, c, d, size):
+    """An MP4 says in its track header how to turn and mirror it: x' = a x + c y, y' = b x + d y.
+
+    Checked by that formula. `size` is that of the matrix; the last: what is left of a sine instead of the zeros.
+    """
+    frame = Image.new("RGB", (64, 32))
+    frame.paste((255, 0, 0), (0, 0, 32, 16))
+    frame.paste((0, 255, 0), (32, 0, 64, 16))
+    frame.paste((0, 0, 255), (0, 16, 32, 32))
+    rest = size if size < 0 else 0
+    scale = abs(size) if size > 0 else 1
+    data = with_matrix(write_video(tmp_path / "x.mp4", [frame] * 3), (a * scale or rest, b * scale or rest, 0,
+                                                                      c * scale or -rest, d * scale or -rest, 0))
+    image = load_video(data, num_segments=1)[0]
+    assert image.size == ((64, 32) if b == 0 else (32, 64))
+    for x, y in ((8, 8), (50, 8), (8, 28), (50, 28)):
+        left, up = x - 31.5, y - 15.5           # from the middle, which stays
+        at = (a * left + c * up + (image.width - 1) / 2, b * left + d * up + (image.height - 1) / 2)
+        assert [value > 128 for value in image.getpixel(at)] == [value > 128 for value in frame.getpixel((x, y))]
+
+
+def test_video_at_an_angle_between_the_axes_stays(tmp_path):
+    """As in the reference's reader: a frame turned by 45 degrees would have corners that nobody filmed."""
     frame = Image.new("RGB", (64, 32))
     frame.paste("white", (0, 0, 32, 16))
-    path = write_video(tmp_path / "x.mp4", [frame] * 3)
+    path = with_matrix(write_video(tmp_path / "x.mp4", [frame] * 3), (0.7, 0.7, 0, -0.7, 0.7, 0))
+    image = load_video(path, num_segments=1)[0]
+    assert image.size == (64, 32) and image.getpixel((5, 5))[0] > 128 > image.getpixel((60, 28))[0]
+
+
+def with_matrix(path, matrix):
+    """Put a display matrix into an MP4 that was written without one."""
     data = bytearray(path.read_bytes())
     place = data.index(b"tkhd") + 44
     assert struct.unpack(">9i", data[place:place + 36]) == (65536, 0, 0, 0, 65536, 0, 0, 0, 2**30)
-    data[place:place + 24] = struct.pack(">6i", *(65536 * value for value in matrix))
+    data[place:place + 24] = struct.pack(">6i", *(round(65536 * value) for value in matrix))
     path.write_bytes(data)
-    image = load_video(path, num_segments=1)[0]
-    assert image.size == ((64, 32) if matrix[1] == 0 else (32, 64))
-    bright = {(x, y): image.getpixel((x * (image.width - 1), y * (image.height - 1)))[0] > 128
-              for x in (0, 1) for y in (0, 1)}
-    assert [place for place, white in bright.items() if white] == [corner]
+    return path
+
+
+@pytest.mark.parametrize("space, full", [("ITU709", False), ("ITU601", False), ("ITU709", True), ("ITU601", True)])
+def test_video_colours_follow_the_tag(tmp_path, space, full):
+    """Luma and chroma come back as the colours they were made from, by the matrix and range that the stream states."""
+    av = pytest.importorskip("av")
+    from av.video.reformatter import ColorRange, Colorspace
+    path = str(tmp_path / "x.mp4")
+    with av.open(path, "w") as output:
+        stream = output.add_stream("libx264", rate=10, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.codec_context.colorspace = 1 if space == "ITU709" else 6
+        stream.codec_context.color_range = 2 if full else 1
+        frame = av.VideoFrame.from_image(Image.new("RGB", (64, 64), (200, 30, 40))).reformat(
+            format="yuv420p", dst_colorspace=Colorspace[space],
+            dst_color_range=ColorRange.JPEG if full else ColorRange.MPEG)
+        for packet in [*stream.encode(frame), *stream.encode()]:
+            output.mux(packet)
+    found = load_video(path, num_segments=1)[0].getpixel((32, 32))
+    assert all(abs(value - want) <= 4 for value, want in zip(found, (200, 30, 40))), found
 
 
 def test_video_limits(tmp_path, monkeypatch):
@@ -358,10 +401,13 @@ def test_video_limits(tmp_path, monkeypatch):
         load_video(path, limits=Limits(picture_pixels=2047))
     with refused("an aspect ratio of 2", "1.5"):
         load_video(path, limits=Limits(aspect_ratio=1.5))
-    with refused("first 17 frames"):
-        load_video(path, num_segments=100, limits=Limits(picture_pixels=2048))
+    with refused("20 frames of", "241664 bytes of memory", "decoding_bytes"):
+        load_video(path, num_segments=100, limits=Limits(decoding_bytes=2048 * (38 + 20 * 4) - 1))
+    assert len(load_video(path, num_segments=100, limits=Limits(decoding_bytes=2048 * (38 + 20 * 4)))) == 100
+    with refused("more work than decoding 20000 pixels", "video_work"):
+        load_video(path, num_segments=100, limits=Limits(video_work=20_000))
     monkeypatch.setattr(video, "TOTAL_FRAMES", 19)
-    with refused("has 20 frames", "19"):
+    with refused("20 samples", "19"):
         load_video(path)
 
 
@@ -373,7 +419,7 @@ def test_video_that_changes_size(tmp_path):
                        patch=lambda data: large if next(order) == 4 else data)
     sizes = [frame.size for frame in load_video(path, num_segments=100)]
     assert sizes == [(320, 240) if index == 4 else (64, 48) for index in every(6)]
-    with refused("frame 4 of", "320x240 = 76800 pixels", "70000"):
+    with refused("a frame of", "320x240 = 76800 pixels", "70000"):
         load_video(path, num_segments=100, limits=Limits(picture_pixels=70_000))
 
 

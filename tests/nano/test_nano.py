@@ -160,6 +160,8 @@ def test_demo(capsys):
     out = capsys.readouterr().out
     assert all(f"> {question}" in out for _, questions in TOUR for question in questions)
     assert re.search(r"^\d+ tokens/s", out, re.M) and "\x1b" not in out
+    response = minivl.pipeline("nano-awq")((TOUR[0][1][0], str(SAMPLES / TOUR[0][0])))
+    assert f"[{response.input_token_len} tokens read, {response.generate_token_len} written in" in out      # one count
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     with pytest.MonkeyPatch.context() as patch:

@@ -379,6 +379,19 @@ def test_first_words_leave_the_tower_alone(tmp_path):
     assert not any(same[n] for n in same if n.startswith("language_model.") and n.endswith("proj.weight"))
 
 
+def test_what_is_faster_is_measured_once_for_all_stages(tmp_path, monkeypatch):
+    """Stopped in the second stage, and again between stages, by processes that would measure otherwise."""
+    stages = tuple(replace(TINY, name=name, steps=2, warmup=0) for name in ("one", "two", "three"))
+    for fast, stop_at in ((True, 3), (False, 1), (False, None)):
+        monkeypatch.setattr(train, "half_is_faster", lambda device, fast=fast: fast)
+        train.train(tmp_path, stages, watch_n=8, stop_at=stop_at)
+    notes = [safetensors_header(tmp_path / f"stage-{n}" / "model.safetensors")[1]["products"] for n in (1, 2, 3)]
+    assert notes == ["bfloat16"] * 3
+    torch.save({"recipe": recipe.sha256(stages)}, tmp_path / "state.pt")
+    train.train(tmp_path, stages, watch_n=8)        # as killed after the last stage's files
+    assert not (tmp_path / "state.pt").exists()
+
+
 @pytest.mark.parametrize("first", ["answers", "squares", "differences"])
 def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, first):
     stages = (replace(TINY, task=first, mix={"shapes": 1, "texts": 1, "compare": 1}),

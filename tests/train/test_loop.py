@@ -79,7 +79,8 @@ def test_stopped_anywhere_it_ends_the_same(tmp_path, stop_at):
     assert finished and calls > 2
     assert seen == [(stage, number) for stage in (1, 2) for number in range(STEPS)]
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["1.pt", "2.pt", "log.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == [
+        "1.pt", "2.pt", "choices.json", "log.jsonl"]
 
 
 def test_killed_between_two_states_it_goes_on_from_the_last(tmp_path):
@@ -95,17 +96,23 @@ def test_killed_between_two_states_it_goes_on_from_the_last(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         trained(folder, seen=Killed(), save_every=2)
-    (folder / "state.partial").write_bytes(b"half a file")
+    (folder / ".incomplete-0123abcd").mkdir()
+    (folder / ".incomplete-0123abcd" / "state.pt").write_bytes(b"half a file")
     seen = []
     finished, result = trained(folder, seen=seen, save_every=2)
     assert finished and seen[0] == (1, 4)
+    assert not list(folder.glob(".*"))
+    (folder / "stage-1" / ".incomplete-0123abcd").mkdir(parents=True)       # killed when all was in place
+    (folder / "stage-1" / ".incomplete-0123abcd.json").write_text("[]")
+    Loop(folder, "a")
+    assert not list(folder.glob("stage-1/.*"))
     assert all(torch.equal(whole[name], result[name]) for name in whole)
 
 
 def test_the_state_holds_the_parts_and_nothing_frozen(tmp_path):
     trained(tmp_path, stop_at=2)
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert set(state) == {"recipe", "choice", "stage", "step", "model", "reward", "optimisers"}
+    assert set(state) == {"recipe", "stage", "step", "model", "reward", "optimisers"}
     assert (state["stage"], state["step"]) == (1, 2)
     assert set(state["model"]) == {"weight", "bias"} and state["model"]["weight"].shape == (1, 6)
     assert state["reward"]["mean"] > 0
@@ -117,13 +124,43 @@ def test_what_was_chosen_stays_chosen(tmp_path):
     assert first == second != trained(tmp_path / "other", stop_at=2)[1]
 
 
+def test_what_was_chosen_holds_for_all_stages(tmp_path):
+    """A fresh process finds each choice: before the first state, between two stages, and after the last."""
+    def keep(**values):
+        loop = Loop(tmp_path, "a")
+        return [loop.keep(name, lambda value=value: value) for name, value in values.items()]
+
+    assert keep(fast_half=True, threads=2) == [True, 2]
+    assert keep(fast_half=False, threads=8) == [True, 2]
+    Loop(tmp_path, "a").finish()
+    assert keep(threads=8, fast_half=False, seed="later") == [2, True, "later"]
+    assert keep(seed="again", threads=4) == ["later", 2]
+    assert json.loads((tmp_path / "choices.json").read_text()) == {
+        "recipe": "a", "fast_half": True, "threads": 2, "seed": "later"}
+
+
+def test_a_state_from_before_choices_json_goes_on(tmp_path):
+    trained(tmp_path, stop_at=2)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.save({**state, "choice": "of old"}, tmp_path / "state.pt")
+    (tmp_path / "choices.json").unlink()
+    seen = []
+    assert trained(tmp_path, stop_at=1, seen=seen) == (False, "of old") and seen == [(1, 2)]
+    loop = Loop(tmp_path, "a")
+    assert loop.keep("choice", lambda: "new") == "of old" and loop.keep("threads", lambda: 3) == 3
+
+
 def test_another_recipe_is_refused(tmp_path):
     trained(tmp_path, recipe="a", stop_at=2)
+    with pytest.raises(InputError, match="another recipe .a, this one is b"):
+        trained(tmp_path, recipe="b")
+    (tmp_path / "state.pt").unlink()            # between two stages there is none
     with pytest.raises(InputError, match="another recipe .a, this one is b"):
         trained(tmp_path, recipe="b")
 
 
 def test_the_log(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text('{"stage": "stage 1", "st')       # killed in the midst of a line
     trained(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"]) for line in lines] == [

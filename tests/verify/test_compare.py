@@ -333,7 +333,7 @@ def test_refusals(tiny, recorded, tmp_path, monkeypatch):
         cli.main([str(tiny), str(TIGER)])
     refused("recorded in float32, not in bfloat16; record again", dtype="bfloat16")
     for words, match in (([], "give a checkpoint"),
-                         ([tiny, TIGER, "--trace", path, "-p", "What?"], "--prompt belong to recording"),
+                         ([tiny, TIGER, "--trace", path, "-p", "What?"], "--prompt has no effect with --trace"),
                          ([tiny, TIGER, "-p", "<image> <image>"], "2 <image> marks but 1 pictures"),
                          ([tiny, TIGER, "--max-tiles", "0"], "--max-tiles is 0, it must be in 1..40"),
                          ([tiny, TIGER, "--stages", "a", "--layers", "1"], "give --layers or --stages"),
@@ -368,3 +368,19 @@ def test_exit_codes(tiny, recorded, tmp_path):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == code, done.stderr
         assert code < 2 or done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not SHIPPED["nano"].is_dir(), reason="nano is not trained yet: minivl/nano/float16 is missing")
+def test_options_count_beside_nano(tmp_path, capsys):
+    """What --nano goes with has its effect; the rest is refused (tests/test_options.py has all pairs)."""
+    assert cli.main(["--nano", "--tolerance", "1e-9"]) == 1
+    assert capsys.readouterr().out.count("tolerance 1e-09") == 2
+    assert cli.main(["--nano", "--stages", "projector", "--json", str(tmp_path / "x.json")]) == 0
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert list(found) == ["nano", "nano-awq"]
+    for result in found.values():
+        assert "projector" in json.dumps(result) and "llm.layers.0" not in json.dumps(result)
+    with pytest.raises(InputError, match="--html has no effect with --nano, .* give its name, a picture and --trace"):
+        cli.main(["--nano", "--html", str(tmp_path / "x.html")])
+    with pytest.raises(InputError, match="no such file"):
+        cli.main([str(SHIPPED["nano"]), "https://example.org/x.png", "--record", str(tmp_path / "t")])

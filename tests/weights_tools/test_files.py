@@ -34,8 +34,9 @@ def test_safetensors_round_trip(tmp_path):
     assert same(found, {name: tensor.detach() for name, tensor in tensors.items()})
     assert (metadata["format"], metadata["note"]) == ("pt", "mine")
     plain = bytes(tensors["transposed"].contiguous().view(torch.uint8).flatten().tolist())    # bytes by another way
-    assert json.loads(metadata["sha256"])["transposed"] == hashlib.sha256(plain).hexdigest()
-    assert json.loads(metadata["sha256"]).keys() == tensors.keys()
+    digests = json.loads(metadata["sha256 of dtype, shape and bytes"])
+    assert digests["transposed"] == hashlib.sha256(b"F32 [5, 6] " + plain).hexdigest()
+    assert digests.keys() == tensors.keys()
     (tmp_path / "touched").touch()
     assert path.stat().st_mode == (tmp_path / "touched").stat().st_mode         # not for the owner alone
     assert sorted(os.listdir(tmp_path)) == ["touched", "x.safetensors"]
@@ -52,7 +53,7 @@ def test_tensor_that_cannot_be_stored(tensor, tmp_path):
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = files.save_safetensors({"x": torch.ones(2)}, tmp_path / "x.safetensors")
     before = path.read_bytes()
-    monkeypatch.setattr(files, "serialize_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(files, "raw_bytes", lambda tensor: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         files.save_safetensors({"x": torch.zeros(2)}, path)
     assert os.listdir(tmp_path) == ["x.safetensors"] and path.read_bytes() == before

@@ -161,3 +161,26 @@ def test_inspect_of_a_remote_pickle(hub):
         inspect.inspect("Org/name")
     with pytest.raises(InputError, match="./Org does not exist"):
         inspect.inspect("./Org")
+
+
+@pytest.mark.parametrize("name, tensors", [("nano", 145), ("nano-awq", 201)])
+def test_inspect_of_the_shipped_models(name, tensors, capsys):
+    assert inspect.main([name, "--summary", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["of"] == tensors
+    with pytest.raises(InputError, match="no revision 'main'; leave"):
+        inspect.main([name, "--revision", "main"])
+
+
+def test_inspect_asks_the_hub_for_no_path(made, tmp_path, monkeypatch):
+    """A typo in a local path is no repository; a revision of a file is none either."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: 1 / 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "build").mkdir()
+    for typo in ("build/tyni", "./x", "~/nothing", "nana"):
+        with pytest.raises(InputError, match=f"{typo} does not exist; .*nano-awq"):
+            inspect.main([typo])
+    file = next(made("awq").glob("*.safetensors"))
+    with pytest.raises(InputError, match="is a local file, it has no revision"):
+        inspect.main([str(file), "--revision", "main"])

@@ -18,13 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
+from minivl import options
 from minivl.files.find import find
 from minivl.limits import InputError
 from weights_tools import run
 from weights_tools.bench.ours import OURS
 from weights_tools.bench.workers import JOBS, accuracy, bench, serve
+from weights_tools.files import write_text
 
 PARTS = ("proof", "speed", "peers")
 PEERS = ("llama.cpp", "transformers")
@@ -96,10 +97,10 @@ def accuracy_table(found: dict, measure: str) -> str:
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 
-def arguments() -> argparse.ArgumentParser:
-    """Describe the command line."""
+def parser_of_options() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", nargs="?", help="a folder or hub id")
     add("--device", metavar="cuda", help="prove and measure everything on a GPU in one go, see gpu.py; needs no "
@@ -119,31 +120,58 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    args = arguments().parse_args(argv)
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line, and refuse what would have no effect."""
+    parser = parser_of_options()
+    args = parser.parse_args(argv)
+    found = options.given(parser, argv)
     if args.device:
-        from weights_tools.bench import gpu
-        report = gpu.run(args.device, args.size, args.questions, args.json and Path(args.json).parent, args.parts)
-        return 1 if report.failed else 0
+        options.refuse(found, found.keys() - {"device", "size", "questions", "parts", "json"},
+                       "with --device, which has a model and rounds of its own")
+        if "proof" not in args.parts:
+            options.refuse(found, ("questions",), "without the part proof")
+        if not {"speed", "peers"} & set(args.parts):
+            options.refuse(found, ("size",), "without the part speed or peers")
+        return args
+    options.refuse(found, ("size", "questions", "parts"), "without --device")
     if args.checkpoint is None:
         raise InputError("name a checkpoint folder or hub id, or --device cuda for all of it on a GPU")
     if args.serve:
-        serve(args.serve, args.checkpoint, args.tokens)
-        return 0
-    if args.rounds < 1 or args.tokens < 1:
-        raise InputError(f"{args.rounds} rounds of {args.tokens} tokens measure nothing; give 1 or more of each")
+        options.refuse(found, found.keys() - {"checkpoint", "serve", "tokens"}, "with --serve")
+        return args
     if args.accuracy:
+        options.refuse(found, ("against", "jobs", "rounds", "tokens", "peers_python"),
+                       "with --accuracy, which measures no speed")
         if len(args.precision) < 2:
             raise InputError("--accuracy compares; give two or more of --precision, the first is the measure")
-        found = accuracy(find(args.checkpoint), args.precision)
-        print(accuracy_table(found, args.precision[0]))
+    if not args.against:
+        options.refuse(found, ("peers_python",), "without --against")
+    if args.rounds < 1 or args.tokens < 1:
+        raise InputError(f"{args.rounds} rounds of {args.tokens} tokens measure nothing; give 1 or more of each")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    args = arguments(argv)
+    if args.device:
+        from weights_tools.bench import gpu
+        report = gpu.run(args.device, args.size, args.questions, args.json, args.parts)
+        return 1 if report.failed else 0
+    if args.serve:
+        serve(args.serve, args.checkpoint, args.tokens)
+        return 0
+    if args.accuracy:
+        report = accuracy(find(args.checkpoint), args.precision)
+        print(accuracy_table(report, args.precision[0]))
+        if args.json:
+            write_text(args.json, json.dumps(report, indent=1) + "\n")
         return 0
     report = bench(args.checkpoint, [*args.precision, *args.against], python=args.peers_python, rounds=args.rounds,
                    tokens=args.tokens, jobs=args.jobs)
     print(table(report))
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        write_text(args.json, json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -33,6 +33,7 @@ from minivl.limits import InputError
 from minivl.vit import InternVisionModel
 from weights_tools.bench.machine import work_of
 from weights_tools.bench.ours import Ours
+from weights_tools.files import write_text
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
 HALF_SLACK = 2.0            # times the CPU's own error in the same dtype
@@ -58,7 +59,7 @@ class Report:
         self.rows.append(row)
         print(f"[{time.perf_counter() - self.started:6.1f} s] {line(row)}", flush=True)
         if self.out:
-            (self.out / "gpu.json").write_text(json.dumps(self.rows, indent=1) + "\n")
+            write_text(self.out, json.dumps(self.rows, indent=1) + "\n")
 
     def part(self, work: Callable, *args):
         """Run a part; one that fails is a row, and the others go on."""
@@ -378,13 +379,13 @@ def peers(report: Report, device: str, size: str):
 
 def run(device: str = "cuda", size: str = "4B", count: int = 200, out: str | Path | None = None,
         parts=("proof", "speed", "peers")) -> Report:
-    """Run the parts and print the table; `count` questions for nano, the results as JSON in the folder `out`."""
+    """Run the parts and print the table; `count` questions for nano, the results as JSON in the file `out`."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"torch {torch.__version__} finds no CUDA device here; "
                          "--device cpu --size tiny runs the same script without one")
     out = out and Path(out)
     if out:
-        out.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     report = Report(out)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or device
@@ -408,3 +409,7 @@ def run(device: str = "cuda", size: str = "4B", count: int = 200, out: str | Pat
     if report.failed:
         print(f"\n{len(report.failed)} of {len(report.rows)} rows are WRONG", file=sys.stderr)
     return report
+
+
+if __name__ == "__main__":
+    sys.exit("the bench of a GPU is: python -m weights_tools.bench --device cuda")

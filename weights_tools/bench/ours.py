@@ -11,6 +11,7 @@ from minivl.awq import AWQLinear
 from minivl.cache import KVCache
 from minivl.fast.layers import OpWords, Words
 from weights_tools.bench.timing import CONTEXT, median_step
+from weights_tools.files import save_torch
 
 OURS = {"exact": "exact", "fast": "fast", "lean": "exact", "op": "fast", "released": None}      # engine -> precision
 UNCOMPILED = ("lean", "op")     # as on a machine without a C++ compiler
@@ -90,7 +91,7 @@ class Ours:
         x = torch.cat([self.model.visual_tokens(pixels).flatten(0, 1)[None], self.language.embeddings(ids)], dim=1)
         found = [self.language.scores(x[:, :-4], cache, last=64)[0]]
         found += [self.language.scores(x[:, t:t + 1], cache)[0] for t in range(x.shape[1] - 4, x.shape[1])]
-        torch.save(torch.cat(found).float().log_softmax(-1), path)
+        save_torch(torch.cat(found).float().log_softmax(-1), path)
         return 0.0
 
     def profile(self, tokens: int) -> dict[str, float]:

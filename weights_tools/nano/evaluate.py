@@ -25,9 +25,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from minivl import EngineConfig, GenerationConfig, Picture, Pipeline, pipeline
+from minivl import EngineConfig, GenerationConfig, Picture, Pipeline, options, pipeline
 from minivl.limits import InputError
 from weights_tools import run
+from weights_tools.files import write_text
 from weights_tools.nano import world
 from weights_tools.nano.draw import Style, draw
 
@@ -216,10 +217,10 @@ def table(names: list, scores: list) -> str:
     return "\n".join([*lines, "| mean | | " + " | ".join(f"{100 * m:.1f}" for m in means) + " |"])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line, and refuse what would have no effect."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.nano.evaluate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", default=["nano", "nano-awq"],
                         help="folders (default: the shipped ones, nano and nano-awq)")
     parser.add_argument("-n", type=int, default=500, help="questions per task (default %(default)s)")
@@ -232,6 +233,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.n < 1:
         raise InputError(f"-n is {args.n}; ask at least one question")
+    if args.wrong < 0:
+        raise InputError(f"--wrong is {args.wrong}; it must be 0 or more")
+    if args.ablations:
+        options.refuse(options.given(parser, argv), ("tasks", "precision"),
+                       "with --ablations, which has tasks of its own and runs the modules as released")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    args = arguments(argv)
     tasks = args.tasks or list(TARGETS)
     start = time.perf_counter()
     scores, rows = side_by_side(args.checkpoints, args.n, tuple(tasks), args.n if args.ablations else 0,
@@ -251,8 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         for what, task, before, after in rows:
             print(f"| {what} | {task} | {100 * before:.1f} | {100 * after:.1f} |")
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+        write_text(args.json, json.dumps(report, indent=1))
     return 0
 
 

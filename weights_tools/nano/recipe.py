@@ -145,13 +145,12 @@ def small_files(awq: bool = False) -> dict:
             **synthesize.generation_and_preprocessor("nano", config)}
 
 
-def save_small_files(folder) -> Path:
-    """Put config and tokenizer into a folder, made if it is not there."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in small_files().items():
-        (folder / name).write_bytes(text.encode("utf-8"))
-    return folder
+def tokenizer() -> Tokenizer:
+    """Make the tokenizer as it is read from its files."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in small_files().items():
+            (Path(folder) / name).write_bytes(text.encode("utf-8"))
+        return Tokenizer.load(folder)
 
 
 def initial(seed: int = SEED) -> MiniVL:
@@ -178,10 +177,10 @@ def initial(seed: int = SEED) -> MiniVL:
 
 def save(model: MiniVL, folder, note: dict) -> Path:
     """Save the model as a float16 checkpoint folder as released. `note` goes into the weights' metadata."""
-    folder = save_small_files(folder)
     tensors = {name: tensor.detach().half() for name, tensor in model.state_dict().items()}
-    save_checkpoint(tensors, folder, overwrite=True, metadata={k: str(v) for k, v in note.items()})
-    return folder
+    save_checkpoint(tensors, folder, overwrite=True, metadata={k: str(v) for k, v in note.items()},
+                    small={name: text.encode("utf-8") for name, text in small_files().items()})
+    return Path(folder)
 
 
 def sha256(stages=STAGES, seed: int = SEED) -> str:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
-from minivl import load
+from minivl import load, options
 from minivl.files.find import SHIPPED
 from minivl.files.formats import safetensors_header
 from minivl.limits import InputError
 from minivl.tokenizer import Tokenizer
 from weights_tools import run
+from weights_tools.files import told, unfinished, write_text
 from weights_tools.nano import evaluate, recipe
 from weights_tools.nano.draw import BACKGROUNDS, Scene, Thing, draw
 from weights_tools.quantize import calibration, quantize, save_quantized
@@ -76,8 +78,13 @@ SAMPLES = {
 def samples(folder):
     """Draw a dozen pictures and a short video; README.md says what to ask."""
     folder = Path(folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with unfinished(folder.parent, "what was there before is left as it was") as new, told(folder, "run again"):
+        _draw_samples(new)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(new, folder)
+
+
+def _draw_samples(folder: Path):
     lines = ["# Pictures from nano's world", "",
              "Drawn by `weights_tools/nano/ship.py`; none of them was seen in training.", "",
              "| picture | ask for example |", "|---|---|"]
@@ -152,8 +159,10 @@ def ship(source, n: int = 500, ablation_n: int = 500, to: Path | None = None) ->
         raise InputError(f"{source} does not say of which recipe it is; give a folder that weights_tools.nano.train "
                          "wrote")
     note = {key: note[key] for key in ("recipe", "stage") if key in note}
-    shutil.rmtree(to / "float16", ignore_errors=True)
-    shutil.copytree(source, to / "float16")
+    with unfinished(to, "what was there before is left as it was") as new, told(to / "float16", "run again"):
+        shutil.copytree(source, new / "float16")
+        shutil.rmtree(to / "float16", ignore_errors=True)
+        os.replace(new / "float16", to / "float16")
     act_absmax = calibration(model, tokenizer, evaluate.conversations(64))
     save_quantized(source, to / "awq", quantize(model, act_absmax, method=METHOD), overwrite=True, metadata=note)
     rounded = save_quantized(source, source.parent / f"{source.name}-rounded", quantize(model, None, method=METHOD),
@@ -170,22 +179,27 @@ def ship(source, n: int = 500, ablation_n: int = 500, to: Path | None = None) ->
         table=evaluate.table(list(scores), list(scores.values())),
         ablations="\n".join(["| change | task | as it is | so |", "|---|---|---|---|", *(
             f"| {what} | {task} | {100 * before:.1f} | {100 * after:.1f} |" for what, task, before, after in rows)]))
-    (to / "README.md").write_text(card, encoding="utf-8")
-    (to / "scores.json").write_text(json.dumps({"n": n, "seed": evaluate.HELD_OUT, "recipe": note["recipe"], **scores},
-                                               indent=1) + "\n", encoding="utf-8")
+    write_text(to / "README.md", card)
+    write_text(to / "scores.json", json.dumps({"n": n, "seed": evaluate.HELD_OUT, "recipe": note["recipe"], **scores},
+                                              indent=1) + "\n")
     size = sum(p.stat().st_size for p in to.rglob("*") if p.is_file())
     if size > LIMIT:
         raise InputError(f"{to} has {size} bytes, the limit is {LIMIT}; make the model smaller")
     return to
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.nano.ship", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     parser.add_argument("checkpoint", metavar="FOLDER", help="a stage folder written by weights_tools.nano.train")
     parser.add_argument("-n", type=int, default=500, help="questions per task (default %(default)s)")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    args = arguments(argv)
     print(ship(args.checkpoint, args.n, args.n))
     return 0
 

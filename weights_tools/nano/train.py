@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from minivl import load
+from minivl import load, options
+from minivl.fast.threads import at_most, threads_that_help
+from minivl.limits import InputError
 from minivl.model import MiniVL
 from minivl.tiling import normalise
 from minivl.tokenizer import Tokenizer
@@ -134,24 +137,44 @@ def train(out, stages=recipe.STAGES, *, seed: int = recipe.SEED, workers: int = 
     """
     loop = Loop(out, recipe.sha256(stages, seed), device, save_every, watch_every, stop_at)
     fast_half = loop.keep("fast_half", lambda: half_is_faster(device))
+    tokenizer = recipe.tokenizer()
     model = recipe.initial(seed)
     for number, stage in enumerate(stages, start=1):
         folder = loop.folder / f"stage-{number}"
         if not (folder / "model.safetensors").exists():
-            recipe.save_small_files(folder)
-            tokenizer = Tokenizer.load(folder)
             model.img_context_token_id = tokenizer.id("<IMG_CONTEXT>")
             torch.manual_seed(seed)
             half = stage.half and fast_half
             model = model.float().train().to(device)
             examples = Batches(stage, seed, tokenizer)
-            if not run_stage(loop, number, stage, model, tokenizer, examples, half, workers, watch_n):
+            # Sums in another order give other weights: the number of threads, once found, stays for the training.
+            threads = loop.keep("threads", partial(useful_threads, model, stage, examples, half, device))
+            with at_most(threads):
+                done = run_stage(loop, number, stage, model, tokenizer, examples, half, workers, watch_n)
+            if not done:
                 return folder
             note = {"recipe": loop.recipe, "stage": stage.name, "products": "bfloat16" if half else "float32"}
             recipe.save(model, folder, note)
             loop.finish()
         model = load(folder)        # the next stage starts from what the file holds, float16
+    loop.finish()                   # also after a kill between the last stage's files and its own call
     return folder
+
+
+def useful_threads(model: MiniVL, stage: recipe.Stage, examples: Batches, half: bool, device: str) -> int:
+    """Tell how many threads to train with: measured as things are, on the forward and backward of one micro-batch."""
+    with torch.random.fork_rng(devices=[]):     # the real head is drawn later
+        head = HEADS[stage.task](recipe.LLM["hidden_size"]).to(device) if stage.task in HEADS else None
+    batch = examples[0][:1]
+
+    def work():
+        with precision(device, half):
+            for loss in losses(model, batch, 1, head):
+                loss.backward()
+
+    threads = threads_that_help(work)
+    model.zero_grad()
+    return threads
 
 
 def run_stage(loop: Loop, number: int, stage: recipe.Stage, model: MiniVL, tokenizer: Tokenizer, examples: Batches,
@@ -174,10 +197,10 @@ def run_stage(loop: Loop, number: int, stage: recipe.Stage, model: MiniVL, token
                     watch=lambda: watch(model, tokenizer, stage, head, watch_n))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.nano.train", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     parser.add_argument("out", metavar="OUT", help="folder for checkpoints, log and the finished stages")
     parser.add_argument("--quick", action="store_true", help="the short recipe, planned for 25 minutes on 2 CPU cores")
     parser.add_argument("--seed", type=int, default=recipe.SEED, help="default %(default)s, that of the shipped files")
@@ -186,6 +209,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--steps", type=int, help="cut every stage to this many steps, for a look")
     args = parser.parse_args(argv)
+    if args.steps is not None and args.steps < 1 or args.workers < 0:
+        raise InputError(f"--steps {args.steps} must be 1 or more, --workers {args.workers} 0 or more")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    args = arguments(argv)
     stages = recipe.QUICK if args.quick else recipe.STAGES
     if args.steps:
         stages = tuple(replace(s, steps=min(s.steps, args.steps), warmup=min(s.warmup, args.steps)) for s in stages)

@@ -1,12 +1,12 @@
 """The loop around the steps: it can be stopped at any time, and ends with the same weights as if it had not been.
 
-    FOLDER/state.pt     all that a stopped stage needs to go on: weights, optimisers, number of the step
-    FOLDER/log.jsonl    one line each time the training is watched
+    FOLDER/state.pt         all that a stopped stage needs to go on: weights, optimisers, number of the step
+    FOLDER/choices.json     the recipe, and what was decided once for all stages
+    FOLDER/log.jsonl        one line each time the training is watched
 """
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minivl.limits import InputError
+from minivl.config import read_json
+from minivl.limits import InputError, is_there, reading
+from weights_tools.files import clear, save_torch, told, write_text
 
 
 @dataclass
@@ -33,23 +35,31 @@ class Loop:
 
     def __post_init__(self):
         self.folder = Path(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with told(self.folder, "nothing is trained"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            clear(self.folder)
+            for stage in [path for path in self.folder.iterdir() if path.is_dir()]:
+                clear(stage)        # which may be whole and not be written again
         self.state_file = self.folder / "state.pt"
-        self.state = {}
-        self.kept = {}
+        self.choices_file = self.folder / "choices.json"
         self.done = 0
-        if self.state_file.exists():
-            self.state = torch.load(self.state_file, weights_only=True, map_location=self.device)
-            if self.state["recipe"] != self.recipe:
-                raise InputError(f"{self.folder} holds a training of another recipe ({self.state['recipe'][:12]}, this "
-                                 f"one is {self.recipe[:12]}); choose another folder")
+        self.state = self._read_state()
+        self.kept = read_json(self.choices_file) if is_there(self.choices_file) else {}
+        for found in (self.state, self.kept):
+            if found and found.get("recipe") != self.recipe:
+                raise InputError(f"{self.folder} holds a training of another recipe ({str(found.get('recipe'))[:12]}, "
+                                 f"this one is {self.recipe[:12]}); choose another folder")
 
     def keep(self, name: str, value: Callable):
-        """Return what a stopped training chose under this name, or else `value()`, to be stored with every state.
+        """Return what this training chose under a name, or else `value()`, which then holds to its end, for all stages.
 
-        For what a machine decides, and another one, or the same one on a busy day, might decide otherwise.
+        For what a machine decides, and another one, or the same one on a busy day, might decide otherwise. The value is
+        what JSON can hold: a number, a string, True. (Trainings begun before choices.json have it in their state.)
         """
-        self.kept[name] = self.state[name] if self.state else value()
+        if name not in self.kept:
+            self.kept[name] = self.state[name] if name in self.state else value()
+            self.kept["recipe"] = self.recipe
+            write_text(self.choices_file, json.dumps(self.kept, indent=1, sort_keys=True) + "\n")
         return self.kept[name]
 
     def run(self, stage: int, name: str, steps: int, *, batches: Callable[[int], Iterable], step: Callable,
@@ -84,9 +94,22 @@ class Loop:
         return True
 
     def finish(self):
-        """Forget the state: call it when what the stage has made lies in files of its own."""
-        self.state_file.unlink(missing_ok=True)
+        """Forget the state: call it when what a stage has made lies in files of its own, and after the last stage."""
+        with told(self.state_file, "what the stage has made is whole"):
+            self.state_file.unlink(missing_ok=True)
         self.state = {}
+
+    def _read_state(self) -> dict:
+        if not is_there(self.state_file):
+            return {}
+        try:
+            with reading(self.state_file), open(self.state_file, "rb") as file:
+                return dict(torch.load(file, weights_only=True, map_location=self.device))
+        except InputError:
+            raise
+        except Exception:       # pickle, zip and runtime errors
+            raise InputError(f"{self.state_file} is not a whole state of a training; delete it to begin its stage "
+                             "again") from None
 
     def _resume(self, stage, parts, optimisers) -> int:
         """Put a stopped stage's state into its parts; the number of the next step."""
@@ -99,14 +122,15 @@ class Loop:
         return self.state["step"]
 
     def _save(self, stage, step, parts, optimisers):
-        state = {"recipe": self.recipe, **self.kept, "stage": stage, "step": step,
+        state = {"recipe": self.recipe, "stage": stage, "step": step,
                  **{name: part.state_dict() for name, part in parts.items()},
                  "optimisers": [optimiser.state_dict() for optimiser in optimisers]}
-        partial = self.state_file.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.state_file)        # in one piece, or not at all
+        save_torch(state, self.state_file)
 
     def _log(self, line, seconds):
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps({**line, "seconds": round(seconds)}) + "\n")
+        path = self.folder / "log.jsonl"
+        with told(path, "run again, it goes on from the last state"), open(path, "ab+") as log:
+            log.seek(0)
+            log.truncate(log.read().rfind(b"\n") + 1)       # half a line of a killed run
+            log.write((json.dumps({**line, "seconds": round(seconds)}) + "\n").encode("utf-8"))
         tqdm.write(" ".join(f"{key} {value}" for key, value in line.items()))

@@ -18,12 +18,14 @@ from pathlib import Path
 
 import torch
 
-from minivl import MiniVL, Tokenizer, load_image
+from minivl import MiniVL, Tokenizer, load_image, options
 from minivl.config import Config
 from minivl.files.find import SHIPPED, find
 from minivl.limits import InputError, Limits
+from minivl.terminal import check_text
 from minivl.tracing import kind, stages
 from weights_tools import run
+from weights_tools.files import told, unfinished, write_text
 from weights_tools.verify import compare, inputs, report
 from weights_tools.verify.recording import Recording, shrink
 
@@ -34,6 +36,22 @@ NANO_PICTURE = SHIPPED["nano"].parent / "samples" / "small-print.png"
 NANO_PROMPT = "What does the small print say?"
 QUESTION = "describe this image"
 TOKENS = 8          # of the answer, unless more or fewer are asked for
+# What each way of working uses of the other options; whatever else is given is refused. Without any: all of them.
+USED = {
+    "record": ("checkpoint", "pictures", "prompt", "stages", "layers", "max_tiles", "max_new_tokens", "dtype", "local",
+               "trust_remote_code", "python", "resident"),
+    "trace": ("checkpoint", "pictures", "stages", "layers", "dtype", "local", "tolerance", "json", "html"),
+    "shrink": (),
+    "nano": ("stages", "layers", "tolerance", "json"),
+    "record_nano": ("python", "resident"),
+    "inputs": ("checkpoint", "pictures", "prompt", "max_tiles"),
+}
+WHY = {
+    "record": ", which compares nothing",
+    "trace": ", which records nothing: the trace has its own",
+    "nano": ", which compares two shipped models with shrunk float32 traces; for one of them give its name, a picture "
+            "and --trace",
+}
 
 
 # ---- running the reference ------------------------------------------------------------------------------------------
@@ -63,7 +81,7 @@ def record(checkpoint: str | Path, pictures: list, prompt: str, path: str | Path
         raise InputError(f"the prompt has {marks} <image> marks but {len(pictures)} pictures are given; write one for "
                          "each, or none")
     for picture in pictures:
-        load_image(picture)     # what minivl refuses need not be recorded
+        load_image(Path(picture))       # what minivl refuses need not be recorded
     check_folder(path)
     python = reference_python(python)
     if like:
@@ -73,8 +91,13 @@ def record(checkpoint: str | Path, pictures: list, prompt: str, path: str | Path
         request = {"pictures": [str(Path(p).resolve()) for p in pictures], "messages": messages, "max_num": max_num}
     request |= {"max_new_tokens": max_new_tokens, "dtype": dtype, "stages": stages}
     options = ["--resident", str(resident), *(["--trust-remote-code"] if trust_remote_code else [])]
-    run_reference(python, folder, request, path, options)
-    return Path(path)
+    path = Path(path)
+    left = "no trace is left there"
+    with unfinished(path.parent, left) as new:
+        run_reference(python, folder, request, new / path.name, options)
+        with told(path, left):
+            os.replace(new / path.name, path)
+    return path
 
 
 def run_reference(python: Path, folder: Path, request: dict, path: str | Path, options: list):
@@ -102,16 +125,18 @@ def check_folder(path: str | Path):
 
 # ---- the shipped models ---------------------------------------------------------------------------------------------
 
-def nano() -> int:
+def nano(args: argparse.Namespace) -> int:
     """Compare the shipped models with their committed traces; 0 or 1."""
-    agree = True
+    results = {}
     for name in ("nano", "nano-awq"):
         folder = find(name)
         recording = Recording.open(NANO / folder.name / "float32.safetensors")
-        result = compare.compare(folder, recording, pictures=[NANO_PICTURE])
-        print(f"== {name}\n{report.text(result, words_of(folder))}\n")
-        agree &= result.agrees
-    return 0 if agree else 1
+        results[name] = compare.compare(folder, recording, pictures=[NANO_PICTURE], stages=part_of(args, folder),
+                                        tolerance=args.tolerance)
+        print(f"== {name}\n{report.text(results[name], words_of(folder))}\n")
+    if args.json:
+        write_json({name: result.json() for name, result in results.items()}, args.json)
+    return 0 if all(result.agrees for result in results.values()) else 1
 
 
 def record_nano(**how) -> Path:
@@ -156,22 +181,22 @@ def first_layers(folder: Path, n: int) -> list:
     return [name for name, number in numbers.items() if number is None or number < n]
 
 
-def check(args: argparse.Namespace, folder: Path):
-    """Refuse options that contradict each other or the checkpoint."""
-    for file in (args.json, args.html):
-        if file:
-            check_folder(file)
-    recording = {"--prompt": args.prompt, "--max-tiles": args.max_tiles, "--max-new-tokens": args.max_new_tokens,
-                 "--trust-remote-code": args.trust_remote_code or None}
-    given = [flag for flag, value in recording.items() if value is not None]
-    if args.trace and given:
-        raise InputError(f"{', '.join(given)} belong to recording; the trace {args.trace} has its own")
+def part_of(args: argparse.Namespace, folder: Path) -> list | None:
+    """List the patterns of the stages that are asked for; None: all."""
+    return args.stages if args.layers is None else first_layers(folder, args.layers)
+
+
+def write_json(result: dict, path: str):
+    """Write the result for programs."""
+    write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def check_tiles(args: argparse.Namespace, folder: Path):
+    """Refuse a --max-tiles that the checkpoint cannot have."""
     least = Config.load(folder).min_dynamic_patch
     most = Limits.tiles_per_picture
     if args.max_tiles is not None and not least <= args.max_tiles <= most:
         raise InputError(f"--max-tiles is {args.max_tiles}, it must be in {least}..{most}")
-    if args.layers is not None and args.stages:
-        raise InputError("give --layers or --stages, not both")
 
 
 def show_inputs(args: argparse.Namespace, folder: Path) -> int:
@@ -197,7 +222,7 @@ def record_asked(args: argparse.Namespace, folder: Path, path: str | Path, only:
 
 def record_and_compare(args: argparse.Namespace, folder: Path) -> int:
     """Record, compare, or both; print the report and write its files. The exit code."""
-    only = args.stages if args.layers is None else first_layers(folder, args.layers)
+    only = part_of(args, folder)
     if args.record:
         print(record_asked(args, folder, args.record, only))
         return 0
@@ -208,19 +233,18 @@ def record_and_compare(args: argparse.Namespace, folder: Path) -> int:
     words = words_of(folder)
     print(report.text(result, words))
     if args.json:
-        text = json.dumps(result.json(), indent=1, allow_nan=False)
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
+        write_json(result.json(), args.json)
     if args.html:
-        Path(args.html).write_text(report.html(result, words), encoding="utf-8")
+        write_text(args.html, report.html(result, words))
     return 0 if result.agrees else 1
 
 
 def parser_of_options() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.verify", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=options.Help)
     add = parser.add_argument
-    add("checkpoint", nargs="?", metavar="CHECKPOINT", help="folder or hub id")
+    add("checkpoint", nargs="?", metavar="CHECKPOINT", help="folder, hub id, nano or nano-awq")
     add("pictures", nargs="*", metavar="PICTURE", help="files")
     add("-p", "--prompt", help=f"the question (default: {QUESTION})")
     what = parser.add_mutually_exclusive_group()
@@ -252,24 +276,50 @@ def parser_of_options() -> argparse.ArgumentParser:
     return parser
 
 
+def arguments(argv: list | None = None) -> argparse.Namespace:
+    """Read the command line; refuse options that contradict each other, and those that would have no effect."""
+    parser = parser_of_options()
+    args = parser.parse_intermixed_args(argv)
+    found = options.given(parser, argv, intermixed=True)
+    for mode, used in USED.items():
+        if mode in found:
+            options.refuse(found, found.keys() - {mode, *used}, f"with {found[mode]}{WHY.get(mode, '')}")
+    if args.layers is not None and args.stages:
+        raise InputError("give --layers or --stages, not both")
+    if args.layers is not None or args.stages or args.local:
+        options.refuse(found, ("max_new_tokens",), "with --stages, --layers or --local: no answer is compared then")
+    if args.trust_remote_code:
+        options.refuse(found, ("resident",), "with --trust-remote-code: code inside a checkpoint runs whole")
+    for name, least in (("layers", 0), ("max_new_tokens", 0), ("resident", 0), ("tolerance", 0)):
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise InputError(f"{options.option(name)} is {value}, it must be {least} or more")
+    if args.prompt is not None:
+        check_text(args.prompt, "the question of -p")
+    for file in (args.json, args.html):
+        if file:
+            check_folder(file)
+    if not {"shrink", "nano", "record_nano"} & found.keys() and not args.checkpoint:
+        raise InputError("give a checkpoint: a folder, or a hub id such as OpenGVLab/InternVL2_5-4B-MPO-AWQ")
+    return args
+
+
 def main(argv: list | None = None) -> int:
     """Run the command; its exit code."""
-    args = parser_of_options().parse_intermixed_args(argv)
+    args = arguments(argv)
     if args.shrink:
         trace, small = args.shrink
         print(shrink(Recording.open(trace), small))
         return 0
     if args.nano:
-        return nano()
+        return nano(args)
     if args.record_nano:
-        print(record_nano(python=args.python))
+        print(record_nano(python=args.python, resident=args.resident))
         return 0
-    if not args.checkpoint:
-        raise InputError("give a checkpoint: a folder, or a hub id such as OpenGVLab/InternVL2_5-4B-MPO-AWQ")
     folder = find(args.checkpoint)
+    check_tiles(args, folder)
     if args.inputs:
         return show_inputs(args, folder)
-    check(args, folder)
     return record_and_compare(args, folder)
 
 

@@ -329,6 +329,11 @@ def options(argv: list | None) -> tuple:
     add("--json", metavar="FILE", help="the results for programs")
     add("--page", metavar="FILE", help="the results as a table in Markdown")
     args = parser.parse_args(argv)
+    # As minivl.options.refuse, which cannot be imported here.
+    for mode, others in (("nano", ("checkpoint", "pictures", "traces", "record")), ("traces", ("record",))):
+        idle = [name if name in ("checkpoint", "pictures") else f"--{name}" for name in others if getattr(args, name)]
+        if getattr(args, mode) and idle:
+            parser.error(f"{', '.join(idle)} would have no effect with --{mode}; leave it out")
     if args.nano:       # by path: the copies of the package leave the models out
         args.checkpoint = str(PACKAGE / "nano" / "awq")
         args.pictures = [str(PACKAGE / "nano" / "samples" / "small-print.png")]
@@ -351,10 +356,15 @@ def main(argv: list | None = None) -> int:
             parser.error(f"{args.traces} holds no traces, nothing would be compared; record them with --record, or for "
                          "--nano with python -m weights_tools.verify --record-nano")
         rows, missed = tried(runs, args.precision)
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    if args.page:
-        Path(args.page).write_text(page(rows), encoding="utf-8")
+    # Late, for it imports minivl, of which every fork has a copy of its own.
+    from weights_tools.files import write_text
+    try:
+        if args.json:
+            write_text(args.json, json.dumps(rows, indent=1) + "\n")
+        if args.page:
+            write_text(args.page, page(rows))
+    except OSError as error:
+        parser.error(str(error))
     print(f"{len(rows) - len(runs)} mistakes, {missed} not caught where they are")
     return 1 if missed else 0
 

@@ -490,7 +490,11 @@ def main(argv: list | None = None) -> int:
         tensors, facts = run(args.folder, request, args.trust_remote_code, args.resident)
         facts["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, args.trace, metadata={"trace": json.dumps(facts)})
+        try:
+            save_file(tensors, args.trace, metadata={"trace": json.dumps(facts)})
+        except (OSError, SafetensorError) as error:
+            raise CannotRun(f"{args.trace} cannot be written ({error}); free some space or choose another "
+                            "disk") from None
     except (CannotRun, OSError, SafetensorError) as error:
         print(f"reference: {error}", file=sys.stderr)
         return 2

@@ -73,13 +73,13 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .15rem .6rem; border-bottom: 1px solid #8884; }
-td:not(:last-child) { white-space: nowrap; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+th, td:not(:last-child) { white-space: nowrap; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 tr.bad td { font-weight: 600; background: #d4303020; }
 .verdict { padding: .6rem 1rem; border-left: .4rem solid; }
 .ok { border-color: #2a8a4a; } .no { border-color: #d43030; }
-svg { max-width: 100%; height: auto; }
+.wide { overflow-x: auto; }
 img.map { image-rendering: pixelated; width: 9rem; margin: .2rem; border: 1px solid #8888; } figure { margin: 1rem 0; }
-code { font-size: .92em; }
+code { font-size: .92em; } p, h1, td:last-child { overflow-wrap: anywhere; } td:last-child { min-width: 8rem; }
 """
 
 
@@ -110,8 +110,14 @@ def picture(error, top: float) -> str:
 def html(report: Report, words: Callable[[int], str] = str) -> str:
     """Write one self-contained page. `words`: token id -> how it reads."""
     body = heading(report) + table(report) + maps(report) + first_token(report, words) + answer(report, words)
-    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>verify</title><style>{STYLE}</style>"
-            f"</head><body>{body}</body></html>")
+    return ("<!doctype html><html lang='en'><head><meta charset='utf-8'><title>verify</title>"
+            "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+            f"<style>{STYLE}</style></head><body>{body}</body></html>")
+
+
+def wide(content: str) -> str:
+    """Let something that may be wider than the page scroll by itself, its words as large as elsewhere."""
+    return f'<div class="wide" tabindex="0">{content}</div>'
 
 
 def cell(x: object) -> str:
@@ -141,9 +147,10 @@ def table(report: Report) -> str:
                     f'<td class="n">{number(row.largest)}</td><td>{cell(row.at or "")}</td>'
                     f'<td class="n">{from_one(row.cosine)}</td><td>{end}</td></tr>')
     return ("<h2>Error of each stage</h2><p>Relative error |a - b| / |b| over the whole tensor. The dashed line is the "
-            f"tolerance: {cell(report.reason)}. A cross is a stage beyond it.</p>{curve(report)}"
-            '<table><tr><th>stage</th><th>shape</th><th class="n">relative error</th><th class="n">max |a - b|</th>'
-            f'<th>at</th><th class="n">1 - cosine</th><th></th></tr>{"".join(rows)}</table>')
+            f"tolerance: {cell(report.reason)}. A cross is a stage beyond it.</p>{wide(curve(report))}"
+            + wide('<table><tr><th>stage</th><th>shape</th><th class="n">relative error</th>'
+                   '<th class="n">max |a - b|</th><th>at</th><th class="n">1 - cosine</th><th></th></tr>'
+                   f'{"".join(rows)}</table>'))
 
 
 def maps(report: Report) -> str:
@@ -170,8 +177,9 @@ def first_token(report: Report, words: Callable[[int], str]) -> str:
         return f"<td><code>{cell(repr(words(token)))}</code></td><td class='n'>{score:.4f}</td>"
     rows = "".join(f"<tr>{half(*pair['reference'])}{half(*pair['minivl'])}</tr>" for pair in report.logits["top5"])
     return (f"<h2>The first token of the answer</h2><p>KL {number(report.logits['kl'])}; the reference's token has "
-            f"rank {report.logits['rank']}.</p><table><tr><th>reference</th><th class='n'>log p</th><th>minivl</th>"
-            f"<th class='n'>log p</th></tr>{rows}</table>")
+            f"rank {report.logits['rank']}.</p>"
+            + wide("<table><tr><th>reference</th><th class='n'>log p</th><th>minivl</th><th class='n'>log p</th></tr>"
+                   f"{rows}</table>"))
 
 
 def answer(report: Report, words: Callable[[int], str]) -> str:
@@ -186,5 +194,5 @@ def answer(report: Report, words: Callable[[int], str]) -> str:
                     f"<td class='n'>{token['margin']:.3g}</td></tr>")
     return ("<h2>The answer, token by token</h2><p>Each after the reference's tokens before it. The margin is the "
             "distance of the two best scores: where it is smaller than the rounding, either token is right.</p>"
-            "<table><tr><th class='n'></th><th>reference</th><th>minivl</th><th class='n'>margin</th></tr>"
-            f"{''.join(rows)}</table>")
+            + wide("<table><tr><th class='n'></th><th>reference</th><th>minivl</th><th class='n'>margin</th></tr>"
+                   f"{''.join(rows)}</table>"))

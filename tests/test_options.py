@@ -1,0 +1,297 @@
+"""Every pair of options of every command: both count, or the pair is refused. And messages speak of options."""
+import argparse
+import ast
+import importlib.util
+import itertools
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from minivl import EngineConfig, GenerationConfig, InputError, Limits
+from minivl import __main__ as chat
+from minivl.options import given, spoken
+from weights_tools import download, inspect, quantize, synthesize
+from weights_tools.bench import __main__ as bench
+from weights_tools.bench import beside
+from weights_tools.nano import evaluate, ship, train
+from weights_tools.verify import __main__ as verify
+from weights_tools.verify import mistakes
+
+ROOT = Path(__file__).parents[1]
+
+
+def parse_chat(argv):
+    args = chat.parser().parse_args(["chat", *argv])
+    chat.check(args)
+
+
+def parse_notebooks(argv):
+    spec = importlib.util.spec_from_file_location("run_notebooks", ROOT / "notebooks" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.arguments(argv)
+
+
+class Command:
+    """What was decided about the options of a command.
+
+    words: what each option is given as here, by its name in the Namespace; positional arguments too.
+    needs: an option that counts only together with another one, and is refused without.
+    apart: an option -> those that cannot be given with it; everything else that is not listed counts beside it.
+    base: the positional arguments that the command line must have, unless one of `instead` is given.
+    """
+
+    def __init__(self, file, parse, words, needs=(), apart=(), base="", instead=()):
+        self.file, self.parse, self.needs, self.instead = file, parse, dict(needs), instead
+        self.words = {name: text.split() for name, text in words.items()}
+        self.base = base.split()
+        self.apart = {frozenset((a, b)) for a, others in dict(apart).items() for b in others.split()}
+
+    def with_needs(self, names):
+        """The options and what they need, each once."""
+        found = []
+        for name in names:
+            chain = [name]
+            while chain[-1] in self.needs:
+                chain.append(self.needs[chain[-1]])
+            found += [one for one in reversed(chain) if one not in found]
+        return found
+
+    def refuses(self, names):
+        positional = [name for name in names if not self.words[name][0].startswith("-")]
+        base = self.base if not positional and not set(self.instead) & set(names) else []
+        flags = [word for name in names if name not in positional for word in self.words[name]]
+        longest = max((self.words[name] for name in positional), key=len, default=[])   # "m" and "m x.png": the latter
+        try:
+            self.parse([*base, *longest, *flags])
+            return False
+        except (InputError, SystemExit):
+            return True
+
+
+MODES = "record trace shrink nano record_nano inputs"
+ALL = ("checkpoint pictures prompt record trace shrink nano record_nano inputs stages layers max_tiles max_new_tokens "
+       "dtype local tolerance trust_remote_code python resident json html")
+
+
+def but(names, all=ALL):
+    return " ".join(set(all.split()) - set(names.split()))
+
+
+COMMANDS = [
+    Command(
+        "minivl/__main__.py", parse_chat,
+        {"pictures": "x.png", "prompt": "-p q", "system": "--system s", "json": "--json", "model": "-m a/b",
+         "revision": "--revision main", "device": "--device cpu", "dtype": "--dtype float32",
+         "precision": "--precision exact", "session_len": "--session-len 99", "max_tiles": "--max-tiles 2",
+         "video": "--video v.gif", "segments": "--segments 4", "bound": "--bound 0 1", "fps": "--fps 5",
+         "allow_host": "--allow-host h", "plain_text": "--plain-text", "max_new_tokens": "--max-new-tokens 9",
+         "sample": "--sample", "temperature": "--temperature 1", "top_k": "--top-k 5", "top_p": "--top-p .5",
+         "min_p": "--min-p .1", "repetition_penalty": "--repetition-penalty 1.1", "seed": "--seed 1"},
+        needs={"json": "prompt", "segments": "video", "bound": "video", "fps": "bound",
+               **dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"), "sample")},
+        apart={"pictures": "video segments bound fps", "max_tiles": "video segments bound fps prompt json",
+               "allow_host": "prompt json"}),
+    Command(
+        "weights_tools/verify/__main__.py", verify.arguments,
+        {"checkpoint": "m", "pictures": "m x.png", "prompt": "-p q", "record": "--record t", "trace": "--trace t",
+         "shrink": "--shrink t u", "nano": "--nano", "record_nano": "--record-nano", "inputs": "--inputs",
+         "stages": "--stages logits", "layers": "--layers 2", "max_tiles": "--max-tiles 2",
+         "max_new_tokens": "--max-new-tokens 2", "dtype": "--dtype float32", "local": "--local",
+         "tolerance": "--tolerance 1e-9", "trust_remote_code": "--trust-remote-code", "python": "--python p",
+         "resident": "--resident 4.0", "json": "--json x.json", "html": "--html x.html"},
+        apart={"record": f"{but('record', MODES)} tolerance json html",
+               "trace": f"{but('trace', MODES)} prompt max_tiles max_new_tokens trust_remote_code python resident",
+               "shrink": but("shrink"), "nano": but("nano stages layers tolerance json"),
+               "record_nano": but("record_nano python resident"),
+               "inputs": but("inputs checkpoint pictures prompt max_tiles"),
+               "layers": "stages", "max_new_tokens": "stages layers local", "resident": "trust_remote_code"},
+        base="m", instead=("shrink", "nano", "record_nano")),
+    Command(
+        "weights_tools/verify/mistakes.py", mistakes.options,
+        {"checkpoint": "m x.png", "pictures": "m x.png", "nano": "--nano", "precision": "--precision exact",
+         "traces": "--traces t", "record": "--record t", "json": "--json j", "page": "--page p"},
+        apart={"nano": "checkpoint pictures traces record", "traces": "record"}, base="m x.png", instead=("nano",)),
+    Command(
+        "weights_tools/bench/__main__.py", bench.arguments,
+        {"checkpoint": "m", "device": "--device cpu", "size": "--size 4B", "questions": "--questions 200",
+         "parts": "--parts proof speed", "precision": "--precision exact fast", "against": "--against llama.cpp",
+         "jobs": "--jobs tile", "rounds": "--rounds 3", "tokens": "--tokens 16", "peers_python": "--peers-python p",
+         "accuracy": "--accuracy", "json": "--json j", "serve": "--serve exact"},
+        needs={"size": "device", "questions": "device", "parts": "device", "peers_python": "against"},
+        apart={**dict.fromkeys(("device", "size", "questions", "parts"),
+                               "checkpoint precision against jobs rounds tokens peers_python accuracy serve"),
+               "accuracy": "against jobs rounds tokens peers_python serve",
+               "serve": "precision against jobs rounds peers_python json"},
+        base="m", instead=("device",)),
+    Command("weights_tools/inspect.py", inspect.arguments,
+            {"source": "m", "revision": "--revision main", "json": "--json", "filter": "--filter x",
+             "summary": "--summary"}, base="m"),
+    Command("weights_tools/download.py", download.arguments,
+            {"hub_id": "m", "revision": "--revision main", "to": "--to t", "dry_run": "--dry-run"}, base="m"),
+    Command("weights_tools/quantize.py", quantize.arguments,
+            {"checkpoint": "m out", "out": "m out", "plain": "--plain", "examples": "--examples 64",
+             "alpha": "--alpha 0.5", "group_size": "--group-size 128", "method": "--method lmdeploy",
+             "overwrite": "--overwrite"},
+            apart={"plain": "examples alpha"}, base="m out"),
+    Command("weights_tools/bench/beside.py", beside.arguments, {"model": "m", "busy": "--busy 0"}),
+    Command("weights_tools/synthesize.py", synthesize.arguments,
+            {"out": "out", "size": "--size 4B", "awq": "--awq", "format": "--format bin", "shard_gb": "--shard-gb 2",
+             "tokenizer": "--tokenizer t", "seed": "--seed 0", "dtype": "--dtype float16",
+             "group_size": "--group-size 128", "config_quirk": "--config-quirk llm", "overwrite": "--overwrite"},
+            needs={"group_size": "awq", "config_quirk": "awq", "tokenizer": "size"}, base="out"),
+    Command("weights_tools/nano/evaluate.py", evaluate.arguments,
+            {"checkpoints": "m", "n": "-n 500", "tasks": "--tasks colour", "precision": "--precision exact",
+             "ablations": "--ablations", "wrong": "--wrong 0", "json": "--json j"},
+            apart={"ablations": "tasks precision"}),
+    Command("weights_tools/nano/ship.py", ship.arguments, {"checkpoint": "m", "n": "-n 5"}, base="m"),
+    Command("weights_tools/nano/train.py", train.arguments,
+            {"out": "m", "quick": "--quick", "seed": "--seed 1", "workers": "--workers 0", "device": "--device cpu",
+             "steps": "--steps 3"}, base="m"),
+    Command("notebooks/run.py", parse_notebooks, {"notebooks": __file__, "write": "--write"}),
+]
+each = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.file)
+
+
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+
+
+def parser_of(command, monkeypatch):
+    """The parser that its arguments go to."""
+    parsers = []
+    original = argparse.ArgumentParser.parse_known_args
+
+    def spy(self, *args, **options):
+        parsers.append(self)
+        return original(self, *args, **options)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", spy)
+    assert not command.refuses([])
+    return next(parser for parser in reversed(parsers) if len(parser._actions) > 1)
+
+
+@each
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_help_fits_the_terminal(command, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    parser = parser_of(command, monkeypatch)
+    formatter = parser.formatter_class(prog="x")
+    formatter.add_text(parser.description)
+    text = formatter.format_help()
+    assert text.split() == (parser.description or "").split()
+    if command.file not in ("notebooks/run.py", "weights_tools/verify/mistakes.py"):        # which import no minivl
+        assert all(len(line) <= columns for line in text.splitlines())
+    if columns == 120:
+        assert text.strip() == (parser.description or "").strip()
+
+
+@each
+def test_every_option_is_decided_on(command, monkeypatch):
+    """A new option of a parser needs a line in the table: what it goes with."""
+    parser = parser_of(command, monkeypatch)
+    assert {action.dest for action in parser._actions} - {"help", "version"} == set(command.words)
+
+
+@each
+def test_every_pair_counts_or_is_refused(command):
+    for name in command.words:
+        assert command.refuses([name]) == (name in command.needs), f"{name} alone"
+        assert not command.refuses(command.with_needs([name])), f"{name} with what it needs"
+    for pair in itertools.combinations(command.words, 2):
+        names = command.with_needs(pair)
+        refused = any(frozenset(two) in command.apart for two in itertools.combinations(names, 2))
+        assert command.refuses(names) == refused, " with ".join(pair)
+
+
+def test_no_command_is_forgotten():
+    """The one not in the table, verify/reference.py, is run by verify alone and has one option, refused there."""
+    files = {str(path.relative_to(ROOT)) for folder in ("minivl", "weights_tools", "notebooks", "tests")
+             for path in (ROOT / folder).rglob("*.py") if " = argparse.ArgumentParser(" in path.read_text("utf-8")}
+    files -= {"weights_tools/verify/reference.py", "tests/test_options.py"}
+    assert files == {command.file for command in COMMANDS}
+
+
+@pytest.mark.parametrize("file", ["minivl/fast/__main__.py", "notebooks/trip.py"])
+def test_a_command_without_options_refuses_any(file, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [file, "--write"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / file), run_name="__main__")
+    assert exit.value.code == 2 and "--write" in capsys.readouterr().err
+
+
+def test_an_option_with_the_value_of_its_default_is_given():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("place", nargs="?")
+    parser.add_argument("more", nargs="*")
+    parser.add_argument("-s", "--size", type=int, default=3)
+    parser.add_argument("--on", action="store_true")
+    assert given(parser, []) == {} and parser.parse_args([]).size == 3
+    assert given(parser, ["--size", "3"]) == {"size": "--size"}
+    assert given(parser, ["a", "--on"]) == given(parser, ["--on", "a"], True) == {"place": "place", "on": "--on"}
+    assert given(parser, ["a", "b", "c", "-s", "3"], True).keys() == {"place", "more", "size"}
+
+
+# ---- messages -------------------------------------------------------------------------------------------------------
+
+def messages():
+    """(place, text) of every message that the package and the tools raise or warn with; 3 stands for what is put in."""
+    def flat(node):
+        if isinstance(node, ast.Constant):
+            return str(node.value)
+        if isinstance(node, ast.JoinedStr):
+            return "".join(part.value if isinstance(part, ast.Constant) else "3" for part in node.values)
+        return flat(node.left) + flat(node.right) if isinstance(node, ast.BinOp) else "3"
+
+    for path in [*(ROOT / "minivl").rglob("*.py"), *(ROOT / "weights_tools").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and node.args and getattr(
+                    node.func, "id", getattr(node.func, "attr", "")) in ("InputError", "warn", "_warn"):
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", flat(node.args[0])
+
+
+# What no command line can cause: a wrong Python type or call.
+NOT_THERE = ("backend_config is", "the session is closed", "Name the argument", "load the model again with device=",
+             "generate() has no text", "it must be a GenerationConfig", "do_sample is False", "under torch.no_grad()",
+             "allow_hosts must be a list", "bad_token_ids hold", "shorten bad_words", "act_absmax=None",
+             "cut the tiles with minivl.tiling", "the PIL image is closed", "set model.img_context_token_id",
+             "max_frame", "weights_only=True; install torch", "save() writes any SVG")
+# Python that a message means: of another package, or a line to run.
+MEANT = re.compile(r"merge_and_unload\(\)|python -c \".*\"|_use_new_zipfile_serialization=False")
+
+
+def test_messages_speak_of_options():
+    kinds = (EngineConfig, GenerationConfig, Limits)
+    fields = {name for kind in kinds for name in kind.__dataclass_fields__ if "_" in name}
+    fields |= {"max_num", "num_segments", "allow_hosts", "EngineConfig", "GenerationConfig", "Limits"}
+    python = re.compile(rf"\b({'|'.join(sorted(fields))})\b|\b(?!MINIVL_|HF_|PYTHON)[A-Za-z]\w*=|\w\(\)")
+    seen = 0
+    for place, text in messages():
+        if any(words in text for words in NOT_THERE):
+            continue
+        seen += 1
+        assert not python.search(MEANT.sub("", spoken(text))), f"{place}: {spoken(text)}"
+    assert seen > 200
+
+
+@pytest.mark.parametrize("python, options", [
+    ("session_len 9 must be in 1..5", "--session-len 9 must be in 1..5"),
+    ("GenerationConfig.random_seed is -1; it must be", "--seed is -1; it must be"),
+    ("smaller pictures (max_num), a shorter text, or a larger session_len",
+     "smaller pictures (--max-tiles), a shorter text, or a larger --session-len"),
+    ("it; if you trust it, pass allow_hosts=('localhost',)", "it; if you trust it, add --allow-host localhost"),
+    ("make it smaller or raise Limits(picture_pixels=...)", "make it smaller"),
+    ("make it smaller, or raise both PIL.Image.MAX_IMAGE_PIXELS and Limits(picture_pixels=...)", "make it smaller"),
+    ("convert it: python -c \"f(x, dtype='float32')\"", "convert it: python -c \"f(x, dtype='float32')\""),
+    ("load with dtype='bfloat16' or 'float32'", "load with --dtype bfloat16 or float32"),
+    ("an AWQ model, or device='cpu'", "an AWQ model, or --device cpu"),
+    ("bound 7..8 seconds lies outside", "--bound 7..8 seconds lies outside"),
+    ("the end of bound must be a number", "the end of --bound must be a number"),
+    ("or EngineConfig(plain_text=True) if it is only text", "or --plain-text if it is only text"),
+    ("another folder or pass overwrite (--overwrite)", "another folder or pass --overwrite"),
+    ("--max-tiles is 99; the pictures are bound to fit", "--max-tiles is 99; the pictures are bound to fit")])
+def test_spoken(python, options):
+    assert spoken(python) == spoken(options) == options
