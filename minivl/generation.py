@@ -12,6 +12,7 @@ import torch
 
 from minivl.cache import KVCache
 from minivl.fast.threads import at_most, pace
+from minivl.forks import check_process
 from minivl.limits import InputError
 from minivl.memory import full_memory_told
 from minivl.model import MiniVL
@@ -54,6 +55,7 @@ def steps(model: MiniVL, inputs_embeds: torch.Tensor, samplers: list, *, cache: 
     guessed = []
     threads = pace(model)
     while True:
+        check_process()
         # Of the prompt only the last token's scores are needed.
         with full_memory_told(x.device, f"{len(x)} prompts of {cache.length + x.shape[1]} tokens",
                               "ask for fewer at once, with fewer tiles (max_num) or a shorter text"), \
@@ -72,6 +74,9 @@ def steps(model: MiniVL, inputs_embeds: torch.Tensor, samplers: list, *, cache: 
                     logits = logits.index_fill(1, unused, float("-inf"))
                 tokens = [sample(row) for sample, row in zip(samplers, logits)]
             yield tokens, logits
+            if cache.length != end + i:
+                raise InputError(f"the cache held {end + i} tokens at the last step and holds {cache.length} now; one "
+                                 "cache serves one iteration at a time, give each its own KVCache()")
             count += 1
             if guessed[i:i + 1] != tokens:
                 break
@@ -163,7 +168,8 @@ def check_request(model: MiniVL, rows: list[list[int]], max_new_tokens: int, con
 
 
 def check_ids(config: GenerationConfig, model: MiniVL):
-    """Refuse token ids of a config that are not in the vocabulary."""
+    """Refuse a config with values that mean nothing, or token ids that are not in the vocabulary."""
+    config.check()
     vocabulary = model.config.llm_config.vocab_size
     beyond = [i for i in [*(config.stop_token_ids or ()), *(config.bad_token_ids or ())] if i >= vocabulary]
     if beyond:

@@ -31,6 +31,10 @@ class Limits:
     pictures: int = 512                    # pictures and frames in one prompt
     tiles_per_picture: int = 40            # max_num; the reference's own tables go up to 24 (thumbnail not counted)
     prompt_chars: int = 2_000_000          # before tokenizing; the context length bounds the tokens
+    messages: int = 10_000                 # messages of a prompt, and items in all of them
+    words: int = 100                       # stop_words, bad_words
+    word_chars: int = 200                  # each of them
+    token_ids: int = 300_000               # stop_token_ids, bad_token_ids; more than any vocabulary has
     new_tokens: int = 32_768               # max_new_tokens
     fetch_seconds: float = 10.0            # a URL: the whole transfer, redirects included
     redirects: int = 5                     # a URL: followed at most

@@ -13,6 +13,7 @@ from torch import nn
 
 from minivl.awq import AWQLinear
 from minivl.config import Config
+from minivl.forks import check_process
 from minivl.limits import InputError
 from minivl.memory import full_memory_told
 from minivl.pixel_unshuffle import PixelUnshuffle
@@ -49,6 +50,7 @@ class MiniVL(nn.Module):
 
     def visual_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Turn normalised tiles float[N, 3, R, R] into visual tokens float[N, L, D]."""
+        check_process()
         R = self.config.force_image_size
         channels = self.config.vision_config.num_channels
         if not isinstance(pixel_values, torch.Tensor):
@@ -64,6 +66,7 @@ class MiniVL(nn.Module):
 
     def embed(self, input_ids: torch.Tensor, visual_tokens: torch.Tensor | None = None) -> torch.Tensor:
         """Embed int[B, T] as float[B, T, D], with the visual tokens float[N, L, D], in order, over the placeholders."""
+        check_process()
         vocabulary = self.config.llm_config.vocab_size
         if not isinstance(input_ids, torch.Tensor):
             raise InputError(f"input_ids are a {type(input_ids).__name__}; give a tensor of integers [prompts, tokens]")

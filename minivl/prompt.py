@@ -83,11 +83,7 @@ def _segments(messages: Sequence, tiles_per_image: Sequence[int], system: str | 
     if marks != len(tiles_per_image):
         raise InputError(f"the messages have {marks} picture marks ({IMAGE}) but {len(tiles_per_image)} pictures "
                          f"are given; write one {IMAGE} where each picture belongs")
-    if tiles_per_image and not plain and any(part is not _PICTURE and CONTEXT in part for part in everything):
-        raise InputError(f"a message spells {CONTEXT}, which would take the place of a visual token; remove it, or "
-                         "treat what users write as text with plain=True (in a pipeline: "
-                         "EngineConfig(plain_text=True))")
-    if any(tiles < 1 for tiles in tiles_per_image):
+    if any(type(tiles) is not int or tiles < 1 for tiles in tiles_per_image):
         raise InputError(f"tiles per picture are {list(tiles_per_image)}; every picture has at least one")
     tiles = iter(tiles_per_image)
 
@@ -105,6 +101,11 @@ def _segments(messages: Sequence, tiles_per_image: Sequence[int], system: str | 
             segments += [(True, "<|im_end|>"), (False, "\n")]
     if contents and contents[-1][0] == "user":
         segments += [(True, "<|im_start|>"), (False, "assistant\n")]
+    # Also without a picture: another turn may bring one. In the whole, as two texts may spell it together.
+    if not plain and "".join(text for _, text in segments).count(CONTEXT) != tokens_per_tile * sum(tiles_per_image):
+        raise InputError(f"a message spells {CONTEXT}, which would take the place of a visual token; remove it, or "
+                         "treat what users write as text with plain=True (in a pipeline: "
+                         "EngineConfig(plain_text=True))")
     return segments
 
 

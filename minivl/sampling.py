@@ -6,12 +6,13 @@ sampling_layers); top-p arXiv:1904.09751, repetition penalty arXiv:1909.05858.
 """
 from __future__ import annotations
 
+import reprlib
 import warnings
 from dataclasses import dataclass, fields
 
 import torch
 
-from minivl.limits import InputError
+from minivl.limits import InputError, Limits
 from minivl.lmdeploy import GENERATION, takes_names_of_lmdeploy
 
 SAMPLING = ("top_p", "top_k", "min_p", "temperature", "repetition_penalty", "random_seed")   # fields for do_sample=True
@@ -42,9 +43,19 @@ class GenerationConfig:
     response_format: dict | None = None         # not supported
 
     def __post_init__(self):
+        self.check()
+        ignored = [f.name for f in fields(self) if f.name in SAMPLING and getattr(self, f.name) != f.default]
+        if ignored and not self.do_sample:      # LMDeploy ignores them without a word
+            warnings.warn(f"do_sample is False, so decoding is greedy and {', '.join(ignored)} "
+                          f"{'have' if ignored[1:] else 'has'} no effect; set do_sample=True to sample", stacklevel=4)
+
+    def check(self):
+        """Refuse values that mean nothing. Fields may be set later: whoever uses a configuration checks it again."""
         def require(good, name, rule):
             if not good:
-                raise InputError(f"GenerationConfig.{name} is {getattr(self, name)!r}; it must be {rule}")
+                value = getattr(self, name)
+                size = f" ({len(value)} in all)" if isinstance(value, (list, tuple)) and len(value) > 6 else ""
+                raise InputError(f"GenerationConfig.{name} is {reprlib.repr(value)}{size}; it must be {rule}")
 
         for name in ("n", "max_new_tokens", "top_k", "min_new_tokens", "logprobs", "random_seed", "lookup"):
             value = getattr(self, name)
@@ -69,17 +80,14 @@ class GenerationConfig:
         require(self.response_format is None, "response_format", "None, structured output is not supported")
         for name in ("stop_words", "bad_words"):
             words = getattr(self, name) or []
-            require(isinstance(words, (list, tuple)) and len(words) <= 100
-                    and all(isinstance(w, str) and 0 < len(w) <= 200 for w in words), name,
-                    "a list of at most 100 non-empty strings of at most 200 characters")
+            require(isinstance(words, (list, tuple)) and len(words) <= Limits.words
+                    and all(isinstance(w, str) and 0 < len(w) <= Limits.word_chars for w in words), name,
+                    f"a list of at most {Limits.words} non-empty strings of at most {Limits.word_chars} characters")
         for name in ("stop_token_ids", "bad_token_ids"):
             ids = getattr(self, name) or []
-            require(isinstance(ids, (list, tuple)) and all(type(i) is int and i >= 0 for i in ids), name,
-                    "a list of token ids")
-        ignored = [f.name for f in fields(self) if f.name in SAMPLING and getattr(self, f.name) != f.default]
-        if ignored and not self.do_sample:      # LMDeploy ignores them without a word
-            warnings.warn(f"do_sample is False, so decoding is greedy and {', '.join(ignored)} "
-                          f"{'have' if ignored[1:] else 'has'} no effect; set do_sample=True to sample", stacklevel=4)
+            require(isinstance(ids, (list, tuple)) and len(ids) <= Limits.token_ids
+                    and all(type(i) is int and i >= 0 for i in ids), name,     # True is an int too
+                    f"a list of at most {Limits.token_ids} token ids")
 
 
 def probabilities(logits: torch.Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,

@@ -125,7 +125,7 @@ class Tokenizer:
 
     def token_bytes(self, id: int) -> bytes:
         """Look up the bytes one token stands for; a character may be spread over several tokens."""
-        token = self.backend.id_to_token(id) if 0 <= id < 2 ** 31 else None
+        token = self.backend.id_to_token(id) if type(id) is int and 0 <= id < 2 ** 31 else None
         if token is None:
             raise InputError(f"id {str(id)[:30]} is not in the vocabulary (0..{self.vocab_size - 1})")
         if token in self.added or not all(c in self._byte_of for c in token):

@@ -125,6 +125,24 @@ def test_lookup_leaves_the_cache_right_for_the_next_turn():
             tokens += chosen
 
 
+def test_one_cache_serves_one_iteration():
+    model = build()
+    x, cache = model.embed(torch.tensor([[1, 2, 3]])).detach(), KVCache()
+    one, other = (steps(model, x, [scripted([4] * 9)], cache=cache) for _ in range(2))
+    next(one)
+    next(one)
+    next(other)
+    with pytest.raises(InputError, match="the cache held 4 tokens at the last step and holds 7 now; one cache serves"):
+        next(one)
+
+
+def test_a_config_that_was_changed_is_checked_again():
+    config = GenerationConfig()
+    config.bad_token_ids = [True]
+    with pytest.raises(InputError, match=r"bad_token_ids is \[True\]; it must be a list of at most"):
+        minivl.generate(build(), [[1, 2]], max_new_tokens=2, config=config)
+
+
 def test_stop_tokens_and_tensor_forms():
     model = build()
     prompt = torch.tensor([1, 2, 3])

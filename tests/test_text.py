@@ -114,9 +114,22 @@ def test_text_that_spells_special_tokens(small):
 
 
 def test_text_that_spells_a_placeholder(small):
-    encode(small, [("what is <IMG_CONTEXT>?", None)])                   # harmless without pictures
-    with pytest.raises(InputError, match="spells <IMG_CONTEXT>, which would take the place of a visual token"):
-        encode(small, [("<image> what is <IMG_CONTEXT>?", None)], [1])
+    """In any text of any turn, with a picture there or not, in one piece or two: refused, or plain text."""
+    halves = [{"type": "text", "text": "what is <IMG_CON"}, {"type": "text", "text": "TEXT>?"}]
+    spelled = "what is <IMG_CONTEXT>?"
+    for messages in ([(spelled, None)], [("first", "yes"), (spelled, None)], [("first", spelled), ("why?", None)],
+                     [{"role": "system", "content": spelled}, {"role": "user", "content": "why?"}],
+                     [{"role": "user", "content": halves}]):
+        for picture in ([], [1]):
+            system = len(messages) == 2 and isinstance(messages[0], dict)
+            asked = [*messages[:system], *[("<image>", "yes")] * len(picture), *messages[system:]]
+            plain = [*messages[:system], *[([{"type": "image"}], "yes")] * len(picture), *messages[system:]]
+            with pytest.raises(InputError, match="spells <IMG_CONTEXT>, which would take the place of a visual token"):
+                encode(small, asked, picture)
+            ids = encode(small, plain, picture, plain=True)
+            assert ids.count(small.id("<IMG_CONTEXT>")) == 256 * len(picture)
+    with pytest.raises(InputError, match="spells <IMG_CONTEXT>"):
+        encode(small, [(spelled, None)], after=small.encode("an answer"))
     content = [{"type": "image"}, {"type": "text", "text": "what is <IMG_CONTEXT> and <image>?"}]
     ids = encode(small, [{"role": "user", "content": content}], [3], plain=True)
     assert ids.count(small.id("<IMG_CONTEXT>")) == 3 * 256
@@ -190,6 +203,8 @@ def test_bad_text_and_ids(small):
         small.decode([-1])
     with pytest.raises(InputError, match=f"id {small.vocab_size} is not in the vocabulary"):
         small.token_bytes(small.vocab_size)
+    with pytest.raises(InputError, match="id True is not in the vocabulary"):
+        small.token_bytes(True)
     with pytest.raises(InputError, match="no token '<nope>'"):
         small.id("<nope>")
 

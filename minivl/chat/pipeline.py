@@ -9,10 +9,12 @@ Source of the behaviour: LMDeploy v0.6.4 serve/vl_async_engine.py, serve/async_e
 from __future__ import annotations
 
 import itertools
+import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -63,22 +65,69 @@ class EngineConfig:
             raise InputError(f"EngineConfig.allow_hosts is {self.allow_hosts!r}; it must be a tuple of host names")
 
 
-@dataclass
 class Session:
-    """A conversation. Keeps the keys and values of everything said, so a later turn costs only its own tokens."""
-    id: int
-    history: list = field(default_factory=list)     # [(prompt as given, answer text), ...]
-    response: Response | None = None                # the latest
-    ids: list = field(default_factory=list)         # all tokens so far, the answers' as really generated
-    cache: KVCache | None = field(default_factory=KVCache)
+    """A conversation. Keeps the keys and values of everything said, so a later turn costs only its own tokens.
+
+    It belongs to the pipeline that started it, and one turn at a time runs on it, in whichever thread. It cannot be
+    copied or pickled: two conversations would write into one cache.
+    """
+
+    def __init__(self, id: int, owner: Pipeline):
+        self.id = id
+        self.history = []                   # [(prompt as given, answer text), ...]
+        self.response = None                # the latest Response
+        self.ids = []                       # all tokens so far, the answers' as really generated
+        self.cache = KVCache()              # None once it is closed and no turn runs
+        self.closed = False
+        self._owner = weakref.ref(owner)    # a session that somebody keeps does not keep the weights
+        self._turn = threading.Lock()       # held by the turn that runs
 
     def __repr__(self) -> str:
         turns = f"{len(self.history)} turn{'s' * (len(self.history) != 1)}"
-        return f"<Session {self.id}: {turns}, {len(self.ids)} tokens{', closed' * (self.cache is None)}>"
+        return f"<Session {self.id}: {turns}, {len(self.ids)} tokens{', closed' * self.closed}>"
+
+    def __reduce_ex__(self, protocol):
+        raise InputError(f"session {self.id} cannot be copied or pickled, its {len(self.ids)} tokens lie in one cache; "
+                         "start another with pipe.session() and ask again what both share")
 
     def close(self):
-        """Free the cache; the history stays readable."""
-        self.cache = None
+        """Free the cache; the history stays readable. A turn that runs ends with an error at its next text."""
+        self.closed = True
+        if not self._turn.locked():         # else the turn frees it as it ends
+            self.cache = None
+
+    def check(self, owner: Pipeline):
+        """Refuse a turn of another pipeline, after the end, or while another turn runs."""
+        if self._owner() is not owner:
+            raise InputError(f"session {self.id} was started by another pipeline; start one here with session=None")
+        if self.closed:
+            raise InputError("the session is closed; start a new one with session=None")
+        if self._turn.locked():
+            raise self._busy()
+
+    def _busy(self) -> InputError:
+        return InputError(f"session {self.id} is busy with its turn {len(self.history) + 1}; read that stream to its "
+                          "end or close() it first, or start another session")
+
+    @contextmanager
+    def running(self, turn: Turn) -> Iterator[None]:
+        """Hold the session for one turn. Any way out but the end of the block leaves it as it was before."""
+        if not self._turn.acquire(blocking=False):
+            raise self._busy()
+        try:
+            if self.closed or len(self.ids) != turn.start:
+                raise InputError("the session went on or was closed before this stream was read; read a stream to its "
+                                 "end before the next turn")
+            before = self.cache.length
+            try:
+                yield
+            except BaseException:           # also Ctrl-C and an abandoned iteration: nothing half-said stays
+                self.cache.truncate(before)
+                raise
+        finally:
+            self._turn.release()
+            if self.closed:                 # meanwhile
+                self.cache = None
 
     def unread(self) -> list[int]:
         """The last tokens that are not in the cache yet: the end of the previous answer was never fed to the model."""
@@ -87,11 +136,11 @@ class Session:
     def add(self, prompt, answer: Answer):
         """Remember a finished turn: what was asked, as given, and its answer."""
         turn = answer.turn
-        self.ids += turn.ids + answer.token_ids
         if answer.written is not None:      # a stop word was cut off: the cache holds tokens that are no longer there
             self.cache.truncate(min(self.cache.length, turn.start + len(turn.ids) + answer.written))
         self.response = answer.response()
         self.history.append((prompt, answer.text))
+        self.ids += turn.ids + answer.token_ids     # last: who prepares a turn meanwhile sees by their number it is old
 
 
 def pipeline(model_path="nano", backend_config: EngineConfig | None = None) -> Pipeline:
@@ -190,22 +239,23 @@ class Pipeline:
     def stream(self, prompt, gen_config=None, session: Session | None = None) -> Iterator[str]:
         """Yield the answer's text piece by piece, whole characters only. With `session`: as its next turn.
 
-        An iteration that is not finished leaves the session as it was before. The Response is the generator's return
-        value, and `session.response`.
+        An iteration holds the session from its first piece to its end, to close() or until nobody keeps it; one that
+        is not finished leaves the session as it was before. The Response is the generator's return value, and
+        `session.response`.
         """
         turn = self.turn(prompt, gen_config, session)       # here, not at the first next(): errors come at the call
         return self._stream(prompt, turn, session)
 
     def chat(self, prompt, session: Session | None = None, gen_config=None) -> Session:
         """Take one turn of a conversation; `session.response` is the answer. session=None starts a new one."""
-        session = session or self.session()
+        session = self.session() if session is None else session
         for _ in self.stream(prompt, gen_config, session):
             pass
         return session
 
     def session(self) -> Session:
         """Start a new, empty conversation."""
-        return Session(next(self._session_ids))
+        return Session(next(self._session_ids), self)
 
     def turn(self, prompt, gen_config: GenerationConfig | None = None, session: Session | None = None) -> Turn:
         """Read a request: open and tile its pictures, encode its text, check its length. The model computes nothing."""
@@ -216,13 +266,8 @@ class Pipeline:
         ids, tiles = read_request(prompt, self.model.config, self.tokenizer, limits=engine.limits,
                                   plain_text=engine.plain_text, allow_paths=engine.allow_paths,
                                   allow_hosts=engine.allow_hosts,
-                                  after=session.response.token_ids if start else None, most=self.room)
-        end = start + len(ids)
-        if end >= self.room:
-            raise InputError(f"the prompt has {end} tokens and leaves no room for an answer in a context of "
-                             f"{self.room}; use fewer or smaller pictures (max_num), a shorter text, or a larger "
-                             "session_len")
-        return Turn(ids, tiles, gen_config, min(gen_config.max_new_tokens, self.room - end), start)
+                                  after=session.response.token_ids if start else None, start=start, room=self.room)
+        return Turn(ids, tiles, gen_config, min(gen_config.max_new_tokens, self.room - start - len(ids)), start)
 
     def _check(self, gen_config, session):
         for value, kind, name in ((gen_config, GenerationConfig, "gen_config"), (session, Session, "session")):
@@ -234,8 +279,8 @@ class Pipeline:
         if gen_config.max_new_tokens > most:
             raise InputError(f"max_new_tokens is {gen_config.max_new_tokens}, the limit is {most}; "
                              "ask for fewer or raise Limits(new_tokens=...)")
-        if session is not None and session.cache is None:
-            raise InputError("the session is closed; start a new one with session=None")
+        if session is not None:
+            session.check(self)
 
     def _answer(self, turn: Turn, session_id: int, index: int = 0) -> Answer:
         return Answer(turn, self.tokenizer, self.stop_ids, session_id, index)
@@ -245,17 +290,14 @@ class Pipeline:
             answer = self._answer(turn, next(self._session_ids))
             yield from self._write([answer])
             return answer.response()
-        if session.cache is None or len(session.ids) != turn.start:
-            raise InputError("the session went on or was closed before this stream was read; read a stream to its end "
-                             "before the next turn")
-        answer = self._answer(turn, session.id)
-        before = session.cache.length
-        try:
-            yield from self._write([answer], session)
-        except BaseException:       # also Ctrl-C and an abandoned iteration: nothing half-said stays
-            session.cache.truncate(before)
-            raise
-        session.add(prompt, answer)
+        with session.running(turn):
+            answer = self._answer(turn, session.id)
+            for text in self._write([answer], session):
+                if session.closed:
+                    raise InputError(f"session {session.id} was closed while turn {len(session.history) + 1} was "
+                                     "written; start a new one with session=None")
+                yield text
+            session.add(prompt, answer)
         return session.response
 
 

@@ -59,14 +59,16 @@ def video_prompt(question: str, frames: list) -> list[dict]:
 
 def read_request(prompt, config: Config, tokenizer: Tokenizer, *, limits: Limits = Limits(), plain_text: bool = False,
                  allow_paths: bool = True, allow_hosts: tuple = (),
-                 after: list[int] | None = None, most: int | None = None) -> tuple[list[int], list[Image.Image]]:
+                 after: list[int] | None = None, start: int = 0,
+                 room: int | None = None) -> tuple[list[int], list[Image.Image]]:
     """Read a prompt in any of its forms: (token ids, the tiles of all its pictures).
 
     `plain_text`, `allow_paths`, `allow_hosts`: see EngineConfig. `after`: the token ids of the answer that this prompt
-    follows in a session; then only what is new is in the ids. `most`: tokens that there is room for.
+    follows in a session, which has `start` tokens by now; then only what is new is in the ids. `room`: what session,
+    prompt and answer have together. Pictures and text are read only as far as there is room.
     """
     messages, blocks = [], []
-    for message in read_messages(prompt):
+    for message in read_messages(prompt, limits):
         # only the user brings pictures: what the others wrote is text, whatever it spells
         content, found = place_pictures(message["content"], plain_text or message["role"] != "user")
         if message["role"] != "user" and found:
@@ -74,40 +76,67 @@ def read_request(prompt, config: Config, tokenizer: Tokenizer, *, limits: Limits
         messages.append({"role": message["role"], "content": content})
         blocks += found
     _check_messages(messages, blocks, limits)
-    tiles = [[open_tiles(picture, config, limits, allow_paths, allow_hosts) for picture in block] for block in blocks]
+    tiles, end = [[] for _ in blocks], start
+    for opened, block in zip(tiles, blocks):
+        for picture in block:
+            opened.append(open_tiles(picture, config, limits, allow_paths, allow_hosts))
+            end += len(opened[-1]) * config.num_image_token
+            _check_room(end, room)
     if after is not None and len(messages) > 1:
         raise InputError(f"a later turn of a session is one user message, got {len(messages)} messages; the "
                          "session remembers the earlier ones")
     system = None if messages[0]["role"] == "system" else config.system_message
     ids = template.encode(tokenizer, messages, [sum(map(len, block)) for block in tiles], system,
-                          tokens_per_tile=config.num_image_token, plain=plain_text, after=after, most=most)
+                          tokens_per_tile=config.num_image_token, plain=plain_text, after=after,
+                          most=None if room is None else room - start)
+    _check_room(start + len(ids), room)
     return ids, [tile for block in tiles for picture in block for tile in picture]
+
+
+def _check_room(tokens: int, room: int | None):
+    """Refuse a prompt that has so many tokens, perhaps more, in a context of `room`."""
+    if room is not None and tokens >= room:
+        raise InputError(f"the prompt has at least {tokens} tokens and leaves no room for an answer in a context of "
+                         f"{room}; use fewer or smaller pictures (max_num), a shorter text, or a larger session_len")
 
 
 # ---- from a prompt to messages --------------------------------------------------------------------------------------
 
-def read_messages(prompt) -> list[dict]:
+def read_messages(prompt, limits: Limits = Limits()) -> list[dict]:
     """Bring a prompt into one form: [{"role", "content": [items]}, ...]; items: text, image_url or image_data."""
     if isinstance(prompt, str):
         prompt = (prompt, [])
     if isinstance(prompt, tuple):
-        prompt = [_message_of_pair(prompt)]
+        prompt = [_message_of_pair(prompt, limits)]
     if not isinstance(prompt, list):
         raise InputError(f"a prompt is a {type(prompt).__name__}; give a text, (text, picture), (text, [pictures]) or "
                          "a list of messages")
-    messages = [_read_message(message) for message in prompt]
+    items = len(prompt)
+    _check_items(items, limits)
+    messages = []
+    for message in prompt:
+        messages.append(_read_message(message))
+        items += len(messages[-1]["content"])
+        _check_items(items, limits)
     if any(message["role"] == "system" for message in messages[1:]):
         raise InputError("a system message comes after another message; it must be the first")
     return messages
 
 
-def _message_of_pair(prompt: tuple) -> dict:
+def _check_items(items: int, limits: Limits):
+    if items > limits.messages:
+        raise InputError(f"the prompt has over {limits.messages} messages and items in them, the limit; ask in "
+                         "fewer or raise Limits(messages=...)")
+
+
+def _message_of_pair(prompt: tuple, limits: Limits) -> dict:
     """(text, picture) or (text, [pictures]) as one message of the user."""
     if len(prompt) != 2 or not isinstance(prompt[0], str):
         raise InputError("a prompt tuple is (text, picture) or (text, [pictures]), the text first; got "
                          f"({', '.join(type(part).__name__ for part in prompt)})")
     text, pictures = prompt
     pictures = pictures if isinstance(pictures, (list, tuple)) else [pictures]
+    _check_pictures(len(pictures), limits)
     return {"role": "user", "content": [_text(text), *map(_data, pictures)]}
 
 
@@ -130,13 +159,16 @@ def _check_messages(messages: list[dict], blocks: list[list[Picture]], limits: L
     """Refuse a conversation that nobody asks anything in, and what exceeds the limits."""
     if not messages or messages[-1]["role"] != "user":
         raise InputError("the last message must be the user's; add the question to be answered")
-    pictures = sum(map(len, blocks))
-    if pictures > limits.pictures:
-        raise InputError(f"{pictures} pictures exceed the limit of {limits.pictures} in one prompt; give "
-                         "fewer or raise Limits(pictures=...)")
+    _check_pictures(sum(map(len, blocks)), limits)
     characters = sum(len(item.get("text", "")) for message in messages for item in message["content"])
     if characters > limits.prompt_chars:
         raise InputError(f"the prompt has {characters} characters, the limit is {limits.prompt_chars}; shorten it")
+
+
+def _check_pictures(pictures: int, limits: Limits):
+    if pictures > limits.pictures:
+        raise InputError(f"{pictures} pictures exceed the limit of {limits.pictures} in one prompt; give "
+                         "fewer or raise Limits(pictures=...)")
 
 
 # ---- the pictures of a message --------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from minivl import fast
 from minivl.config import Config, left_out, read_json
 from minivl.files.find import find
 from minivl.files.formats import DTYPES, StoredTensor, open_weights
+from minivl.forks import check_process
 from minivl.limits import InputError, first_of, is_there
 from minivl.memory import full_memory_told
 from minivl.model import MiniVL
@@ -41,6 +42,7 @@ def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: 
     if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 6):
         raise InputError(f"torch {torch.__version__} is too old: before 2.6 a pickle could run code even with "
                          "weights_only=True; install torch 2.6 or later")
+    check_process()
     folder = find(path_or_id, revision=revision)
     config = Config.load(folder)
     device = _device(device)

@@ -20,6 +20,31 @@ from collections.abc import Collection
 from minivl.limits import InputError, Limits, offline
 from minivl.media.local import check_bytes, split_url
 
+# Where no public host is, by IANA's registries of special-purpose addresses, of 2025-10: iana.org/assignments/
+# iana-ipv4-special-registry and iana-ipv6-special-registry, all that lies in 2001::/23 taken together. Our own table:
+# what Python's ipaddress calls global depends on its version. Public is all other IPv4, and of IPv6 all other of
+# 2000::/3, the only block that addresses are given out of (iana.org/assignments/ipv6-unicast-address-assignments).
+NOT_PUBLIC_4 = tuple(map(ipaddress.IPv4Network, (
+    "0.0.0.0/8",            # this network, RFC 791
+    "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16",            # private, RFC 1918
+    "100.64.0.0/10",        # shared by customers of a provider, RFC 6598
+    "127.0.0.0/8",          # loopback, RFC 1122
+    "169.254.0.0/16",       # link-local, RFC 3927; clouds serve credentials there
+    "192.0.0.0/24",         # protocol assignments, RFC 6890
+    "192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24",        # documentation, RFC 5737
+    "192.88.99.0/24",       # 6to4 relays, deprecated by RFC 7526
+    "198.18.0.0/15",        # benchmarks, RFC 2544
+    "224.0.0.0/4",          # multicast, RFC 5771
+    "240.0.0.0/4")))        # reserved, RFC 1112, with the broadcast address
+GIVEN_OUT_6 = ipaddress.IPv6Network("2000::/3")
+NOT_PUBLIC_6 = tuple(map(ipaddress.IPv6Network, (
+    "2001::/23",            # protocol assignments, RFC 2928: Teredo, benchmarks, ORCHID, ...
+    "2001:db8::/32", "3fff::/20",       # documentation, RFC 3849 and RFC 9637
+    "2002::/16",            # 6to4, which wraps an IPv4 address; deprecated by RFC 7526
+    "3ffe::/16")))          # the former 6bone, RFC 3701
+# The IPv4 address that is really meant is the last 32 bits: IPv4-mapped, RFC 4291, and NAT64, RFC 6052.
+WRAPS_IPV4 = tuple(map(ipaddress.IPv6Network, ("::ffff:0:0/96", "64:ff9b::/96")))
+
 URL_SAFE = "%/:=&?~#+!$,;'@()*[]"      # stays as written in path and query, besides letters, digits and _.-
 
 
@@ -193,15 +218,11 @@ def _connect(host: str, port: int, deadline: float, allowed: set[str], live: lis
 def _is_public(text: str) -> bool:
     """Tell whether an address (as getaddrinfo writes it) is one of the public internet."""
     address = ipaddress.ip_address(text)
-    if address.version == 6:
-        packed = address.packed
-        if address.ipv4_mapped or packed[:12] == bytes.fromhex("0064ff9b") + bytes(8):     # NAT64, RFC 6052
-            address = ipaddress.IPv4Address(packed[12:])        # the IPv4 address really meant is the last 4 bytes
-        elif packed[0] >> 5 != 1 or packed[:2] == b"\x20\x02":
-            return False    # all public addresses begin with the bits 001; 2002:: (6to4) wraps IPv4 and is long dead
-    # is_global alone is not enough: it is true for multicast and 192.88.99.0/24 (6to4 again), and in older Pythons
-    # for 192.0.0.0/24.
-    return address.is_global and not address.is_multicast and address.packed[:3] not in (b"\xc0\0\0", b"\xc0\x58\x63")
+    if any(address in block for block in WRAPS_IPV4):
+        address = ipaddress.IPv4Address(address.packed[12:])
+    if address.version == 4:
+        return not any(address in block for block in NOT_PUBLIC_4)
+    return address in GIVEN_OUT_6 and not any(address in block for block in NOT_PUBLIC_6)
 
 
 def _read_response(response: http.client.HTTPResponse, deadline: float, limits: Limits,

@@ -31,7 +31,7 @@ def test_the_picture_is_looked_at(pipe):
 
 def test_batch_equals_singles(pipe):
     prompts = [("what?", noise(60, 60)), "hello there", (f"{IMAGE_TOKEN} and {IMAGE_TOKEN}?", [noise(90, 60), TIGER]),
-               "this one spells <IMG_CONTEXT>, harmless without a picture", ("and this?", noise(20, 300))]
+               "this one spells <IMG CONTEXT>, which is only text", ("and this?", noise(20, 300))]
     alone = [pipe(p, SHORT) for p in prompts]
     for size in (8, 2):
         together = with_config(pipe, max_batch_size=size)(prompts, SHORT)
@@ -44,7 +44,7 @@ def test_batch_equals_singles(pipe):
 
 def test_context_length(pipe):
     small = with_config(pipe, session_len=100)
-    message = r"the prompt has \d+ tokens and leaves no room for an answer in a context of 100"
+    message = r"the prompt has at least \d+ tokens and leaves no room for an answer in a context of 100"
     with pytest.raises(InputError, match=message):
         small("word " * 100)
     held = small("hello", GenerationConfig(max_new_tokens=500, ignore_eos=True))
@@ -80,6 +80,34 @@ def test_limits(pipe):
     for field in ("stop_token_ids", "bad_token_ids"):
         with pytest.raises(InputError, match="hold 99999, the vocabulary has ids"):
             pipe("a", GenerationConfig(**{field: [99999]}))
+
+
+def test_far_too_much_is_refused_early(pipe, monkeypatch):
+    """Neither all the text is tokenized nor all pictures are opened; long lists are counted first."""
+    read = []
+    whole = minivl.Tokenizer._ids_of
+    monkeypatch.setattr(minivl.Tokenizer, "_ids_of",
+                        lambda self, text, plain: read.append(text) or whole(self, text, plain))
+    small = with_config(pipe, session_len=100)
+    session = small.chat("hello", gen_config=GenerationConfig(max_new_tokens=1))
+    for ask, room in ((small, "100"), (lambda text: small.chat(text, session), "[0-9]{2}")):
+        with pytest.raises(InputError, match=f"there is room for {room}; use a shorter text"):
+            ask("two words " * 100_000)
+    assert sum(map(len, read)) < 20_000
+    opened = []
+    tiles = minivl.chat.requests.open_tiles
+    monkeypatch.setattr(minivl.chat.requests, "open_tiles", lambda *args: opened.append(1) or tiles(*args))
+    with pytest.raises(InputError, match="the prompt has at least 112 tokens and leaves no room"):
+        with_config(pipe, session_len=100)((f"{IMAGE_TOKEN}" * 300, [TIGER] * 300))
+    assert len(opened) == 4         # of 7 x 4 tokens
+    text = {"type": "text", "text": "x"}
+    one = {"role": "assistant", "content": "x"}
+    for many in ([one] * 20_000, [{"role": "user", "content": [text] * 20_000}],
+                 [{"role": "user", "content": [text] * 3000}] * 4):
+        with pytest.raises(InputError, match="the prompt has over 10000 messages and items in them, the limit"):
+            pipe(many)
+    with pytest.raises(InputError, match="1000000 pictures exceed the limit of 512"):
+        pipe(("what?", [TIGER] * 10 ** 6))
 
 
 @pytest.mark.parametrize("values", [{"session_len": "8"}, {"session_len": 0}, {"max_batch_size": 0},

@@ -1,10 +1,20 @@
 """A conversation answers as the whole of it would, and a failed turn leaves no trace."""
+import copy
+import gc
+import pickle
+import random
+import sys
+import threading
+
 import pytest
-from asking import SHORT, TIGER, counted, forced, noise
+from asking import SHORT, TIGER, counted, forced, noise, with_config
 
 import minivl
 from minivl import GenerationConfig, InputError
 from minivl.prompt import encode
+
+FEW = GenerationConfig(max_new_tokens=5)
+LONG = GenerationConfig(max_new_tokens=9, ignore_eos=True)
 
 
 def test_a_session_answers_as_the_whole_conversation_does(pipe):
@@ -116,3 +126,211 @@ def test_generated_placeholders_do_not_take_visual_tokens(pipe, monkeypatch):
     assert session.ids[-1] == placeholder and session.cache.length == len(session.ids) - 1
     session = pipe.chat(("what?", TIGER), session, GenerationConfig(max_new_tokens=2))
     assert session.response.token_ids == [7, 8]
+
+
+# ---- one turn at a time ---------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def quick(made):
+    """Without int4: some 4 times as fast."""
+    return minivl.pipeline(made("plain"))
+
+
+def state(session):
+    return list(session.ids), session.cache.length, list(session.history), session.response
+
+
+def text_of(stream):
+    return "".join(stream)
+
+
+def test_two_streams_on_one_session(quick):
+    """In whatever order they are opened and read: one answers as if alone, the other raises and changes nothing."""
+    want = quick.chat("one", gen_config=LONG).response.text
+    for opened in ("before", "after"):
+        session = quick.session()
+        a = quick.stream("one", LONG, session)
+        b = quick.stream("two", LONG, session) if opened == "before" else None
+        start = next(a)
+        with pytest.raises(InputError, match=r"session \d+ is busy with its turn 1; read that stream to its end"):
+            next(b or quick.stream("two", LONG, session))
+        with pytest.raises(InputError, match="busy with its turn 1"):
+            quick.chat("three", session, LONG)
+        assert start + text_of(a) == want == session.response.text and len(session.history) == 1
+        assert quick.chat("two", session, LONG).response.text == quick.chat("two", quick.chat("one", gen_config=LONG),
+                                                                          LONG).response.text
+        assert repr(session).startswith(f"<Session {session.id}: 2 turns, ")
+
+
+@pytest.mark.parametrize("end", ["close", "collect", "never started", "error", "Ctrl-C", "error of the model"])
+def test_a_turn_that_ends_early_frees_the_session(quick, monkeypatch, end):
+    session = quick.chat("hello", gen_config=FEW)
+    before = state(session)
+    want = quick.chat("why?", quick.chat("hello", gen_config=FEW), FEW).response.token_ids
+    stream = quick.stream("tell me more", LONG, session)
+    if end != "never started":
+        next(stream)
+        with pytest.raises(InputError, match="is busy"):
+            quick.chat("why?", session, FEW)
+    if end == "close":
+        stream.close()
+    elif end in ("error", "Ctrl-C"):
+        kind = KeyboardInterrupt if end == "Ctrl-C" else RuntimeError
+        with pytest.raises(kind):
+            stream.throw(kind())
+    elif end == "error of the model":
+        with monkeypatch.context() as patch:
+            patch.setattr(minivl.sampling.Sampler, "__call__", lambda self, logits: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                next(stream)
+    else:
+        del stream
+        gc.collect()
+    assert state(session) == before
+    assert quick.chat("why?", session, FEW).response.token_ids == want
+
+
+def test_closing_a_session_during_its_stream(quick):
+    session = quick.chat("hello", gen_config=FEW)
+    history = list(session.history)
+    stream = quick.stream("more", LONG, session)
+    next(stream)
+    session.close()
+    with pytest.raises(InputError, match=r"session \d+ was closed while turn 2 was written"):
+        text_of(stream)
+    session.close()         # twice does no harm
+    assert session.cache is None and session.history == history and "closed" in repr(session)
+    with pytest.raises(InputError, match="the session is closed"):
+        quick.chat("more", session)
+
+
+def test_a_session_of_another_pipeline(quick):
+    """Even one with the same weights: its limits and its texts may differ."""
+    other = with_config(quick)
+    session = other.chat("hello", gen_config=FEW)
+    before = state(session)
+    for ask in (quick.chat, lambda prompt, session: quick.stream(prompt, None, session)):
+        with pytest.raises(InputError, match=r"session \d+ was started by another pipeline; start one here"):
+            ask("more", session)
+    assert state(session) == before
+    assert other.chat("more", session, FEW).response.finish_reason
+    del other
+    gc.collect()
+    with pytest.raises(InputError, match="another pipeline"):
+        quick.chat("more", session)
+
+
+@pytest.mark.parametrize("take", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_session_is_not_copied(quick, take):
+    session = quick.chat("hello", gen_config=FEW)
+    with pytest.raises(InputError, match=r"session \d+ cannot be copied or pickled, its \d+ tokens lie in one cache"):
+        take(session)
+
+
+def test_other_threads(quick):
+    """One session, many threads at once: every turn that did not raise answered as its history says."""
+    session = quick.session()
+    wrong = []
+
+    def ask(name):
+        for turn in range(4):
+            try:
+                wrong.append(quick.chat(f"{name} asks {turn}", session, FEW) and None)
+            except InputError as error:
+                wrong.append(None if "busy" in str(error) or "went on" in str(error) else error)
+            except BaseException as error:
+                wrong.append(error)
+    run_together([lambda name=name: ask(name) for name in "abc"])
+    assert wrong == [None] * 12 and session.history
+    again = quick.session()
+    assert [quick.chat(prompt, again, FEW).response.text for prompt, _ in session.history] == [
+        text for _, text in session.history]
+
+
+def run_together(jobs):
+    """Runs each in a thread of its own, switching between them far more often than usual."""
+    threads = [threading.Thread(target=job, daemon=True) for job in jobs]
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(300)
+    finally:
+        sys.setswitchinterval(usual)
+    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
+
+
+def schedule(pipe, sessions, seed, heard):
+    """A thread's random doings. `heard` gets (session, prompt, turns before it, text so far, whether it was all)."""
+    rng = random.Random(seed)
+    streams = []
+    try:
+        for step in range(10):
+            what = rng.choices(["stream", "read", "chat", "abandon", "close"], [6, 8, 4, 3, 0.5])[0]
+            session, prompt = rng.choice(sessions), f"{rng.choice(['what', 'why', 'who'])} {rng.randrange(3)}?"
+            try:
+                if what == "stream":
+                    streams.append([pipe.stream(prompt, FEW, session), session, prompt, None, ""])
+                elif what == "chat":
+                    pipe.chat(prompt, session, FEW)
+                elif what == "close":
+                    session.close()
+                elif streams and what == "abandon":
+                    streams.pop(rng.randrange(len(streams))) if step % 2 else rng.choice(streams)[0].close()
+                elif streams:
+                    one = rng.choice(streams)
+                    for _ in range(rng.randrange(1, 9)):
+                        try:
+                            one[4] += next(one[0])
+                            one[3] = len(one[1].history)
+                            heard.append((*one[1:], False))
+                        except StopIteration as end:
+                            if end.value is not None:       # the first time
+                                assert end.value.text == one[4]
+                                if one[3] is not None:
+                                    heard.append((*one[1:], True))
+                            break
+            except InputError:
+                pass
+    except BaseException as error:
+        heard.append(error)
+
+
+def check_schedules(pipe, seeds):
+    answers = {}        # prompts of a conversation -> the last answer's text, asked one after the other
+
+    def serial(prompts):
+        if prompts not in answers:
+            session = pipe.session()
+            for i, prompt in enumerate(prompts):
+                answers[prompts[:i + 1]] = pipe.chat(prompt, session, FEW).response.text
+        return answers[prompts]
+
+    turns = 0
+    for seed in seeds:
+        sessions, heard = [pipe.session() for _ in range(3)], []
+        run_together([lambda half=half, seed=seed, sessions=sessions, heard=heard:
+                      schedule(pipe, sessions, 2 * seed + half, heard) for half in range(2)])
+        for session in sessions:
+            prompts = tuple(prompt for prompt, _ in session.history)
+            assert [text for _, text in session.history] == [serial(prompts[:i + 1]) for i in range(len(prompts))], seed
+            assert session.cache is None or session.cache.length <= len(session.ids)
+            turns += len(prompts)
+        for told in heard:
+            assert isinstance(told, tuple), (seed, told)
+            session, prompt, before, text, whole = told
+            want = serial((*(earlier for earlier, _ in session.history[:before]), prompt))
+            assert want == text if whole else want.startswith(text), seed
+    return turns
+
+
+def test_random_schedules(quick):
+    """Streams, chats, abandoned ones and closed sessions over 3 sessions in 2 threads: as asked serially, or raise."""
+    assert check_schedules(quick, range(4)) > 5
+
+
+@pytest.mark.slow
+def test_200_random_schedules(quick):
+    assert check_schedules(quick, range(1000, 1200)) > 400

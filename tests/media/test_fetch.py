@@ -1,6 +1,7 @@
 """fetch: what is sent, which addresses and answers are refused, how long it may take; data: URLs. All offline."""
 import base64
 import contextlib
+import ipaddress
 import pathlib
 import shutil
 import socket
@@ -15,7 +16,7 @@ from media_files import encoded, noise, refused
 
 from minivl import load_image
 from minivl.limits import InputError, Limits
-from minivl.media.fetch import fetch
+from minivl.media.fetch import _is_public, fetch
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +162,8 @@ PRIVATE = ["127.0.0.1", "127.255.255.254", "10.0.0.3", "172.16.0.1", "192.168.1.
            "0.0.0.0", "224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.255", "192.0.0.8", "192.0.2.1",
            "198.18.0.1", "192.88.99.1", "::1", "::", "fe80::1", "fe80::1%2", "fc00::1", "fd12::1", "fec0::1", "ff02::1",
            "2001:db8::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::127.0.0.1", "2002:7f00:1::", "2002:0808:0808::",
-           "2001:0:4136:e378:8000:63bf:3fff:fdd2", "64:ff9b::127.0.0.1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::1", "100::1"]
+           "2001:0:4136:e378:8000:63bf:3fff:fdd2", "64:ff9b::127.0.0.1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::1", "100::1",
+           "3fff::1", "3fff:fff:ffff::1", "5f00::1", "100:0:0:1::1", "2001:20::1", "3ffe::1"]
 
 
 @pytest.mark.parametrize("address", PRIVATE)
@@ -192,6 +194,47 @@ def test_public_addresses_are_connected_to_as_checked(monkeypatch, address):
     with refused("http://good.example:8080/", "connection failed"):
         fetch("http://good.example:8080/")
     assert connected == [(address, 8080)] and table["good.example"] == ["127.0.0.1"]
+
+
+V4 = ["0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
+      "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24",
+      "224.0.0.0/3"]
+V6 = ["::/3", "2001::/23", "2001:db8::/32", "2002::/16", "3ffe::/16", "3fff::/20", "4000::/2", "8000::/1"]
+# named inside them by the registries, whatever those say about their reach
+INSIDE = ["192.0.0.9/32", "192.0.0.170/31", "192.88.99.2/32", "224.0.0.0/4", "239.0.0.0/8", "240.0.0.0/4",
+          "255.255.255.255/32", "::/128", "::1/128", "::ffff:0:0:0/96", "64:ff9b:1::/48", "100::/64", "100:0:0:1::/64",
+          "2001::/32", "2001:1::1/128", "2001:2::/48", "2001:3::/32", "2001:4:112::/48", "2001:10::/28", "2001:20::/28",
+          "2001:30::/28", "3fff:fff::/32", "5f00::/16", "fc00::/7", "fe80::/10", "fec0::/10", "ff00::/8"]
+PUBLIC = ["1.1.1.1/32", "93.184.216.34/32", "192.31.196.0/24", "192.52.193.0/24", "192.175.48.0/24", "2000::/16",
+          "2001:200::/23", "2400:cb00::/32", "2606:4700::/32", "2620:4f:8000::/48", "2a00::/12", "2c00::/12",
+          "3fff:1000::/32"]
+
+
+def test_the_table_of_public_addresses(monkeypatch):
+    """First and last of every block, the addresses next to it, and IPv4 inside IPv6; never Python's own opinion."""
+    for kind in (ipaddress.IPv4Address, ipaddress.IPv6Address):
+        for name in ("is_global", "is_private", "is_reserved", "is_multicast"):
+            monkeypatch.setattr(kind, name, property(lambda self: pytest.fail("this depends on the version of Python")))
+    monkeypatch.setattr(ipaddress.IPv6Address, "ipv4_mapped", None)
+    blocks = [*map(ipaddress.ip_network, V4 + V6)]
+    wraps = ["::ffff:{}", "64:ff9b::{}"]
+    seen = 0
+    for block in map(ipaddress.ip_network, V4 + V6 + INSIDE + PUBLIC):
+        first, last = int(block[0]), int(block[-1])
+        for number in (first - 1, first, (first + last) // 2, last, last + 1):
+            if not 0 <= number < 2 ** block.max_prefixlen:
+                continue
+            address = type(block[0])(number)
+            if address.version == 6 and any(address in ipaddress.ip_network(wrap.format("0.0.0.0/96").replace(
+                    "0.0.0.0", "0:0")) for wrap in wraps):
+                continue
+            public = not any(address in block for block in blocks if block.version == address.version)
+            assert _is_public(str(address)) == public, address
+            for wrap in wraps if address.version == 4 else ():
+                assert _is_public(wrap.format(address)) == public, (wrap, address)
+            seen += public
+    assert seen > 60
+    assert not _is_public("fe80::1%2") and not _is_public("::ffff:0:8.8.8.8") and not _is_public("64:ff9a::808:808")
 
 
 def test_second_address_is_tried(monkeypatch):
