@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fuzz import __main__ as fuzz
 
 from minivl import EngineConfig, GenerationConfig, InputError, Limits
 from minivl import __main__ as chat
@@ -138,6 +139,8 @@ COMMANDS = [
              "overwrite": "--overwrite"},
             apart={"plain": "examples alpha"}, base="m out"),
     Command("weights_tools/bench/beside.py", beside.arguments, {"model": "m", "busy": "--busy 0"}),
+    Command("tests/fuzz/__main__.py", fuzz.arguments,
+            {"what": "bin=1", "seed": "--seed 1", "workers": "--workers 1"}),
     Command("weights_tools/synthesize.py", synthesize.arguments,
             {"out": "out", "size": "--size 4B", "awq": "--awq", "format": "--format bin", "shard_gb": "--shard-gb 2",
              "tokenizer": "--tokenizer t", "seed": "--seed 0", "dtype": "--dtype float16",
@@ -258,9 +261,11 @@ NOT_THERE = ("backend_config is", "the session is closed", "Name the argument", 
              "generate() has no text", "it must be a GenerationConfig", "do_sample is False", "under torch.no_grad()",
              "allow_hosts must be a list", "bad_token_ids hold", "shorten bad_words", "act_absmax=None",
              "cut the tiles with minivl.tiling", "the PIL image is closed", "set model.img_context_token_id",
-             "max_frame", "weights_only=True; install torch", "save() writes any SVG")
+             "max_frame", "weights_only=True; install torch", "save() writes any SVG", "one cache serves one iteration",
+             "cannot be copied or pickled", "is busy with its turn", "was started by another pipeline",
+             "was closed while turn")
 # Python that a message means: of another package, or a line to run.
-MEANT = re.compile(r"merge_and_unload\(\)|python -c \".*\"|_use_new_zipfile_serialization=False")
+MEANT = re.compile(r"(merge_and_unload|state_dict)\(\)|python -c \".*\"|_use_new_zipfile_serialization=False")
 
 
 def test_messages_speak_of_options():

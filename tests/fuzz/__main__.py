@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from fuzz import worker
+from minivl.options import Help
 
 ALL = {"safetensors": 10_000, "bin": 5_000, "json": 2_000, "pictures": 10_000, "videos": 1_000}
 OUTCOMES = ("InputError", "loaded whole", "other", "hang", "crash", "over 1 GB")
@@ -160,24 +161,36 @@ def again(path):
     return outcome in GOOD
 
 
+def arguments(argv=None):
+    """Read the options."""
+    parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__,
+                                     formatter_class=Help)
+    parser.add_argument("what", nargs="*", metavar="KIND=N | FILE")
+    parser.add_argument("--seed", type=int, help="default 0")
+    parser.add_argument("--workers", type=int, help="default: one for each processor")
+    options = parser.parse_args(argv)
+    options.files = [what for what in options.what if os.path.exists(what)]
+    if options.files and (options.files != options.what or (options.seed, options.workers) != (None, None)):
+        parser.error("FILE is a case that was saved, and is run alone: without KIND=N, --seed and --workers")
+    try:
+        options.jobs = {} if options.files else {kind: int(n) for kind, n in (w.split("=") for w in options.what)}
+    except ValueError:
+        parser.error(f"{' '.join(options.what)}: give saved cases that exist, or KIND=N like bin=100")
+    if unknown := options.jobs.keys() - ALL.keys():
+        parser.error(f"no kind {', '.join(sorted(unknown))}; kinds are {', '.join(ALL)}")
+    return options
+
+
 def main(argv=None):
     """Run the command; its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", metavar="KIND=N | FILE")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int)
-    options = parser.parse_args(argv)
-    if files := [what for what in options.what if os.path.exists(what)]:
-        return int(not all([again(path) for path in files]))
-    jobs = {kind: int(n) for kind, n in (what.split("=") for what in options.what)} or ALL
-    if unknown := jobs.keys() - ALL.keys():
-        parser.error(f"no kind {', '.join(sorted(unknown))}; kinds are {', '.join(ALL)}")
+    options = arguments(argv)
+    if options.files:
+        return int(not all([again(path) for path in options.files]))
     start = time.time()
-    results = run(jobs, options.seed, options.workers)
+    results = run(options.jobs or ALL, options.seed or 0, options.workers)
     results.save()
     print(results.table())
-    print(f"seed {options.seed}, {time.time() - start:.0f} s")
+    print(f"seed {options.seed or 0}, {time.time() - start:.0f} s")
     return int(bool(results.failures))
 
 

@@ -59,7 +59,7 @@ MISTAKES = (
     Mistake("tiles", "tiling.py", "no thumbnail",
             "if use_thumbnail and len(tiles) > 1:", "if False:"),
     Mistake("prompt", "prompt.py", "system message missing",
-            "_split(SYSTEM if system is None else system, plain)", '_split(system or "", plain)'),
+            "_split(SYSTEM if system is None else system, plain=True)", '_split(system or "", plain=True)'),
     Mistake("prompt", "prompt.py", "no newline after the role",
             '(False, role + "\\n"), *body(parts)]', "(False, role), *body(parts)]"),
     Mistake("stop tokens", "files/load.py", "stop token wrong",
