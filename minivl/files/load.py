@@ -27,6 +27,9 @@ KEPT = (".scales",)                                     # rounding a scale would
 KEPT_HALF = ("embed_tokens.weight", "lm_head.weight")   # by the fast layers, see minivl.fast
 HEAD = "language_model.lm_head.weight"
 EMBEDDING = "language_model.model.embed_tokens.weight"
+# Tables that old versions of transformers saved and new ones drop: the model computes them itself.
+FREQUENCIES = r"language_model\.model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+TABLE = re.compile(rf"{FREQUENCIES}|(?:vision_model|language_model)\.(?:.+\.)?position_ids")
 
 
 def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: str | torch.device | None = None,
@@ -125,7 +128,10 @@ def _check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
     wanted = model.state_dict()
     _refuse_other_kinds(tensors, wanted, folder)
     problems = [f"missing: {n} {list(wanted[n].shape)}" for n in wanted if n not in tensors]
-    problems += [f"unexpected: {n} {list(t.shape)}" for n, t in tensors.items() if n not in wanted]
+    problems += [f"unexpected: {n} {list(t.shape)}" for n, t in tensors.items()
+                 if n not in wanted and not TABLE.fullmatch(n)]
+    problems += [f"unexpected: {line}" for line in wrong_tables(
+        {n: t.read() for n, t in tensors.items() if TABLE.fullmatch(n)}, model.config)]
     for name in wanted.keys() & tensors.keys():
         want, found = wanted[name], tensors[name]
         if tuple(want.shape) != found.shape:
@@ -145,6 +151,25 @@ def _check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
                          + "".join(f"\n{line}" for line in wrong_defaults(problems, read_json(folder / "config.json"))))
 
 
+def wrong_tables(tables: dict[str, torch.Tensor], config: Config) -> list[str]:
+    """Say which tensors that TABLE names hold other numbers than the model computes, a line each.
+
+    inv_freq (E/2): theta^(-2i/E), up to what float16 or bfloat16 keeps of it. position_ids: 0, 1, 2, ...
+    """
+    lines = []
+    theta = config.llm_config.rope_theta
+    size = config.llm_config.hidden_size // config.llm_config.num_attention_heads
+    computed = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    for name, table in tables.items():
+        if name.endswith("position_ids"):
+            if not torch.equal(table.flatten().double(), torch.arange(table.numel(), dtype=torch.float64)):
+                lines.append(f"{name} {list(table.shape)} does not count 0, 1, 2, ...")
+        elif table.shape != computed.shape or not torch.allclose(table.double(), computed, rtol=2**-8, atol=2**-24):
+            lines.append(f"{name} {list(table.shape)} is not of {size // 2} pairs with rope_theta {theta:g}, which "
+                         "config.json gives; write the rope_theta of the training there")
+    return lines
+
+
 def _refuse_other_kinds(tensors: dict[str, StoredTensor], wanted: dict[str, torch.Tensor], folder: Path):
     """Refuse, in one sentence, weights that are no damaged checkpoint but a whole one of another kind."""
     marks = ("base_model.model.", ".lora_", ".base_layer.", ".modules_to_save.")
@@ -158,8 +183,9 @@ def _refuse_other_kinds(tensors: dict[str, StoredTensor], wanted: dict[str, torc
                          "-hf repositories; take the original release, the repository without -hf, or convert it back "
                          "with InternVL's tools/internvl_hf2custom.py")
     before = {n.removesuffix(HEAD) for n in tensors if n.endswith("." + HEAD)}
-    if len(before) == 1 and {prefix + n for prefix in before for n in wanted} == tensors.keys():
-        prefix, = before
+    prefix = min(before, default="")
+    if len(before) == 1 and {prefix + n for n in wanted} == {
+            n for n in tensors if not TABLE.fullmatch(n.removeprefix(prefix))}:
         cut = f"t = {{n[{len(prefix)}:]: x for n, x in t.items()}}"
         raise InputError(f"the names of the weights in {folder} all begin with {prefix!r}, which a wrapper such as "
                          "torch.compile or DistributedDataParallel puts there; save the model inside it, or take that "

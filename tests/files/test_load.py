@@ -14,6 +14,7 @@ from conftest import GOLDEN
 import minivl
 from minivl import InputError
 from minivl.config import Config
+from weights_tools.inspect import inspect
 
 
 def test_all_forms_give_the_same_logits(copy):
@@ -147,6 +148,44 @@ def test_missing_extra_and_misshapen_tensors_are_all_named(copy):
                  "unexpected: extra.weight [3, 5]", "shape: mlp1.1.bias is [127] in the file, [128] in the model",
                  "dtype: language_model.model.norm.weight is torch.int32 in the file, the model takes a float"):
         assert part in text
+
+
+def frequencies(theta=1e6, size=32):
+    return theta ** (-torch.arange(0, size, 2).double() / size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tables_that_the_model_computes_are_dropped(copy, dtype):
+    """Old versions of transformers saved them."""
+    want, tensors = logits(copy), raw(copy)
+    size = tensors["language_model.model.layers.0.self_attn.q_proj.bias"].numel() // Config.load(
+        copy).llm_config.num_attention_heads
+    table = frequencies(Config.load(copy).llm_config.rope_theta, size).to(dtype)
+    tables = {f"language_model.model.{at}rotary_emb.inv_freq": table.clone()
+              for at in ("", "layers.0.self_attn.", "layers.1.self_attn.")}
+    tables["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    write(copy, tensors | tables)
+    assert torch.equal(logits(copy), want) and not any(inspect(copy).problems.values())
+    for name in tables:
+        for other in (tables[name] * 2, tables[name].flatten()[1:].clone(), frequencies(1e4, size).to(dtype)):
+            write(copy, tensors | {name: other})
+            said = "does not count 0, 1, 2" if name.endswith("ids") else "rope_theta 1e.06, which config.json gives"
+            assert name in refused(copy, said)
+            assert [line.split()[0] for line in inspect(copy).problems["unexpected"]] == [name]
+    write(copy, tensors | {"mlp1.rotary_emb.inv_freq": table})
+    refused(copy, "unexpected: mlp1.rotary_emb.inv_freq")
+
+
+def test_tables_in_a_pickle(copy):
+    want, tensors = logits(copy), raw(copy)
+    (copy / "model.safetensors").unlink()
+    name = "vision_model.embeddings.position_ids"
+    for ids, problems in ((torch.arange(5), 0), (torch.ones(5), 1)):
+        torch.save(tensors | {name: ids}, copy / "pytorch_model.bin")
+        assert len(inspect(copy).problems["unexpected"]) == problems
+        if not problems:
+            assert torch.equal(logits(copy), want)
+    refused(copy, f"unexpected: {name}")
 
 
 def test_config_and_weights_disagree_about_awq(copy):
