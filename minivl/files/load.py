@@ -223,8 +223,17 @@ SHOWN_BY = {        # a key that config.json may leave out: the problem with a t
 
 
 def wrong_defaults(problems: list[str], config: dict) -> list[str]:
-    """Name the keys that a parsed config.json leaves out and whose defaults do not fit the tensors, a line each."""
+    """Name the keys of a parsed config.json that the tensors show to be wrong, a line each.
+
+    Those that it leaves out and whose defaults do not fit, and a vocab_size that was not changed with the rows.
+    """
     lines = []
+    rows = {found[1] for p in problems if (found := re.match(
+        r"shape: language_model\.(?:model\.embed_tokens|lm_head)\.weight is \[(\d+), ", p))}
+    given = config["llm_config"].get("vocab_size")
+    if len(rows) == 1 and given is not None:
+        lines.append(f"config.json gives llm_config.vocab_size {given}, the embedding or head has {min(rows)} rows: if "
+                     "the weights are the ones you mean, correct vocab_size in config.json.")
     for key, default in left_out(config).items():
         shown = next((p for p in sorted(problems) if key in SHOWN_BY and re.match(SHOWN_BY[key], p)), None)
         if shown:

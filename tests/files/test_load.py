@@ -188,6 +188,21 @@ def test_tables_in_a_pickle(copy):
     refused(copy, f"unexpected: {name}")
 
 
+@pytest.mark.parametrize("rows", [632, 500])
+def test_embedding_resized_and_an_old_vocab_size(copy, rows):
+    tensors = raw(copy)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        old = tensors[f"language_model.{name}"]
+        tensors[f"language_model.{name}"] = torch.cat([old, old])[:rows].clone()
+    write(copy, tensors)
+    hint = rf"vocab_size 600, the embedding or head has {rows} rows: .* correct vocab_size in config.json"
+    refused(copy, f"2 problems(.|\n)*{hint}")
+    assert "correct vocab_size" in inspect(copy).note
+    tensors["language_model.lm_head.weight"] = tensors["language_model.lm_head.weight"][:480].clone()
+    write(copy, tensors)
+    assert "correct vocab_size" not in refused(copy, "2 problems")      # whose number would it be?
+
+
 def test_config_and_weights_disagree_about_awq(copy):
     edit(copy, lambda c: c["llm_config"].pop("quantization_config"))
     refused(copy, "The weights are AWQ but config.json has no quantization_config")
