@@ -328,8 +328,8 @@ def _merges(listing: Listing, folder: Path) -> list[tuple[str, str]]:
     if is_there(folder / "merges.txt"):
         text = read_text(folder / "merges.txt")
         _bounded("lines in merges.txt", text.count("\n"), MAX_TOKENS, folder)
-        lines = text.split("\n")
-        found["merges.txt"] = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version"):] if line]
+        lines = [line.strip() for line in text.split("\n")]      # as Qwen2Tokenizer does
+        found["merges.txt"] = [tuple(line.split()) for line in lines[lines[0].startswith("#version:"):] if line]
     if "tokenizer.json" in listing.files:
         listed = listing.files["tokenizer.json"]["model"].get("merges")
         good = isinstance(listed, list) and all(
