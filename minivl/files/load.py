@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -262,10 +263,18 @@ def _token_ids(folder: Path, config: Config) -> tuple[int | None, tuple[int, ...
     # The released generation_config.json lists <|im_end|>, <|im_start|> and <|endoftext|>; the original's chat() stops
     # at <|im_end|> alone. The union is safe: none of them can be part of an answer.
     eos = {added["<|im_end|>"]} if "<|im_end|>" in added else set()
-    sources = [read_json(folder / "config.json")["llm_config"]]
+    said = {"llm_config.eos_token_id in config.json": read_json(folder / "config.json")["llm_config"]}
     if is_there(folder / "generation_config.json"):
-        sources.append(read_json(folder / "generation_config.json"))
-    for source in sources:
+        said["eos_token_id in generation_config.json"] = read_json(folder / "generation_config.json")
+    for where, source in said.items():
         ids = source.get("eos_token_id")
-        eos.update(i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < vocabulary)
+        ids = ids if isinstance(ids, list) else [ids]
+        good = [type(i) is int and 0 <= i < vocabulary for i in ids]
+        eos.update(i for i, fits in zip(ids, good) if fits)
+        strange = [f"a {type(i).__name__}" if isinstance(i, (list, dict)) else repr(i)
+                   for i, fits in zip(ids, good) if not fits and i is not None]
+        if strange:
+            warnings.warn(f"{where} of {folder} holds {first_of(strange, ', ', 3)}, which is no token id (a whole "
+                          f"number in 0..{vocabulary - 1}): no answer ends there; correct it if one should",
+                          stacklevel=3)
     return added.get("<IMG_CONTEXT>"), tuple(sorted(eos)), tuple(listing.unused(vocabulary))

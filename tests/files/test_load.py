@@ -75,12 +75,25 @@ def test_defaults():
     assert {p.requires_grad for p in model.parameters()} == {True}
 
 
-@pytest.mark.parametrize("listed", [True, [True], [599, False], "599", 599.0, {"a": 599}, [[599]], 10 ** 6, -1, None])
-def test_what_is_no_id_stops_nothing(copy, listed):
+@pytest.mark.parametrize("listed, strange", [
+    (True, "True"), ([True], "True"), ([599, False], "False"), ([1, True], "True"), ("599", "'599'"), (599.0, "599.0"),
+    ({"a": 599}, "a dict"), ([[599]], "a list"), (10 ** 6, "1000000"), (600, "600"), (-1, "-1"),
+    ([599, 599.0, "7"], "599.0, '7'"), ([*range(600, 700)], "600, 601, 602, ... and 97 more")])
+def test_what_is_no_id_stops_nothing_and_is_told(copy, listed, strange):
     """For Python true is the number 1: an answer would end at that token."""
     edit(copy, lambda config: config["llm_config"].update(eos_token_id=listed))
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
-    assert set(minivl.load(copy).eos_token_ids) <= {599}
+    with pytest.warns(UserWarning) as told:
+        assert set(minivl.load(copy).eos_token_ids) <= {1, 599}
+    assert [str(warning.message).partition(", which is no token id")[0] for warning in told] == [
+        f"llm_config.eos_token_id in config.json of {copy} holds {strange}",
+        f"eos_token_id in generation_config.json of {copy} holds {strange}"]
+
+
+@pytest.mark.parametrize("listed", [None, [], [599, 599], 0, [599, None]])
+def test_ids_and_none_are_not_told(copy, listed):
+    edit(copy, lambda config: config["llm_config"].update(eos_token_id=listed))
+    assert set(minivl.load(copy).eos_token_ids) <= {0, 599}
 
 
 def test_token_ids_come_from_the_files(tiny, tmp_path):
