@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
@@ -374,10 +375,19 @@ PARTS = {"config.json": Config, "vision_config": VisionConfig, "llm_config": LLM
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
+def renamed(path: Path) -> str:
+    """Say which file lies there in place of a missing one, as an editor, a browser or a copy names it; "": none."""
+    stem, suffix = re.escape(path.stem), re.escape(path.suffix)
+    names = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
+    near = re.compile(rf"{stem}(?:[ _.-]*\(\d+\)|[ _-]+copy)?{suffix}(?:\.txt|\.json)?|{stem}", re.IGNORECASE)
+    found = next((name for name in names if near.fullmatch(name) and name != path.name), None)
+    return f"{found} is there: if it is meant, rename it to {path.name}" if found else ""
+
+
 def read_text(path: Path) -> str:
     """Read a text file of the checkpoint. Raises an InputError that names the file."""
     if not is_there(path):
-        raise InputError(f"{path.parent} has no {path.name}; is the download complete?")
+        raise InputError(f"{path.parent} has no {path.name}; {renamed(path) or 'is the download complete?'}")
     if path.stat().st_size > MAX_TEXT:
         raise InputError(f"{path.name} in {path.parent} has {path.stat().st_size} bytes, at most {MAX_TEXT} are read; "
                          "it is not the released file, download it again")

@@ -1,6 +1,6 @@
 """Take LMDeploy's configurations as they are written: fields that mean nothing here are told or refused, by name.
 
-Source: LMDeploy v0.6.4 and v0.7 messages.py (TurbomindEngineConfig, PytorchEngineConfig, GenerationConfig).
+Source: LMDeploy messages.py, v0.6.4 to that of 2025 (TurbomindEngineConfig, PytorchEngineConfig, GenerationConfig).
 """
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ ENGINE = {
     "model_format": (None, "the format is read from the checkpoint"),
     "tp": (1, DEVICE), "dp": (1, DEVICE), "ep": (1, DEVICE), "dp_rank": (0, DEVICE), "communicator": ("nccl", DEVICE),
     "distributed_executor_backend": (None, DEVICE), "should_execute_dummy_batch": (False, DEVICE),
+    "devices": (None, DEVICE), "device_num": (None, DEVICE), "attn_tp_size": (None, DEVICE),
+    "attn_dp_size": (None, DEVICE), "mlp_tp_size": (None, DEVICE), "mlp_dp_size": (None, DEVICE),
+    "outer_dp_size": (None, DEVICE), "enable_microbatch": (False, DEVICE), "enable_eplb": (False, DEVICE),
+    "enable_mp_engine": (False, DEVICE), "mp_engine_backend": ("mp", DEVICE),
+    "empty_init": (False, "a pipeline holds its weights from the start"),
+    "disable_vision_encoder": (False, "the tower is part of every checkpoint"),
+    "enable_metrics": (True, "an answer counts its own tokens"),
     "cache_max_entry_count": (0.8, CACHE), "cache_chunk_size": (-1, CACHE), "cache_block_seq_len": (64, CACHE),
     "block_size": (64, CACHE), "num_cpu_blocks": (0, CACHE), "num_gpu_blocks": (0, CACHE),
     "quant_policy": (0, "keys and values are kept in the model's dtype"),
@@ -27,7 +34,11 @@ ENGINE = {
     "prefill_interval": (16, WHOLE), "thread_safe": (False, "answers are computed in the thread that asks"),
     "eager_mode": (False, "precision chooses how the layers run"),
 }
-GENERATION = {"spaces_between_special_tokens": (True, "the text is what the tokenizer gives")}
+APART = "one process reads the prompt and writes the answer"
+GENERATION = {
+    "spaces_between_special_tokens": (True, "the text is what the tokenizer gives"),
+    "with_cache": (False, APART), "preserve_cache": (False, APART), "migration_request": (None, APART),
+}
 # These would change the answer, or where it comes from: no other value than LMDeploy's default is taken.
 REFUSED = {
     "rope_scaling_factor": (0.0, "positions beyond the trained ones are not supported, leave it out"),
@@ -37,6 +48,9 @@ REFUSED = {
     "device_type": (None, "give device='cuda' or 'cpu'"),
     "download_dir": (None, "set HF_HOME, or fetch the files with python -m weights_tools.download --to FOLDER"),
     "logits_processors": (None, "bad_token_ids bans tokens, minivl.generation.steps takes your own sampler"),
+    "include_stop_str_in_output": (False, "the text ends before the stop word, add it yourself"),
+    "hf_overrides": (None, "write the values into config.json"),
+    "logprobs_mode": (None, "logprobs=n gives log-probabilities of the unmodified scores"),
     "output_logits": (None, "logprobs=n gives the n best of each step; minivl.load(...)(ids) all scores"),
     "output_last_hidden_state": (None, "minivl.trace(model) gives every stage by name"),
 }
@@ -55,7 +69,9 @@ def takes_names_of_lmdeploy(unused: dict[str, tuple]):
                 value = values.pop(name)
                 default, instead = unused.get(name) or REFUSED.get(name) or (None, None)
                 if instead is None:
-                    near = difflib.get_close_matches(name, own, 1, 0.5)
+                    words = set(name.split("_"))      # seed is near random_seed, migration_request not near ignore_eos
+                    near = (difflib.get_close_matches(name, own, 1, 0.7)
+                            or [field for field in own if words <= set(field.split("_"))])
                     raise InputError(f"{cls.__name__} has no field {name}; "
                                      + (f"do you mean {near[0]}?" if near else f"it has {', '.join(own)}"))
                 if value == default:

@@ -24,7 +24,7 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from minivl.config import read_json, read_text
+from minivl.config import read_json, read_text, renamed
 from minivl.limits import InputError, is_there
 
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -328,8 +328,8 @@ def _merges(listing: Listing, folder: Path) -> list[tuple[str, str]]:
     if is_there(folder / "merges.txt"):
         text = read_text(folder / "merges.txt")
         _bounded("lines in merges.txt", text.count("\n"), MAX_TOKENS, folder)
-        lines = text.split("\n")
-        found["merges.txt"] = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version"):] if line]
+        lines = [line.strip() for line in text.split("\n")]      # as Qwen2Tokenizer does
+        found["merges.txt"] = [tuple(line.split()) for line in lines[lines[0].startswith("#version:"):] if line]
     if "tokenizer.json" in listing.files:
         listed = listing.files["tokenizer.json"]["model"].get("merges")
         good = isinstance(listed, list) and all(
@@ -358,8 +358,9 @@ def _qwen2(folder: Path) -> tokenizers.Tokenizer:
     listing = read_listing(folder)
     pair = is_there(folder / "vocab.json") and is_there(folder / "merges.txt")
     if not pair and "tokenizer.json" not in listing.files:
-        raise InputError(f"{folder} has neither vocab.json and merges.txt nor tokenizer.json; copy the tokenizer "
-                         "files of the model there")
+        other = next(filter(None, (renamed(folder / n) for n in ("tokenizer.json", "vocab.json", "merges.txt")
+                                   if not is_there(folder / n))), "copy the tokenizer files of the model there")
+        raise InputError(f"{folder} has neither vocab.json and merges.txt nor tokenizer.json; {other}")
     if not listing.added:
         raise InputError(f"{folder} lists no added tokens; copy added_tokens.json, tokenizer_config.json or "
                          "tokenizer.json of the model there")

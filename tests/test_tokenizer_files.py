@@ -85,6 +85,20 @@ def test_merges_as_pairs_and_as_strings(tiny, parts, tmp_path):
     assert ids_of(Tokenizer.load(put(tmp_path / "old", parts, tokenizer=data))) == ids_of(Tokenizer.load(tiny))
 
 
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace("\n", " \n"), lambda text: text.replace("\n", "\t\n"), lambda text: text + " \n\n",
+    lambda text: text.replace("\n", "\r\n"), lambda text: "  " + text.replace("\n", "\n "),
+    lambda text: text.replace(" ", "  ").replace("#version:  ", "#version: "),
+    lambda text: text.partition("\n")[2]])
+def test_blanks_around_the_lines_of_merges(tiny, parts, tmp_path, change):
+    """An editor leaves them; the original reads over them: Qwen2Tokenizer strips each line."""
+    names = ("vocab.json", "merges.txt", "added_tokens.json")
+    folder = put(tmp_path / "x", {**parts, "merges.txt": change(parts["merges.txt"])}, *names, "tokenizer.json")
+    assert ids_of(Tokenizer.load(folder)) == ids_of(Tokenizer.load(tiny))       # beside tokenizer.json: the same merges
+    (folder / "tokenizer.json").unlink()
+    assert ids_of(Tokenizer.load(folder)) == ids_of(Tokenizer.load(tiny))
+
+
 def replace(pattern, content):
     return {"type": "Replace", "pattern": pattern, "content": content}
 

@@ -21,13 +21,14 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+from safetensors import safe_open
 from tqdm import tqdm
 
 from minivl import options
 from minivl.config import Config, read_json
 from minivl.files.find import SHIPPED, choose_files, find, hub_errors, hub_info
 from minivl.files.formats import DIGESTS, DTYPES, OLD_DIGESTS, choose_set, open_weights, safetensors_header
-from minivl.files.load import wrong_defaults
+from minivl.files.load import TABLE, wrong_defaults, wrong_tables
 from minivl.limits import InputError, first_of, offline
 from minivl.model import MiniVL
 from weights_tools import run
@@ -87,9 +88,10 @@ def inspect(path_or_id: str | Path, *, revision: str | None = None) -> Report:
             raise InputError(f"{path} is a local file, it has no revision {revision!r}; leave --revision out")
         if path.suffix != ".safetensors":
             raise InputError(f"{path} is not a .safetensors file; give that, or the folder of a checkpoint")
-        tensors = _headers(path.parent, [path.name])
-        old = _old_digests(path.parent, [path.name])
-        config, whole = path.parent / "config.json", False
+        folder = path.parent
+        tensors = _headers(folder, [path.name])
+        old = _old_digests(folder, [path.name])
+        config, whole = folder / "config.json", False
     elif path.is_dir() or offline() or os.fspath(path_or_id) in SHIPPED:
         folder = find(path_or_id, revision=revision)
         files = [file for file in choose_set(folder).files if (folder / file).is_file()]    # one that lacks is reported
@@ -100,7 +102,7 @@ def inspect(path_or_id: str | Path, *, revision: str | None = None) -> Report:
     else:
         tensors, config = _remote(os.fspath(path_or_id), revision)
         whole = True
-        old = None
+        folder = old = None
     model, note = None, "no config.json beside it: no module column, nothing compared"
     if config.is_file():
         try:
@@ -122,6 +124,8 @@ def inspect(path_or_id: str | Path, *, revision: str | None = None) -> Report:
     if not model:
         return Report(os.fspath(path_or_id), rows, None, f"{note}. {old}" if old else note)
     problems = compare(wanted, tensors, whole)
+    if folder:      # afar, names and shapes are all there is
+        problems["unexpected"] += wrong_tables(_tables(folder, tensors), model.config)
     told = [f"{'shape' if kind == 'misshapen' else kind}: {line}" for kind, lines in problems.items() for line in lines]
     if wrong := wrong_defaults(told, read_json(config)):
         note = " ".join(([f"{note}."] if note else []) + wrong)
@@ -133,7 +137,8 @@ def compare(wanted: dict[str, torch.Tensor], tensors: dict[str, tuple], whole: b
     both = [name for name in wanted if name in tensors]
     return {
         "missing": [f"{n} {list(wanted[n].shape)}" for n in wanted if n not in tensors and whole],
-        "unexpected": [f"{n} {list(shape)} in {file}" for n, (_, shape, file) in tensors.items() if n not in wanted],
+        "unexpected": [f"{n} {list(shape)} in {file}" for n, (_, shape, file) in tensors.items()
+                       if n not in wanted and not TABLE.fullmatch(n)],
         "misshapen": [f"{n} is {list(tensors[n][1])} in {tensors[n][2]}, {list(wanted[n].shape)} in the model"
                       for n in both if tuple(tensors[n][1]) != tuple(wanted[n].shape)],
         # Any float is taken for any other: the loader converts. Words of int4 must be what they are.
@@ -150,6 +155,19 @@ def _headers(folder: Path, files: list[str]) -> dict[str, tuple]:
         for name, (dtype, shape, *_) in safetensors_header(folder / file)[0].items():
             _add(tensors, name, dtype, shape, file)
     return tensors
+
+
+def _tables(folder: Path, tensors: dict[str, tuple]) -> dict[str, torch.Tensor]:
+    """Read the few small tensors whose values decide whether they fit: those that minivl.files.load.TABLE names."""
+    found = {}
+    for name in filter(TABLE.fullmatch, tensors):
+        file = tensors[name][2]
+        if file.endswith(".safetensors"):
+            with safe_open(folder / file, "pt") as opened:
+                found[name] = opened.get_tensor(name)
+        else:
+            found[name] = open_weights(folder)[name].read()
+    return found
 
 
 def _old_digests(folder: Path, files: list[str]) -> str | None:

@@ -18,6 +18,9 @@ SMALL_FILES = ["config.json", "generation_config.json", "vocab.json", "merges.tx
                "tokenizer.json", "tokenizer_config.json"]
 STEMS = {"safetensors": "model", "bin": "pytorch_model"}    # format, which is the suffix too -> name before the suffix
 ADAPTER = re.compile(r"adapter_(config\.json|model.*\.(safetensors|bin))")      # as PEFT names its files
+# Files beside the weights, by the programs that write them: Trainer's state, LMDeploy's statistics.
+ASIDE = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|random_states|.*stats\b|\.", re.IGNORECASE)
+FOREIGN = (".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".engine", ".mlmodel", ".tflite")
 HUB_SECONDS = 10            # to wait for the hub's list of files
 PACKAGE = Path(__file__).parents[1]
 EXPECTED = "model.safetensors or pytorch_model.bin, whole or in shards (model-00001-of-00002.safetensors)"
@@ -62,7 +65,24 @@ def choose_files(names: Iterable[str]) -> list[str]:
         weights = [n for n in names if n == whole or shard_of(n, suffix)]
         if weights:
             return [n for n in [*SMALL_FILES, f"{whole}.index.json"] if n in names] + sorted(weights)
-    raise InputError(f"no weights among the {len(names)} files; expected {EXPECTED}")
+    raise InputError(f"no weights among the {len(names)} files; expected {EXPECTED}"
+                     + (f"; {other}" if (other := other_weights(sorted(names))) else ""))
+
+
+def other_weights(names: Iterable[str]) -> str:
+    """Say which of the files look like weights under other names or in other formats, and what to do; "": none."""
+    names = [name for name in names if not ASIDE.match(name)]
+    for suffixes, to in (((".safetensors",), "model.safetensors"),
+                         ((".bin", ".pt", ".pth", ".ckpt"), "pytorch_model.bin")):
+        found = [name for name in names if name.lower().endswith(suffixes)]
+        if len(found) == 1:
+            return f"{found[0]} is there: if it holds the whole model, rename it to {to}"
+        if found:
+            return (f"{first_of(found, ', ', 3)} are there: rename the one that holds the whole model to {to}, or "
+                    f"shards of one model to {to.replace('.', f'-00001-of-{len(found):05}.')} and so on")
+    found = [name for name in names if name.lower().endswith(FOREIGN)]
+    return (f"{first_of(found, ', ', 3)} is there, in a format of other programs, which minivl does not read; take the "
+            "model's release in safetensors" if found else "")
 
 
 def shard_of(name: str, suffix: str) -> tuple[int, int] | None:

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minivl.files.find import EXPECTED, STEMS
+from minivl.config import renamed
+from minivl.files.find import EXPECTED, STEMS, other_weights
 from minivl.files.pickles import MAX_NAME, a_shape, read_places
 from minivl.files.sets import WeightSet, is_here, is_pointer, named, sets_of
 from minivl.limits import InputError, first_of, is_there, reading
@@ -61,7 +62,10 @@ def choose_set(folder: str | os.PathLike) -> WeightSet:
     # An index without its files is left by tools that save or download only the other form. It holds no model.
     whole = [one for one in sets if any(is_here(folder / file) for file in one.files)]
     if not sets:
-        raise InputError(f"{folder} has no weights; expected {EXPECTED}. Is the download complete?")
+        with reading(folder):
+            other = other_weights(sorted(os.listdir(folder)))
+        raise InputError(f"{folder} has no weights; expected {EXPECTED}"
+                         + (f"; {other}" if other else ". Is the download complete?"))
     if not whole:
         return sets[0]
     for other in whole[1:]:
@@ -81,7 +85,8 @@ def _open_set(folder: Path, one: WeightSet, verify: bool = True) -> dict[str, St
     open_file = _open_pickle if ".bin" in one.name else _open_safetensors
     for file in one.files:
         if len(file) > 200 or not is_there(folder / file):
-            raise InputError(f"{folder} lacks the shard {file} that {one.name} names; download it again")
+            raise InputError(f"{folder} lacks the shard {file} that {one.name} names; "
+                             f"{len(file) <= 200 and renamed(folder / file) or 'download it again'}")
     tensors = {}
     for file in one.files:
         with reading(folder / file):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -28,6 +29,9 @@ KEPT = (".scales",)                                     # rounding a scale would
 KEPT_HALF = ("embed_tokens.weight", "lm_head.weight")   # by the fast layers, see minivl.fast
 HEAD = "language_model.lm_head.weight"
 EMBEDDING = "language_model.model.embed_tokens.weight"
+# Tables that old versions of transformers saved and new ones drop: the model computes them itself.
+FREQUENCIES = r"language_model\.model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+TABLE = re.compile(rf"{FREQUENCIES}|(?:vision_model|language_model)\.(?:.+\.)?position_ids")
 
 
 def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: str | torch.device | None = None,
@@ -127,7 +131,10 @@ def _check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
     wanted = model.state_dict()
     _refuse_other_kinds(tensors, wanted, folder)
     problems = [f"missing: {n} {list(wanted[n].shape)}" for n in wanted if n not in tensors]
-    problems += [f"unexpected: {n} {list(t.shape)}" for n, t in tensors.items() if n not in wanted]
+    problems += [f"unexpected: {n} {list(t.shape)}" for n, t in tensors.items()
+                 if n not in wanted and not TABLE.fullmatch(n)]
+    problems += [f"unexpected: {line}" for line in wrong_tables(
+        {n: t.read() for n, t in tensors.items() if TABLE.fullmatch(n)}, model.config)]
     for name in wanted.keys() & tensors.keys():
         want, found = wanted[name], tensors[name]
         if tuple(want.shape) != found.shape:
@@ -147,6 +154,25 @@ def _check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
                          + "".join(f"\n{line}" for line in wrong_defaults(problems, read_json(folder / "config.json"))))
 
 
+def wrong_tables(tables: dict[str, torch.Tensor], config: Config) -> list[str]:
+    """Say which tensors that TABLE names hold other numbers than the model computes, a line each.
+
+    inv_freq (E/2): theta^(-2i/E), up to what float16 or bfloat16 keeps of it. position_ids: 0, 1, 2, ...
+    """
+    lines = []
+    theta = config.llm_config.rope_theta
+    size = config.llm_config.hidden_size // config.llm_config.num_attention_heads
+    computed = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    for name, table in tables.items():
+        if name.endswith("position_ids"):
+            if not torch.equal(table.flatten().double(), torch.arange(table.numel(), dtype=torch.float64)):
+                lines.append(f"{name} {list(table.shape)} does not count 0, 1, 2, ...")
+        elif table.shape != computed.shape or not torch.allclose(table.double(), computed, rtol=2**-8, atol=2**-24):
+            lines.append(f"{name} {list(table.shape)} is not of {size // 2} pairs with rope_theta {theta:g}, which "
+                         "config.json gives; write the rope_theta of the training there")
+    return lines
+
+
 def _refuse_other_kinds(tensors: dict[str, StoredTensor], wanted: dict[str, torch.Tensor], folder: Path):
     """Refuse, in one sentence, weights that are no damaged checkpoint but a whole one of another kind."""
     marks = ("base_model.model.", ".lora_", ".base_layer.", ".modules_to_save.")
@@ -160,8 +186,9 @@ def _refuse_other_kinds(tensors: dict[str, StoredTensor], wanted: dict[str, torc
                          "-hf repositories; take the original release, the repository without -hf, or convert it back "
                          "with InternVL's tools/internvl_hf2custom.py")
     before = {n.removesuffix(HEAD) for n in tensors if n.endswith("." + HEAD)}
-    if len(before) == 1 and {prefix + n for prefix in before for n in wanted} == tensors.keys():
-        prefix, = before
+    prefix = min(before, default="")
+    if len(before) == 1 and {prefix + n for n in wanted} == {
+            n for n in tensors if not TABLE.fullmatch(n.removeprefix(prefix))}:
         cut = f"t = {{n[{len(prefix)}:]: x for n, x in t.items()}}"
         raise InputError(f"the names of the weights in {folder} all begin with {prefix!r}, which a wrapper such as "
                          "torch.compile or DistributedDataParallel puts there; save the model inside it, or take that "
@@ -199,8 +226,17 @@ SHOWN_BY = {        # a key that config.json may leave out: the problem with a t
 
 
 def wrong_defaults(problems: list[str], config: dict) -> list[str]:
-    """Name the keys that a parsed config.json leaves out and whose defaults do not fit the tensors, a line each."""
+    """Name the keys of a parsed config.json that the tensors show to be wrong, a line each.
+
+    Those that it leaves out and whose defaults do not fit, and a vocab_size that was not changed with the rows.
+    """
     lines = []
+    rows = {found[1] for p in problems if (found := re.match(
+        r"shape: language_model\.(?:model\.embed_tokens|lm_head)\.weight is \[(\d+), ", p))}
+    given = config["llm_config"].get("vocab_size")
+    if len(rows) == 1 and given is not None:
+        lines.append(f"config.json gives llm_config.vocab_size {given}, the embedding or head has {min(rows)} rows: if "
+                     "the weights are the ones you mean, correct vocab_size in config.json.")
     for key, default in left_out(config).items():
         shown = next((p for p in sorted(problems) if key in SHOWN_BY and re.match(SHOWN_BY[key], p)), None)
         if shown:
@@ -229,10 +265,18 @@ def _token_ids(folder: Path, config: Config) -> tuple[int | None, tuple[int, ...
     # The released generation_config.json lists <|im_end|>, <|im_start|> and <|endoftext|>; the original's chat() stops
     # at <|im_end|> alone. The union is safe: none of them can be part of an answer.
     eos = {added["<|im_end|>"]} if "<|im_end|>" in added else set()
-    sources = [read_json(folder / "config.json")["llm_config"]]
+    said = {"llm_config.eos_token_id in config.json": read_json(folder / "config.json")["llm_config"]}
     if is_there(folder / "generation_config.json"):
-        sources.append(read_json(folder / "generation_config.json"))
-    for source in sources:
+        said["eos_token_id in generation_config.json"] = read_json(folder / "generation_config.json")
+    for where, source in said.items():
         ids = source.get("eos_token_id")
-        eos.update(i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < vocabulary)
+        ids = ids if isinstance(ids, list) else [ids]
+        good = [type(i) is int and 0 <= i < vocabulary for i in ids]
+        eos.update(i for i, fits in zip(ids, good) if fits)
+        strange = [f"a {type(i).__name__}" if isinstance(i, (list, dict)) else repr(i)
+                   for i, fits in zip(ids, good) if not fits and i is not None]
+        if strange:
+            warnings.warn(f"{where} of {folder} holds {first_of(strange, ', ', 3)}, which is no token id (a whole "
+                          f"number in 0..{vocabulary - 1}): no answer ends there; correct it if one should",
+                          stacklevel=3)
     return added.get("<IMG_CONTEXT>"), tuple(sorted(eos)), tuple(listing.unused(vocabulary))

@@ -60,6 +60,10 @@ INTS = BYTE, SHORT, INT, LONG = b"K", b"M", b"J", b"\x8a"
 ORDERED_DICT = "collections OrderedDict"
 TENSOR = "torch._utils _rebuild_tensor_v2"
 PARAMETER = "torch._utils _rebuild_parameter"
+# For a message alone, where the grammar has failed: a dict under a name that training programs use, and a torch.dtype.
+INNER = re.compile(rb"X.\0\0\0((?:model_)?state_dict|model|module|net|params)(?:q.|r.{4})"
+                   rb"(?:}|ccollections\nOrderedDict\n|h.\)R|j.{4}\)R)", re.S)
+DTYPE = re.compile(rb"ctorch\n((?!\w+Storage)\w+)\n")
 BATCH = 1000        # items between MARK and SETITEMS, which Python's pickle never exceeds; fewer: the dict is complete
 
 
@@ -106,7 +110,7 @@ def read_places(path: Path, verify: bool) -> dict[str, Place]:
         data = _read(f, pickle.at, pickle.size)
     if zlib.crc32(data) != pickle.crc:
         _damaged(path.name, "its data.pkl does not match its checksum")
-    grammar = _Pickle(data, path.name, tensors)
+    grammar = _Pickle(data, path, tensors)
     places = grammar.read()
     if verify:
         _verify(path, records, {f"data/{key}": name for key, (_, name) in grammar.used.items()})
@@ -230,8 +234,8 @@ def _verify(path: Path, records: dict[str, Record], names: dict[str, str]):
 class _Pickle:
     """Read data.pkl by the grammar above: a method for each rule, which begins at the byte `at` or after `op`."""
 
-    def __init__(self, data: bytes, file: str, records: dict[str, Record]):
-        self.data, self.file, self.records = data, file, records
+    def __init__(self, data: bytes, path: Path, records: dict[str, Record]):
+        self.data, self.path, self.file, self.records = data, path, path.name, records
         self.shown = sum(record.size for record in records.values())
         self.at = 0
         self.memo = []      # str, Global or Place; None: a tuple or dict, which torch names only once
@@ -388,6 +392,12 @@ class _Pickle:
             self.not_a_dict(f"{name} is no tensor")
         end = self.data.find(b"\n", self.data.find(b"\n", self.at) + 1)
         called = self.take(max(end + 1 - self.at, 1))[:-1].decode("ascii", "replace").replace("\n", " ")
+        if re.fullmatch(r"torch\._utils _rebuild_\w+", called) and called not in (TENSOR, PARAMETER):
+            dtype = called.endswith("_rebuild_tensor_v3") and DTYPE.search(self.data, self.at)
+            kind = f"of dtype {dtype[1][:40].decode()}" if dtype else f"made by {called.split()[1][:60]}"
+            known = ", ".join(str(one).removeprefix("torch.") for one in STORAGES.values())
+            raise InputError(f"{self.file}: {name[:100]} is a tensor {kind}, which is unknown here; known are dense "
+                             f"ones of {known}: save it as one of them")
         if called not in (ORDERED_DICT, TENSOR, PARAMETER) and not re.fullmatch(r"torch \w+Storage", called):
             raise InputError(f"{self.file} holds more than tensors (its pickle asks for {called[:100]!r}); refused, "
                              "nothing of it was run. Do not use this checkpoint")
@@ -466,5 +476,11 @@ class _Pickle:
 
     def not_a_dict(self, what: str) -> NoReturn:
         """Refuse what holds something else than tensors."""
+        inner = INNER.search(self.data)
+        if inner:
+            key = inner[1].decode()
+            raise InputError(f"{self.file} is what a training program saved: its tensors are in an inner dict, "
+                             f"{key!r}; save that alone once: python -c \"import torch; f = {str(self.path)!r}; "
+                             f"torch.save(torch.load(f, map_location='cpu', weights_only=True)[{key!r}], f)\"")
         raise InputError(f"{self.file} does not hold a dict of names and tensors ({what}); save the model's "
                          "state_dict() alone, or download it again")

@@ -1,4 +1,6 @@
 """Folders, names and hub ids: what is found, what is fetched, and what an error says."""
+import shutil
+
 import pytest
 import torch
 from conftest import GOLDEN
@@ -30,6 +32,72 @@ def test_folders_and_names(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.5.1+cu121")
     with pytest.raises(InputError, match="torch 2.5.1.cu121 is too old"):
         minivl.load(GOLDEN / "qwen2-awq")
+
+
+@pytest.mark.parametrize("name", ["config.json.txt", "Config.json", "CONFIG.JSON", "config (1).json", "config",
+                                  "config.JSON", "config copy.json", "config.json.json", "config(2).json.txt"])
+def test_a_small_file_under_a_near_name_is_named(copy, name):
+    (copy / "config.json").rename(copy / name)
+    with pytest.raises(InputError) as error:
+        minivl.load(copy)
+    assert str(error.value) == f"{copy} has no config.json; {name} is there: if it is meant, rename it to config.json"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json.txt", "Tokenizer.json", "vocab (1).json", "Merges.txt",
+                                  "merges.txt.txt"])
+def test_a_tokenizer_under_a_near_name_is_named(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    (tmp_path / "added_tokens.json").write_text("{}")
+    with pytest.raises(InputError, match="nor tokenizer.json; .* is there: if it is meant, rename it to [a-z]+[.]"):
+        minivl.Tokenizer.load(tmp_path)
+
+
+def alone(folder):
+    """The weights, without the golden data beside them."""
+    for path in folder.glob("*.safetensors"):
+        if path.name != "model.safetensors":
+            path.unlink()
+    return folder / "model.safetensors"
+
+
+@pytest.mark.parametrize("name, to", [
+    ("model.fp16.safetensors", "model.safetensors"), ("consolidated.safetensors", "model.safetensors"),
+    ("pytorch_model.safetensors", "model.safetensors"), ("Model.SAFETENSORS", "model.safetensors"),
+    ("model.pt", "pytorch_model.bin"), ("consolidated.00.pth", "pytorch_model.bin"), ("last.ckpt", "pytorch_model.bin"),
+    ("model.bin", "pytorch_model.bin")])
+def test_weights_under_another_name_are_named(copy, name, to):
+    alone(copy).rename(copy / name)
+    for aside in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "inputs_stats.pth", "._model.bin"):
+        (copy / aside).write_bytes(b"")
+    said = f"; {name} is there: if it holds the whole model, rename it to {to}"
+    with pytest.raises(InputError, match="has no weights; expected") as error:
+        minivl.load(copy)
+    assert str(error.value).endswith(said)
+    with pytest.raises(InputError, match="no weights among the 2 files") as error:
+        choose_files(["config.json", name])
+    assert str(error.value).endswith(said)
+    (copy / name).unlink()
+    with pytest.raises(InputError, match="has no weights; expected .*[.] Is the download complete?"):
+        minivl.load(copy)
+
+
+def test_several_other_weights_and_other_programs_formats(copy):
+    alone(copy).rename(copy / "consolidated-1.safetensors")
+    (copy / "consolidated-2.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="consolidated-1.safetensors, consolidated-2.safetensors are there: .*"
+                       "model-00001-of-00002.safetensors and so on"):
+        minivl.load(copy)
+    for name in ("model.gguf", "Model-Q4_K_M.GGUF", "model.onnx"):
+        with pytest.raises(InputError, match=f"{name} is there, in a format of other programs"):
+            choose_files(["config.json", "onnx/README.md", name])
+
+
+def test_a_shard_under_a_near_name_is_named(made, tmp_path):
+    folder = shutil.copytree(made("plain-shards"), tmp_path / "shards")
+    shard = min(folder.glob("model-*.safetensors"))
+    shard.rename(folder / f"{shard.stem} (1).safetensors")
+    with pytest.raises(InputError, match=rf"lacks the shard {shard.name} .* \(1\).safetensors is there: .*, rename it"):
+        minivl.load(folder)
 
 
 def test_which_files_are_fetched():

@@ -14,6 +14,7 @@ from conftest import GOLDEN
 import minivl
 from minivl import InputError
 from minivl.config import Config
+from weights_tools.inspect import inspect
 
 
 def test_all_forms_give_the_same_logits(copy):
@@ -74,12 +75,25 @@ def test_defaults():
     assert {p.requires_grad for p in model.parameters()} == {True}
 
 
-@pytest.mark.parametrize("listed", [True, [True], [599, False], "599", 599.0, {"a": 599}, [[599]], 10 ** 6, -1, None])
-def test_what_is_no_id_stops_nothing(copy, listed):
+@pytest.mark.parametrize("listed, strange", [
+    (True, "True"), ([True], "True"), ([599, False], "False"), ([1, True], "True"), ("599", "'599'"), (599.0, "599.0"),
+    ({"a": 599}, "a dict"), ([[599]], "a list"), (10 ** 6, "1000000"), (600, "600"), (-1, "-1"),
+    ([599, 599.0, "7"], "599.0, '7'"), ([*range(600, 700)], "600, 601, 602, ... and 97 more")])
+def test_what_is_no_id_stops_nothing_and_is_told(copy, listed, strange):
     """For Python true is the number 1: an answer would end at that token."""
     edit(copy, lambda config: config["llm_config"].update(eos_token_id=listed))
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
-    assert set(minivl.load(copy).eos_token_ids) <= {599}
+    with pytest.warns(UserWarning) as told:
+        assert set(minivl.load(copy).eos_token_ids) <= {1, 599}
+    assert [str(warning.message).partition(", which is no token id")[0] for warning in told] == [
+        f"llm_config.eos_token_id in config.json of {copy} holds {strange}",
+        f"eos_token_id in generation_config.json of {copy} holds {strange}"]
+
+
+@pytest.mark.parametrize("listed", [None, [], [599, 599], 0, [599, None]])
+def test_ids_and_none_are_not_told(copy, listed):
+    edit(copy, lambda config: config["llm_config"].update(eos_token_id=listed))
+    assert set(minivl.load(copy).eos_token_ids) <= {0, 599}
 
 
 def test_token_ids_come_from_the_files(tiny, tmp_path):
@@ -147,6 +161,59 @@ def test_missing_extra_and_misshapen_tensors_are_all_named(copy):
                  "unexpected: extra.weight [3, 5]", "shape: mlp1.1.bias is [127] in the file, [128] in the model",
                  "dtype: language_model.model.norm.weight is torch.int32 in the file, the model takes a float"):
         assert part in text
+
+
+def frequencies(theta=1e6, size=32):
+    return theta ** (-torch.arange(0, size, 2).double() / size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tables_that_the_model_computes_are_dropped(copy, dtype):
+    """Old versions of transformers saved them."""
+    want, tensors = logits(copy), raw(copy)
+    size = tensors["language_model.model.layers.0.self_attn.q_proj.bias"].numel() // Config.load(
+        copy).llm_config.num_attention_heads
+    table = frequencies(Config.load(copy).llm_config.rope_theta, size).to(dtype)
+    tables = {f"language_model.model.{at}rotary_emb.inv_freq": table.clone()
+              for at in ("", "layers.0.self_attn.", "layers.1.self_attn.")}
+    tables["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    write(copy, tensors | tables)
+    assert torch.equal(logits(copy), want) and not any(inspect(copy).problems.values())
+    for name in tables:
+        for other in (tables[name] * 2, tables[name].flatten()[1:].clone(), frequencies(1e4, size).to(dtype)):
+            write(copy, tensors | {name: other})
+            said = "does not count 0, 1, 2" if name.endswith("ids") else "rope_theta 1e.06, which config.json gives"
+            assert name in refused(copy, said)
+            assert [line.split()[0] for line in inspect(copy).problems["unexpected"]] == [name]
+    write(copy, tensors | {"mlp1.rotary_emb.inv_freq": table})
+    refused(copy, "unexpected: mlp1.rotary_emb.inv_freq")
+
+
+def test_tables_in_a_pickle(copy):
+    want, tensors = logits(copy), raw(copy)
+    (copy / "model.safetensors").unlink()
+    name = "vision_model.embeddings.position_ids"
+    for ids, problems in ((torch.arange(5), 0), (torch.ones(5), 1)):
+        torch.save(tensors | {name: ids}, copy / "pytorch_model.bin")
+        assert len(inspect(copy).problems["unexpected"]) == problems
+        if not problems:
+            assert torch.equal(logits(copy), want)
+    refused(copy, f"unexpected: {name}")
+
+
+@pytest.mark.parametrize("rows", [632, 500])
+def test_embedding_resized_and_an_old_vocab_size(copy, rows):
+    tensors = raw(copy)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        old = tensors[f"language_model.{name}"]
+        tensors[f"language_model.{name}"] = torch.cat([old, old])[:rows].clone()
+    write(copy, tensors)
+    hint = rf"vocab_size 600, the embedding or head has {rows} rows: .* correct vocab_size in config.json"
+    refused(copy, f"2 problems(.|\n)*{hint}")
+    assert "correct vocab_size" in inspect(copy).note
+    tensors["language_model.lm_head.weight"] = tensors["language_model.lm_head.weight"][:480].clone()
+    write(copy, tensors)
+    assert "correct vocab_size" not in refused(copy, "2 problems")      # whose number would it be?
 
 
 def test_config_and_weights_disagree_about_awq(copy):

@@ -4,6 +4,7 @@ import collections
 import io
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -82,7 +83,7 @@ def test_cut_altered_and_strange_pickles(copy):
     torch.save([1, 2], path)
     refused(copy, "does not hold a dict of names and tensors")
     torch.save({"a": torch.zeros(3).to_sparse()}, path)
-    refused(copy, "holds more than tensors .*_rebuild_sparse_tensor")
+    refused(copy, "a is a tensor made by _rebuild_sparse_tensor, which is unknown")
     torch.save({**tensors, "mlp1.1.bias": torch.nn.Parameter(tensors["mlp1.1.bias"])}, path)
     minivl.load(copy)
 
@@ -212,12 +213,16 @@ def test_every_opcode_must_stand_where_torch_writes_it(tmp_path):
 
 
 @pytest.mark.parametrize("thing, message", [
-    ({"state_dict": {"a": torch.ones(1)}}, r"does not hold a dict of names and tensors \(state_dict is no tensor\)"),
+    ({"weights": {"a": torch.ones(1)}}, r"does not hold a dict of names and tensors \(weights is no tensor\)"),
     ({"epoch": 3, "a": torch.ones(1)}, r"\(epoch is no tensor\); save the model's state_dict\(\) alone"),
     ({1: torch.ones(1)}, "a key is a number"), ({"a": [torch.ones(1)]}, "a is no tensor"),
     ([torch.ones(1)], "it holds one object, or a list"), (torch.ones(1), "it holds one object, or a list"),
     ({"a": torch.ones(1, dtype=torch.complex64)}, "a is in a ComplexFloatStorage; known are DoubleStorage"),
-    ({"a": torch.ones(1, dtype=torch.uint16)}, "holds more than tensors .*_rebuild_tensor_v3"),
+    ({"a": torch.ones(1, dtype=torch.uint16)}, "a is a tensor of dtype uint16, which is unknown here"),
+    ({"b": torch.ones(1), "a": torch.ones(1, dtype=torch.float8_e4m3fn)},
+     "a is a tensor of dtype float8_e4m3fn, .*bfloat16"),
+    ({"a": torch.nn.Parameter(torch.ones(1).to(torch.float8_e5m2))}, "a is a tensor of dtype float8_e5m2, which"),
+    ({"a": torch.eye(2).to_sparse()}, "a is a tensor made by _rebuild_sparse_tensor, which is unknown"),
     ({"a": torch.ones(2, dtype=torch.complex64).conj().imag}, "does not write what is at"),
     ({"a": torch.ones(1).expand(2**40)}, "a .* does not lie in its record of 1 torch.float32"),
     ({"a" * 501: torch.ones(1)}, "has a name of 501 bytes"), (torch.nn.Linear(1, 1), "holds more than tensors")])
@@ -226,6 +231,18 @@ def test_other_things_that_torch_saves_are_named(tmp_path, thing, message):
     with pytest.raises(InputError, match=message) as error:
         open_weights(tmp_path)
     assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "module", "model_state_dict"])
+@pytest.mark.parametrize("before", [{}, {"epoch": 3, "version": "2.1"}, {"optimizer": {"state": {}}}, {"loops": [1]}])
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict])
+def test_what_training_programs_save_is_named_and_its_line_unwraps_it(tmp_path, key, before, kind):
+    saved({**before, key: kind(a=torch.ones(2)), "args": None}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=f"in an inner dict, '{key}'; save that alone once: ") as error:
+        open_weights(tmp_path)
+    code = re.fullmatch(r'.*python -c "(.*)"', str(error.value))[1]
+    exec(code, {})
+    assert torch.equal(open_weights(tmp_path)["a"].read(), torch.ones(2))
 
 
 def test_other_protocols_are_named(tmp_path):

@@ -138,8 +138,8 @@ def tokenizer_of(folder: Path):
         raise CannotRun(f"{folder} lacks {', '.join(lacking)}, from which the reference makes its tokenizer; copy them "
                         "there from the model's repository")
     vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
-    merges = [tuple(line.split(" ")) for line in (folder / "merges.txt").read_text("utf-8").split("\n")
-              if line and not line.startswith("#version")]
+    merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text("utf-8").split("\n")
+              if line.strip() and not line.strip().startswith("#version:")]
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
     added = json.loads((folder / "added_tokens.json").read_text("utf-8"))
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in sorted(added, key=added.get)])
