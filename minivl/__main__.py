@@ -23,6 +23,7 @@ from minivl import (
     video_prompt,
 )
 from minivl.demo import demo
+from minivl.files.find import SHIPPED
 from minivl.limits import sentence
 from minivl.options import Help, option, spoken
 from minivl.terminal import Wrapped, can_show, check_text, complete_with_tab, person, say, typed_paths
@@ -49,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--version", action="version", version=f"minivl {__version__}")
     commands = main.add_subparsers(dest="command", metavar="COMMAND")
     tour = commands.add_parser("demo", help="the shipped small model answers questions about its sample pictures")
-    tour.add_argument("-m", "--model", default="nano-awq", help="nano-awq (default, int4), nano (float16) or a folder")
+    tour.add_argument("named", nargs="?", metavar="MODEL", help="nano-awq (default, int4), nano (float16) or a folder")
+    tour.add_argument("-m", "--model", help="the same, as in chat")
     chat = commands.add_parser("chat", help="ask about pictures", description=HELP,
                                formatter_class=Help)
     chat.add_argument("pictures", nargs="*", metavar="PICTURE",
@@ -106,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2            # a script that forgot the command must not take this for an answer
     try:
         with person():
-            return demo(args.model) if args.command == "demo" else chat(args)
+            return demo(tour_of(args)) if args.command == "demo" else chat(args)
     except (InputError, OSError) as error:
         if isinstance(error, BrokenPipeError):      # the reader of a pipe went away, e.g. `| head`
             sys.stderr.close()
@@ -116,6 +118,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("\nstopped")
         return 130
+
+
+def tour_of(args) -> str:
+    """Choose the model of the demo, which is named with -m or without."""
+    if args.named is not None and args.model is not None:
+        raise InputError(f"the model is named twice, {args.named} and -m {args.model}; leave one out")
+    return next((name for name in (args.named, args.model) if name is not None), "nano-awq")
 
 
 def chat(args) -> int:
@@ -189,6 +198,8 @@ def generation_config(args) -> GenerationConfig:
 
 def open_picture(source: str, args) -> Picture:
     """Open a picture that was named on the command line or with /add."""
+    if source in SHIPPED and not os.path.exists(source) or os.path.isfile(os.path.join(source, "config.json")):
+        raise InputError(f"{source} is a model, not a picture; give it with -m: -m {source}")
     return Picture(load_image(source, allow_hosts=args.allow_host), args.max_tiles)
 
 

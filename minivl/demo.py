@@ -1,6 +1,6 @@
 """Let the small trained model, shipped in the package, answer questions about its sample pictures.
 
-    python -m minivl demo
+    python -m minivl demo [nano | nano-awq | FOLDER]
 """
 from __future__ import annotations
 

@@ -169,6 +169,22 @@ def test_a_module_without_a_command_says_so(module, words):
         runpy.run_module(module, run_name="__main__")
 
 
+@pytest.mark.parametrize("words, model", [([], "nano-awq"), (["nano"], "nano"), (["-m", "nano"], "nano"),
+                                          (["--model=x/y"], "x/y"), (["folder"], "folder"), ([""], "")])
+def test_the_demo_takes_its_model_with_or_without_an_option(words, model, monkeypatch):
+    taken = []
+    monkeypatch.setattr("minivl.__main__.demo", lambda name: taken.append(name) or 0)
+    assert main(["demo", *words]) == 0 and taken == [model]
+
+
+def test_a_model_named_twice_or_as_a_picture(tiny, capsys):
+    assert main(["demo", "nano", "-m", "nano-awq"]) == 2
+    assert capsys.readouterr().err == "error: the model is named twice, nano and -m nano-awq; leave one out\n"
+    for model in ("nano", "nano-awq", str(tiny)):
+        assert main(["chat", model, "-p", "x"]) == 2
+        assert capsys.readouterr().err == f"error: {model} is a model, not a picture; give it with -m: -m {model}\n"
+
+
 def test_a_host_to_be_trusted_is_named_with_its_option(capsys, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert main(["chat", "-p", "x", "http://127.0.0.1:9/x.png"]) == 2

@@ -29,6 +29,10 @@ def parse_chat(argv):
     chat.check(args)
 
 
+def parse_demo(argv):
+    chat.tour_of(chat.parser().parse_args(["demo", *argv]))
+
+
 def parse_notebooks(argv):
     spec = importlib.util.spec_from_file_location("run_notebooks", ROOT / "notebooks" / "run.py")
     module = importlib.util.module_from_spec(spec)
@@ -96,6 +100,7 @@ COMMANDS = [
                **dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"), "sample")},
         apart={"pictures": "video segments bound fps", "max_tiles": "video segments bound fps prompt json",
                "allow_host": "prompt json"}),
+    Command("minivl/__main__.py", parse_demo, {"named": "nano", "model": "-m nano"}, apart={"named": "model"}),
     Command(
         "weights_tools/verify/__main__.py", verify.arguments,
         {"checkpoint": "m", "pictures": "m x.png", "prompt": "-p q", "record": "--record t", "trace": "--trace t",
