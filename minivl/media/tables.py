@@ -17,11 +17,12 @@ EDITED = 4              # times the most samples: how many the edits of a track 
 
 
 def check_tables(file: BinaryIO, name: str, most: int) -> None:
-    """Refuse an MP4 one of whose tracks claims more than `most` samples. Other files have no such tables."""
-    file.seek(4)
-    if file.read(4) in (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"styp", b"pnot", b"sidx"):
-        end = file.seek(0, 2)
-        _Tables(file, name, most).read(0, end, 0)
+    """Refuse an MP4 one of whose tracks claims more than `most` samples. Other files have no such tables.
+
+    Every file is walked, whatever it begins with: ffmpeg takes one for an MP4 if a box further on looks like it.
+    """
+    end = file.seek(0, 2)
+    _Tables(file, name, most).read(0, end, 0)
     file.seek(0)
 
 

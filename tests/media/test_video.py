@@ -4,6 +4,7 @@ import struct
 import sys
 
 import pytest
+from fuzz import videos as fuzzed
 from media_files import encoded, mutated, noise, refused
 from PIL import Image
 
@@ -514,3 +515,14 @@ def test_video_fuzz(tmp_path):
             assert " at 0x" not in str(error)
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 10, outcomes
+
+
+@pytest.mark.parametrize("first", [b"ftyp", b"\xff\xff\xffp", b"free"])
+def test_tables_that_claim_much_are_refused_whatever_the_file_begins_with(tmp_path, first):
+    """ffmpeg looks for the boxes of an MP4 further on too: these 12 kB would become 2 GB of tables."""
+    edit = fuzzed.box("edts", fuzzed.box("elst", fuzzed.numbers(1000), struct.pack(">IiI", 10**6, 0, 65536) * 1000))
+    data = fuzzed.mp4(**fuzzed.plain_tables(900_000), edits=edit)
+    path = tmp_path / "edits.mp4"
+    path.write_bytes(data[:4] + first + data[8:])
+    with refused("claims 900000000 samples times edits", "4000000"):
+        load_video(path, num_segments=2)
