@@ -210,7 +210,7 @@ def save_checkpoint(tensors: dict[str, torch.Tensor], folder: str | Path, *,
                 else:
                     _write_bin(part, to)
         if len(shards) > 1:
-            names.append(f"{stem}.{format}.index.json")     # last: without it the shards are no checkpoint
+            names.append(f"{stem}.{format}.index.json")
         with told(folder, kept):
             for name, content in small.items():
                 (new / name).write_bytes(content)
@@ -325,7 +325,8 @@ def _torch_save(data, file: BinaryIO):
 def _move_into_place(new: Path, folder: Path, small: list[str], weights: list[str]):
     """Move a checkpoint's files out of the unfinished folder. Killed at any point, it leaves no mixture that loads.
 
-    Old weights go first, the index before its shards; then come the files beside them; the new weights, index last.
+    Old weights go first, the index before its shards; then come the files beside them; then the new weights, the index
+    first: shards alone are read when all are there, with an index never before.
     A list beside the unfinished folder says which weights are new; it goes when nothing is left to do.
     """
     left = dead(folder, ".json")
@@ -337,7 +338,7 @@ def _move_into_place(new: Path, folder: Path, small: list[str], weights: list[st
         file.flush()
         for old in sorted(weight_files(folder), key=lambda file: not file.name.endswith(".index.json")):
             old.unlink()                                    # a stale shard or second format would be read some day
-        for name in (*small, *weights):
+        for name in (*small, *reversed(weights)):
             os.replace(new / name, folder / name)
         for old in left:
             old.unlink(missing_ok=True)
