@@ -26,7 +26,7 @@ class Limits:
     aspect_ratio: float = 200.0            # long side / short side; the reference would squeeze it into tiles unasked
     video_bytes: int = 2 * 2**30           # of one video file
     # As decoding_work. A minute of 1080p with a key frame every 250, x264's default, is 2 to 4 * 10^9 for 8 frames.
-    video_work: int = 6_000_000_000
+    video_work: int = 5_000_000_000
     video_frames: int = 512                # frames taken from one video
     pictures: int = 512                    # pictures and frames in one prompt
     tiles_per_picture: int = 40            # max_num; the reference's own tables go up to 24 (thumbnail not counted)
