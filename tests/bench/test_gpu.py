@@ -8,6 +8,7 @@ from weights_tools.bench import __main__ as command
 from weights_tools.bench import gpu
 
 
+@pytest.mark.slow
 def test_the_whole_script_on_the_cpu(tmp_path, capsys):
     code = command.main(["--device", "cpu", "--size", "tiny", "--questions", "2", "--parts", "proof", "speed", "--json",
                          str(tmp_path / "new" / "my.json")])

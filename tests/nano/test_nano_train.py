@@ -248,6 +248,7 @@ def test_logits_of_a_padded_batch_are_those_of_each_alone(untrained, tokenizer):
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_one_batch_can_be_learned_by_heart(tokenizer):
     stage = recipe.Stage("heart", 60, 4e-3, {"shapes": 1, "texts": 1}, wide=0, batch=4, warmup=5)
     model = recipe.initial().train()
@@ -294,6 +295,7 @@ def test_the_last_picture_s_states_are_found():
     assert found[:, :, 0].tolist()[:2] == [list(range(19, 35)), list(range(16))] and found.shape == (3, 16, 2)
 
 
+@pytest.mark.slow
 def test_differences_are_learned_halfway_through_the_decoder(tokenizer):
     stage = recipe.Stage("pairs", 40, 4e-3, {"changes": 1, "texts": 1}, wide=0, batch=4, warmup=5, task="differences",
                          tower=0.1)
@@ -392,6 +394,7 @@ def test_what_is_faster_is_measured_once_for_all_stages(tmp_path, monkeypatch):
     assert not (tmp_path / "state.pt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["answers", "squares", "differences"])
 def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, first):
     stages = (replace(TINY, task=first, mix={"shapes": 1, "texts": 1, "compare": 1}),
@@ -418,6 +421,7 @@ def test_the_warmup_leaves_the_decoder_alone(tmp_path):
     assert not any(same[n] for n in same if n.endswith("qkv.weight") or n == "mlp1.1.weight")
 
 
+@pytest.mark.slow
 def test_teacher_forced_accuracy_is_greedy_accuracy(tmp_path, tokenizer):
     stage = recipe.Stage("some", 80, 4e-3, {"talk": 1}, wide=0, batch=8, warmup=5)
     folder = train.train(tmp_path, (stage,), workers=0, watch_n=8, watch_every=1000)
