@@ -127,17 +127,17 @@ class Pace:
         self.now, self.latest, self.tried = self.chosen, self.tried[self.chosen], {}
 
 
-_paces = WeakKeyDictionary()
+_paces = WeakKeyDictionary()      # model -> ((threads, device) it was made for, Pace)
 
 
 def pace(model: nn.Module) -> Pace:
     """Get what chooses the threads of a model: one for a small model on the CPU; a large one's steps are measured."""
-    most = torch.get_num_threads()
-    if model.device.type == "cpu" and not is_large(model):
-        most = 1
-    known = _paces.get(model)
-    if known is None or known.most != most:     # new, or the reader has changed the number of threads
-        known = _paces[model] = Pace(most, measured=model.device.type == "cpu")
+    threads, device = asked = torch.get_num_threads(), model.device.type
+    made_for, known = _paces.get(model, (None, None))
+    if made_for != asked:       # new, moved, or the reader has changed the number of threads
+        small = device == "cpu" and not is_large(model)
+        known = Pace(1 if small else threads, measured=device == "cpu")
+        _paces[model] = asked, known
     return known
 
 
