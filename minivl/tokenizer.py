@@ -205,6 +205,11 @@ class Listing:
     added: dict[str, int]           # token -> id, in the order of the ids
     flags: dict[str, dict]          # added token -> {"special": bool, ...}
 
+    @property
+    def vocab_size(self) -> int:
+        """Count the ids: one more than the largest."""
+        return 1 + max([*self.vocabulary.values(), *self.added.values()], default=-1)
+
     def unused(self, rows: int) -> list[int]:
         """List the ids below `rows` that no token has; none where the folder has no vocabulary."""
         return without_token([*self.vocabulary.values(), *self.added.values()], rows) if self.vocabulary else []

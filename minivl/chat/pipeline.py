@@ -154,7 +154,7 @@ def pipeline(model_path="nano", backend_config: EngineConfig | None = None) -> P
     folder = find(model_path, revision=config.revision)
     Config.load(folder)     # before the tokenizer: the better message for a folder that is no checkpoint
     tokenizer = Tokenizer.load(folder)
-    model = load(folder, device=config.device, dtype=config.dtype, precision=config.precision)
+    model = load(folder, device=config.device, dtype=config.dtype, precision=config.precision, tokenizer=tokenizer)
     return Pipeline(model, tokenizer, config, name=str(model_path))
 
 

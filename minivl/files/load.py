@@ -23,7 +23,7 @@ from minivl.forks import check_process
 from minivl.limits import InputError, first_of, is_there
 from minivl.memory import full_memory_told
 from minivl.model import MiniVL
-from minivl.tokenizer import read_listing
+from minivl.tokenizer import Listing, Tokenizer, read_listing
 
 KEPT = (".scales",)                                     # rounding a scale would change 128 weights at once
 KEPT_HALF = ("embed_tokens.weight", "lm_head.weight")   # by the fast layers, see minivl.fast
@@ -35,13 +35,15 @@ TABLE = re.compile(rf"{FREQUENCIES}|(?:vision_model|language_model)\.(?:.+\.)?po
 
 
 def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: str | torch.device | None = None,
-         dtype: str | torch.dtype | None = None, precision: str | None = None) -> MiniVL:
+         dtype: str | torch.dtype | None = None, precision: str | None = None,
+         tokenizer: Tokenizer | None = None) -> MiniVL:
     """Load a released checkpoint as a model in eval mode.
 
     path_or_id: local folder, or hub id such as "OpenGVLab/InternVL2_5-4B-MPO-AWQ" (downloaded, with `revision`).
     device: default "cpu". dtype: torch dtype or its name; default float32 on the CPU, elsewhere float16 for AWQ and
     bfloat16 otherwise. AWQ words and scales stay as released whatever the dtype.
     precision: None: modules as released, to be read, verified and changed. "exact" or "fast": see minivl.fast.
+    tokenizer: of this checkpoint, if it is read already; else its files are read for the ids that the model needs.
     """
     if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 6):
         raise InputError(f"torch {torch.__version__} is too old: before 2.6 a pickle could run code even with "
@@ -66,7 +68,8 @@ def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: 
     size = sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in model.state_dict().values())
     with full_memory_told(device, f"{size / 1e9:.1f} GB of weights", "take a smaller or an AWQ model, or device='cpu'"):
         model.load_state_dict(_read_tensors(model, tensors, device, dtype, kept), strict=True, assign=True)
-        model.img_context_token_id, model.eos_token_ids, model.unused_ids = _token_ids(folder, config)
+        model.img_context_token_id, model.eos_token_ids, model.unused_ids = _token_ids(
+            folder, config, tokenizer or read_listing(folder))
         return (fast.prepare(model, precision) if precision else model).eval()
 
 
@@ -253,15 +256,14 @@ def _refuse_non_finite(name: str, tensor: torch.Tensor, why: str):
         raise InputError(f"{name} holds NaN or infinity ({low}..{high}); {why}")
 
 
-def _token_ids(folder: Path, config: Config) -> tuple[int | None, tuple[int, ...], tuple[int, ...]]:
-    """Read (id of <IMG_CONTEXT> or None, ids that end an answer, ids without a token) from the checkpoint's files."""
+def _token_ids(folder: Path, config: Config,
+               tokens: Tokenizer | Listing) -> tuple[int | None, tuple[int, ...], tuple[int, ...]]:
+    """Find (id of <IMG_CONTEXT> or None, ids that end an answer, ids without a token) of a checkpoint."""
     vocabulary = config.llm_config.vocab_size
-    listing = read_listing(folder)
-    added = listing.added
-    largest = max([*listing.vocabulary.values(), *added.values()], default=0)
-    if largest >= vocabulary:
-        raise InputError(f"the tokenizer has ids up to {largest}, the model's vocab_size is {vocabulary}; tokenizer "
-                         "and weights are of different models")
+    added = tokens.added
+    if tokens.vocab_size > vocabulary:
+        raise InputError(f"the tokenizer has ids up to {tokens.vocab_size - 1}, the model's vocab_size is "
+                         f"{vocabulary}; tokenizer and weights are of different models")
     # The released generation_config.json lists <|im_end|>, <|im_start|> and <|endoftext|>; the original's chat() stops
     # at <|im_end|> alone. The union is safe: none of them can be part of an answer.
     eos = {added["<|im_end|>"]} if "<|im_end|>" in added else set()
@@ -279,4 +281,4 @@ def _token_ids(folder: Path, config: Config) -> tuple[int | None, tuple[int, ...
             warnings.warn(f"{where} of {folder} holds {first_of(strange, ', ', 3)}, which is no token id (a whole "
                           f"number in 0..{vocabulary - 1}): no answer ends there; correct it if one should",
                           stacklevel=3)
-    return added.get("<IMG_CONTEXT>"), tuple(sorted(eos)), tuple(listing.unused(vocabulary))
+    return added.get("<IMG_CONTEXT>"), tuple(sorted(eos)), tuple(tokens.unused(vocabulary))
