@@ -66,7 +66,8 @@ def alter(data, rng):
         other = rng.choice(keys)
         place[key], place[other] = place[other], old
     elif kind == "new" and isinstance(place, dict):
-        place[rng.choice(("quantization_config", "rope_scaling", "\ud800", f"{key}s"))] = copy.deepcopy(rng.choice(VALUES))
+        name = rng.choice(("quantization_config", "rope_scaling", "\ud800", f"{key}s"))
+        place[name] = copy.deepcopy(rng.choice(VALUES))
     else:
         place[key] = copy.deepcopy(rng.choice(VALUES))
     return kind
