@@ -63,7 +63,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class LLMConfig:
-    """Describe the Qwen2 decoder: `llm_config`.
+    """Describe the Qwen2 decoder: `llm_config`. For an InternLM2 decoder see InternLM2Config.
 
     `tie_word_embeddings` is not read: the original sets it to false, the whole family stores an untied head.
     """
@@ -86,11 +86,13 @@ class LLMConfig:
         kind = named[0] if isinstance(named, list) and named else named
         if isinstance(kind, str) and kind in OTHER_DECODERS:
             raise InputError(f"llm_config.architectures is {kind} ({OTHER_DECODERS[kind]}), which minivl cannot "
-                             "run; the Qwen2 sizes of InternVL2.5, 1B, 4B, 38B and 78B, work")
-        _choose("llm_config.architectures[0]", kind, ["Qwen2ForCausalLM"])
+                             "run; the seven sizes of InternVL2.5, 1B to 78B, work")
+        _choose("llm_config.architectures[0]", kind, [*DECODERS])
+        cls = DECODERS[kind]
         _refuse_keys(cls, data, "llm_config")
         positions = data.get("max_position_embeddings", cls.max_position_embeddings)
-        data = {**data, "rope_theta": _rope_theta(data, positions, cls.rope_theta)}
+        theta, scaling = _rope(data, positions, cls.rope_theta)
+        data = {**data, "rope_theta": theta, "rope_scaling": scaling}
         if data.get("num_key_value_heads", 0) is None:      # every head has keys of its own
             data["num_key_value_heads"] = data.get("num_attention_heads", cls.num_attention_heads)
         config = _build(cls, data, "llm_config")
@@ -108,6 +110,19 @@ class LLMConfig:
             raise InputError(f"llm_config.layer_types is {_shown(layers)}; minivl knows {config.num_hidden_layers} "
                              "times 'full_attention', every token attending to all before it")
         return config
+
+
+@dataclass(frozen=True)
+class InternLM2Config(LLMConfig):
+    """Describe the InternLM2 decoder: what Qwen2's has, with the defaults of its own class, and two more."""
+    vocab_size: int = 103168
+    intermediate_size: int = 11008
+    max_position_embeddings: int = 2048     # 32768 in the released files: beyond it, rope_scaling acts
+    bias: bool = True               # of wqkv and wo; false in the released files
+    rope_scaling: dict | None = None    # {"type": "dynamic", "factor": 2.0}, 2.5 in the 26B; None: plain RoPE
+
+
+DECODERS = {"Qwen2ForCausalLM": LLMConfig, "InternLM2ForCausalLM": InternLM2Config}    # architectures[0] -> its config
 
 
 @dataclass(frozen=True)
@@ -226,7 +241,7 @@ class Config:
 # ---- models that are not this one -----------------------------------------------------------------------------------
 
 OTHER_DECODERS = {
-    "InternLM2ForCausalLM": "the 2B, 8B and 26B models", "InternLM3ForCausalLM": "InternVL3-9B",
+    "InternLM3ForCausalLM": "InternVL3-9B",
     "Qwen3ForCausalLM": "InternVL3.5", "Qwen3MoeForCausalLM": "InternVL3.5", "GptOssForCausalLM": "InternVL3.5",
     "LlamaForCausalLM": "InternVL 1 and InternVL2-40B", "Phi3ForCausalLM": "InternVL 1.5 and InternVL2-4B"}
 OTHER_MODELS = {        # model_type: what it is; the next step
@@ -328,8 +343,6 @@ WITHOUT_EFFECT = {      # why: keys
         "sliding_window max_window_layers",
     "only beside rope_pos_id_version":
         "rope_pos_id_stride",
-    "InternLM2's; Qwen2's linears have biases as the tensors have":
-        "bias",
     "minivl.GenerationConfig has these, or only sampling and beams use them":
         "max_length max_new_tokens num_return_sequences do_sample temperature top_k top_p min_p typical_p "
         "epsilon_cutoff eta_cutoff early_stopping length_penalty diversity_penalty remove_invalid_values "
@@ -363,13 +376,15 @@ def known_keys(where: str) -> set[str]:
 
 def left_out(data: dict) -> dict[str, object]:
     """List the keys that a parsed config.json leaves out, as "vision_config.norm_type", with the defaults taken."""
-    parts = [("config.json", data), ("vision_config", data["vision_config"]), ("llm_config", data["llm_config"]),
+    llm = data["llm_config"]
+    classes = {**PARTS, "llm_config": DECODERS[llm["architectures"][0]]}
+    parts = [("config.json", data), ("vision_config", data["vision_config"]), ("llm_config", llm),
              *(("quantization_config", block) for block in _quantization_blocks(data))]
-    return {f"{part}.{field.name}": field.default for part, given in parts for field in fields(PARTS[part])
+    return {f"{part}.{field.name}": field.default for part, given in parts for field in fields(classes[part])
             if field.name not in given and field.default not in (MISSING, None)}
 
 
-PARTS = {"config.json": Config, "vision_config": VisionConfig, "llm_config": LLMConfig,
+PARTS = {"config.json": Config, "vision_config": VisionConfig, "llm_config": InternLM2Config,     # has all of both
          "quantization_config": QuantizationConfig}
 
 
@@ -420,18 +435,20 @@ def read_json(path: Path) -> dict:
                          "it again") from None
 
 
-def _rope_theta(data: dict, positions: int, default: float) -> float:
-    """Find RoPE's base in `llm_config`, and refuse a scaling that changes anything up to `positions`.
+def _rope(data: dict, positions: int, default: float) -> tuple[float, dict | None]:
+    """Find RoPE's base in `llm_config`, and the scaling beyond `positions`. Refuses one that acts before them.
 
     transformers 5 writes rope_parameters, with rope_theta inside; before, rope_theta stood beside rope_scaling.
     """
-    found = {}
+    found, dynamic = {}, None
     for key in ("rope_parameters", "rope_scaling"):
         block = data.get(key) or {}
         if not isinstance(block, dict) or not _scales_nothing(block, positions):
             raise InputError(f"llm_config.{key} is {_shown(block)}; minivl computes plain RoPE and takes none, the "
                              f"type 'default', and 'dynamic', which changes nothing up to {positions} tokens. Another "
                              "scaling would change what the model computes")
+        if "dynamic" in (block.get("type"), block.get("rope_type")):
+            dynamic = {"type": "dynamic", "factor": float(block["factor"])}
         if block.get("rope_theta") is not None:
             found[f"{key}.rope_theta"] = block["rope_theta"]
     beside = data.get("rope_theta")
@@ -442,7 +459,7 @@ def _rope_theta(data: dict, positions: int, default: float) -> float:
     if any(theta != first for theta in found.values()):
         raise InputError("llm_config has " + " and ".join(f"{key} {_shown(theta)}" for key, theta in found.items())
                          + "; keep the one the model was trained with, 1000000.0 in the released files")
-    return first
+    return first, dynamic
 
 
 def _scales_nothing(block: dict, positions: int) -> bool:
@@ -488,7 +505,7 @@ def _build(cls: type, data: dict, where: str, **ready: object):
         good = {"int": isinstance(value, int) and not isinstance(value, bool),
                 "float": isinstance(value, (int, float)) and not isinstance(value, bool),
                 "bool": isinstance(value, bool), "str": isinstance(value, str) or value == field.default,
-                "tuple": isinstance(value, list)}[kind]
+                "tuple": isinstance(value, list), "dict": value is None or isinstance(value, dict)}[kind]
         if not good:
             problems.append(f"{field.name} is {_shown(value)}, it must be of type {kind}")
         elif kind == "int" and abs(value) > (MOST_LAYERS if "layers" in field.name else 2 ** 24) or (

@@ -14,6 +14,7 @@ from torch import nn
 from minivl.awq import AWQLinear
 from minivl.config import Config
 from minivl.forks import check_process
+from minivl.internlm2 import InternLM2ForCausalLM
 from minivl.limits import InputError
 from minivl.memory import full_memory_told
 from minivl.pixel_unshuffle import PixelUnshuffle
@@ -33,7 +34,8 @@ class MiniVL(nn.Module):
         self.vision_model = InternVisionModel(config.vision_config)
         self.pixel_unshuffle = PixelUnshuffle()
         self.mlp1 = projector(config.vision_config.hidden_size, config.llm_config.hidden_size)
-        self.language_model = Qwen2ForCausalLM(config.llm_config, linear)
+        decoder = {"Qwen2ForCausalLM": Qwen2ForCausalLM, "InternLM2ForCausalLM": InternLM2ForCausalLM}
+        self.language_model = decoder[config.llm_config.architectures[0]](config.llm_config, linear)
         self.img_context_token_id = None    # the placeholder <IMG_CONTEXT>; `load` sets these three from the files
         self.eos_token_ids = ()             # generation stops at these
         self.unused_ids = ()                # rows of the head that no token has: never chosen

@@ -21,7 +21,7 @@ from types import FunctionType, ModuleType
 
 from torch import nn
 
-from minivl import awq, cache, qwen2, vit
+from minivl import awq, cache, internlm2, qwen2, vit
 
 # sha256 of each hidden definition as shipped, the first 16 digits.
 SHIPPED = {
@@ -41,6 +41,14 @@ SHIPPED = {
     "qwen2.Qwen2ForCausalLM.scores": "df4579b2a1cc4301",
     "qwen2.Qwen2Model.forward": "edf7b0c9951d74f1",
     "qwen2.attention_mask": "380d95cbe19f3ef2",
+    "internlm2.FeedForward.gate_up": "0e3d19d4e3d5918f",
+    "internlm2.FeedForward.gated": "32e6ee2a3b710034",
+    "internlm2.FeedForward.forward": "3223770c9fe66315",
+    "internlm2.RMSNorm.forward": "6543ad51824b31bd",
+    "internlm2.Attend.forward": "da954c8878513483",
+    "internlm2.InternLM2ForCausalLM.scores": "df4579b2a1cc4301",
+    "internlm2.InternLM2Model.forward": "edf7b0c9951d74f1",
+    "internlm2.attention_mask": "380d95cbe19f3ef2",
     "cache.KVCache.append": "d1102d110f3171b8",
     "vit.Attend.forward": "30583e0ef6d49842",
     "vit.MLP.widened": "55bce7a34b54fc5d",
@@ -147,5 +155,8 @@ INT4 = ((awq.AWQLinear, "forward"), (awq, "matmul"), (awq, "dequantize"), (awq, 
 HIDDEN = (*INT4, (qwen2.Attention, "qkv"), (qwen2.Attention, "rotated"), (qwen2, "rotate"),
           (qwen2.MLP, "gate_up"), (qwen2.MLP, "gated"), (qwen2.MLP, "forward"), (qwen2.RMSNorm, "forward"),
           (qwen2.Attend, "forward"), (qwen2.Qwen2ForCausalLM, "scores"), (qwen2.Qwen2Model, "forward"),
-          (qwen2, "attention_mask"), (cache.KVCache, "append"), (vit.Attend, "forward"), (vit.MLP, "widened"),
+          (qwen2, "attention_mask"), (internlm2.FeedForward, "gate_up"), (internlm2.FeedForward, "gated"),
+          (internlm2.FeedForward, "forward"), (internlm2.RMSNorm, "forward"), (internlm2.Attend, "forward"),
+          (internlm2.InternLM2ForCausalLM, "scores"), (internlm2.InternLM2Model, "forward"),
+          (internlm2, "attention_mask"), (cache.KVCache, "append"), (vit.Attend, "forward"), (vit.MLP, "widened"),
           (vit.MLP, "forward"))

@@ -12,12 +12,14 @@ step is recorded anew. B prompts, K kv heads, E head dim, D width, S tokens so f
 """
 from __future__ import annotations
 
+import sys
 import weakref
+from types import ModuleType
 
 import torch
 from torch import nn
 
-from minivl import qwen2
+from minivl import internlm2, qwen2
 from minivl.cache import KVCache
 from minivl.fast.edits import stands_for
 
@@ -58,16 +60,17 @@ def step(language: nn.Module, inputs: torch.Tensor, fixed: Fixed, padding: torch
 
 
 def signature(language: nn.Module) -> list | None:
-    """List what a recording depends on, to compare: the modules, their code, where their weights lie.
+    """List what a recording depends on, to compare: the modules, their code and its file's, where their weights lie.
 
     None if there are hooks: a replay would not call them.
     """
+    file = sys.modules[type(language.body).__module__]
     modules = list(language.modules())
     if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
         return None
     kinds = {kind for module in modules for kind in type(module).__mro__}
     code = [value for kind in kinds for value in vars(kind).values() if callable(value)]
-    functions = [value for value in vars(qwen2).values() if callable(value)]
+    functions = [value for value in vars(file).values() if callable(value)]
     patched = [value for module in modules for value in vars(module).values() if callable(value)]
     tensors = [t for module in modules for t in (*module._parameters.values(), *module._buffers.values())]
     places = [t.data_ptr() for t in tensors if t is not None]
@@ -120,52 +123,58 @@ class Recording:
         return self.scores.clone()              # the next token overwrites them
 
 
-class Recorded(qwen2.Qwen2ForCausalLM):
-    """The decoder, with its steps of one token per prompt recorded. Prompts are read as in the definition."""
+def recorded(module: ModuleType, definition: type, body: type) -> type:
+    """Make a decoder with its steps of one token per prompt recorded. Prompts are read as in the definition."""
+    class Recorded(definition):
+        @stands_for((definition, "scores"), (body, "forward"), (module, "attention_mask"), (KVCache, "append"))
+        def scores(self, inputs_embeds: torch.Tensor, cache: KVCache | None = None, padding: torch.Tensor | None = None,
+                   last: int = 1) -> torch.Tensor:
+            one = inputs_embeds.shape[1] == 1 and type(cache) is KVCache and cache.length > 0
+            if not one or torch.is_grad_enabled():
+                vars(self).pop("seen", None)        # a prompt is read: its first step looks again at what was changed
+                return super().scores(inputs_embeds, cache, padding, last)
+            if "seen" not in vars(self):
+                vars(self)["seen"] = signature(self)
+            if self.seen is None:
+                return super().scores(inputs_embeds, cache, padding, last)
+            with torch.inference_mode():
+                recording = self.recording_of(cache, inputs_embeds, padding)
+                # At every token: the same list is not compared entry by entry.
+                if recording.graph is None or recording.of is not self.seen and recording.of != self.seen:
+                    recording.inputs.copy_(inputs_embeds)
+                    recording.record(self, cache.length)
+                recording.of = self.seen
+                scores = recording.replay(inputs_embeds, cache.length)
+                cache.length += 1
+            return scores
 
-    @stands_for((qwen2.Qwen2ForCausalLM, "scores"), (qwen2.Qwen2Model, "forward"), (qwen2, "attention_mask"),
-                (KVCache, "append"))
-    def scores(self, inputs_embeds: torch.Tensor, cache: KVCache | None = None, padding: torch.Tensor | None = None,
-               last: int = 1) -> torch.Tensor:
-        one = inputs_embeds.shape[1] == 1 and type(cache) is KVCache and cache.length > 0
-        if not one or torch.is_grad_enabled():
-            vars(self).pop("seen", None)        # a prompt is read: its first step looks again at what was changed
-            return super().scores(inputs_embeds, cache, padding, last)
-        if "seen" not in vars(self):
-            vars(self)["seen"] = signature(self)
-        if self.seen is None:
-            return super().scores(inputs_embeds, cache, padding, last)
-        with torch.inference_mode():
-            recording = self.recording_of(cache, inputs_embeds, padding)
-            # At every token: the same list is not compared entry by entry.
-            if recording.graph is None or recording.of is not self.seen and recording.of != self.seen:
-                recording.inputs.copy_(inputs_embeds)
-                recording.record(self, cache.length)
-            recording.of = self.seen
-            scores = recording.replay(inputs_embeds, cache.length)
-            cache.length += 1
-        return scores
-
-    def recording_of(self, cache: KVCache, inputs: torch.Tensor, padding: torch.Tensor | None) -> Recording:
-        """Find the recording that a cache lives in, or move it into an idle or a new one."""
-        found = vars(cache).get("recording")
-        if found and cache.layers[0] is found.layers[0] and found.fits(cache, inputs):
+        def recording_of(self, cache: KVCache, inputs: torch.Tensor, padding: torch.Tensor | None) -> Recording:
+            """Find the recording that a cache lives in, or move it into an idle or a new one."""
+            found = vars(cache).get("recording")
+            if found and cache.layers[0] is found.layers[0] and found.fits(cache, inputs):
+                return found
+            idle = vars(self).setdefault("idle", [])
+            if found:                                           # outgrown
+                cache.leaves.detach()
+                keep(idle, found)
+            fitting = [r for r in idle if r.fits(cache, inputs) and cache.length + ROOM // 2 <= r.capacity]
+            if fitting:
+                found = min(fitting, key=lambda r: r.capacity)
+                idle.remove(found)
+            else:
+                capacity = 1 << (cache.length + ROOM - 1).bit_length()          # a power of two: few sizes
+                found = Recording(cache, inputs, capacity)
+            found.take(cache, padding)
+            cache.recording = found
+            cache.leaves = weakref.finalize(cache, keep, idle, found)       # when the cache is gone, the next may have it
             return found
-        idle = vars(self).setdefault("idle", [])
-        if found:                                           # outgrown
-            cache.leaves.detach()
-            keep(idle, found)
-        fitting = [r for r in idle if r.fits(cache, inputs) and cache.length + ROOM // 2 <= r.capacity]
-        if fitting:
-            found = min(fitting, key=lambda r: r.capacity)
-            idle.remove(found)
-        else:
-            capacity = 1 << (cache.length + ROOM - 1).bit_length()          # a power of two: few sizes
-            found = Recording(cache, inputs, capacity)
-        found.take(cache, padding)
-        cache.recording = found
-        cache.leaves = weakref.finalize(cache, keep, idle, found)       # when the cache is gone, the next may have it
-        return found
+
+    return Recorded
+
+
+RECORDED = {definition: recorded(module, definition, body) for module, definition, body in (
+    (qwen2, qwen2.Qwen2ForCausalLM, qwen2.Qwen2Model),
+    (internlm2, internlm2.InternLM2ForCausalLM, internlm2.InternLM2Model))}
 
 
 def keep(idle: list, recording: Recording) -> None:

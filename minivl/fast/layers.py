@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minivl import qwen2, vit
+from minivl import internlm2, qwen2, vit
 from minivl.awq import AWQLinear, unpack
 from minivl.fast import compiled, machine
 from minivl.fast.compiled import ROWS
@@ -408,63 +408,78 @@ class FastAttention(qwen2.Attention):
         return turn(both, cos, sin).split([H, K], dim=1)
 
 
-class FastMLP(qwen2.MLP):
-    """qwen2.MLP with gate and up from one product, and the rows of a long prompt in pieces."""
+# What both decoders have under names of their own: the same faster version, made for each.
 
-    @stands_for((qwen2.MLP, "gate_up"), *INT4)
-    def gate_up(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        if not together(self.side_by_side, (self.gate_proj, self.up_proj)):
-            return super().gate_up(x)
-        rows = x[..., 0].numel()
-        memory = None
-        if not x.is_cuda and FEW < rows <= 2 * PIECE:
-            # Fresh memory for this, the widest tensor of all, would cost more than computing its numbers.
-            memory = scratch(2 * PIECE * sum(self.side_by_side.sizes), torch.float32, 1)
-        return self.side_by_side(x, memory).chunk(2, dim=-1)
+def mlp_of(definition: type, gate: str, up: str) -> type:
+    """Make an MLP with gate and up from one product, and the rows of a long prompt in pieces."""
+    class FastMLP(definition):
+        @stands_for((definition, "gate_up"), *INT4)
+        def gate_up(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+            if not together(self.side_by_side, (getattr(self, gate), getattr(self, up))):
+                return super().gate_up(x)
+            rows = x[..., 0].numel()
+            memory = None
+            if not x.is_cuda and FEW < rows <= 2 * PIECE:
+                # Fresh memory for this, the widest tensor of all, would cost more than computing its numbers.
+                memory = scratch(2 * PIECE * sum(self.side_by_side.sizes), torch.float32, 1)
+            return self.side_by_side(x, memory).chunk(2, dim=-1)
 
-    @stands_for((qwen2.MLP, "gated"))
-    def gated(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x)
-        if torch.is_grad_enabled() or type(self.gate_proj) is not Int4:
-            return F.silu(gate) * up
-        return F.silu(gate, inplace=True).mul_(up)      # in place: nobody else has them
+        @stands_for((definition, "gated"))
+        def gated(self, x: torch.Tensor) -> torch.Tensor:
+            first, second = self.gate_up(x)
+            if torch.is_grad_enabled() or type(getattr(self, gate)) is not Int4:
+                return F.silu(first) * second
+            return F.silu(first, inplace=True).mul_(second)     # in place: nobody else has them
 
-    @stands_for((qwen2.MLP, "forward"))
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda or x[..., 0].numel() <= FEW:
-            return super().forward(x)
-        return by_pieces(super().forward, x)
+        @stands_for((definition, "forward"))
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.is_cuda or x[..., 0].numel() <= FEW:
+                return super().forward(x)
+            return by_pieces(super().forward, x)
 
-
-class FastNorm(qwen2.RMSNorm):
-    """qwen2.RMSNorm in one call; in float32 equal up to the order of additions."""
-
-    @stands_for((qwen2.RMSNorm, "forward"))
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    return FastMLP
 
 
-class PromptByHead(qwen2.Attend):
-    """qwen2.Attend, but a prompt head by head, QUERIES queries at a time with the keys that they may see."""
+def norm_of(definition: type) -> type:
+    """Make an RMSNorm of one call; in float32 equal up to the order of additions."""
+    class FastNorm(definition):
+        @stands_for((definition, "forward"))
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
-    @stands_for((qwen2.Attend, "forward"))
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        (B, H, T, E), K, product = q.shape, k.shape[1], machine.products()[0]
-        if mask is not None or T < QUERIES or product is not onednn:
-            return super().forward(q, k, v, mask)
-        later = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)
-        y = torch.empty(B, H, T, E)
-        for b in range(B):
-            for h in range(H):
-                if h % (H // K) == 0:       # the next kv head
-                    keys, values = (t[b, h * K // H].contiguous() for t in (k, v))                  # 2 x (T, E)
-                for start in range(0, T, QUERIES):
-                    end = min(start + QUERIES, T)
-                    n = end - start
-                    shares = product(q[b, h, start:end] * E ** -0.5, keys[:end])                    # (n, end)
-                    shares[:, start:].masked_fill_(later[:n, :n], -math.inf)
-                    y[b, h, start:end] = product(torch.softmax(shares, -1, out=shares), values[:end].T)
-        return y
+    return FastNorm
+
+
+def attend_of(definition: type) -> type:
+    """Make an Attend that reads a prompt head by head, QUERIES queries at a time with the keys that they may see."""
+    class PromptByHead(definition):
+        @stands_for((definition, "forward"))
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                    mask: torch.Tensor | None) -> torch.Tensor:
+            (B, H, T, E), K, product = q.shape, k.shape[1], machine.products()[0]
+            if mask is not None or T < QUERIES or product is not onednn:
+                return super().forward(q, k, v, mask)
+            later = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)
+            y = torch.empty(B, H, T, E)
+            for b in range(B):
+                for h in range(H):
+                    if h % (H // K) == 0:       # the next kv head
+                        keys, values = (t[b, h * K // H].contiguous() for t in (k, v))              # 2 x (T, E)
+                    for start in range(0, T, QUERIES):
+                        end = min(start + QUERIES, T)
+                        n = end - start
+                        shares = product(q[b, h, start:end] * E ** -0.5, keys[:end])                # (n, end)
+                        shares[:, start:].masked_fill_(later[:n, :n], -math.inf)
+                        y[b, h, start:end] = product(torch.softmax(shares, -1, out=shares), values[:end].T)
+            return y
+
+    return PromptByHead
+
+
+FastMLP = mlp_of(qwen2.MLP, "gate_proj", "up_proj")
+FastFeedForward = mlp_of(internlm2.FeedForward, "w1", "w3")
+NORMS = {definition: norm_of(definition) for definition in (qwen2.RMSNorm, internlm2.RMSNorm)}
+ATTENDS = {definition: attend_of(definition) for definition in (qwen2.Attend, internlm2.Attend)}
 
 
 # ---- the tower ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from minivl import fast, qwen2, vit
+from minivl import fast, internlm2, qwen2, vit
 from minivl.awq import AWQLinear
 from minivl.fast import graphs, layers, machine
 from minivl.fast.edits import INT4, changed, definitions_of, tell
@@ -58,6 +58,13 @@ def become(module: nn.Module, faster: type, slow: list[str]) -> bool:
     return True
 
 
+def become_each(decoder: nn.Module, faster: dict[type, type], slow: list[str]) -> None:
+    """Make every module of a decoder whose class itself is listed the faster one."""
+    for module in decoder.modules():
+        if type(module) in faster:
+            become(module, faster[type(module)], slow)
+
+
 def prepare(model: nn.Module, precision: str) -> nn.Module:
     """Make modules of a MiniVL faster, in place. Returns the model.
 
@@ -95,10 +102,8 @@ def prepare_for_cpu(model: nn.Module, precision: str, slow: list[str]) -> None:
         machine.glibc("malloc_trim", 0)     # the old weights leave memory before the int4 comes
         if machine.has_compiler() and relays(model):
             prepare_int4(model, lambda *linears: layers.Words(*linears, rounded=rounded), slow)
-            for norm in exactly(model.language_model.modules(), qwen2.RMSNorm):
-                become(norm, layers.FastNorm, slow)
-        for attend in exactly(model.language_model.modules(), qwen2.Attend):
-            become(attend, layers.PromptByHead, slow)
+            become_each(model.language_model, layers.NORMS, slow)
+        become_each(model.language_model, layers.ATTENDS, slow)
     if precision == "fast":
         int4_by_themselves(model, layers.OpWords, slow)
     if large:
@@ -108,10 +113,9 @@ def prepare_for_cpu(model: nn.Module, precision: str, slow: list[str]) -> None:
 def prepare_for_gpu(model: nn.Module, slow: list[str]) -> None:
     """Replace int4 by torch's own product, norms by one call, and the steps of the decoder by recorded ones."""
     prepare_int4(model, layers.OpWords, slow)
-    for norm in exactly(model.language_model.modules(), qwen2.RMSNorm):
-        become(norm, layers.FastNorm, slow)
-    for decoder in exactly([model.language_model], qwen2.Qwen2ForCausalLM):
-        become(decoder, graphs.Recorded, slow)
+    become_each(model.language_model, layers.NORMS, slow)
+    if type(model.language_model) in graphs.RECORDED:
+        become(model.language_model, graphs.RECORDED[type(model.language_model)], slow)
 
 
 def prepare_linears(model: nn.Module, rounded: bool, slow: list[str]) -> None:
@@ -130,12 +134,17 @@ def prepare_linears(model: nn.Module, rounded: bool, slow: list[str]) -> None:
 
 
 def prepare_int4(model: nn.Module, make_store: Callable, slow: list[str]) -> None:
-    """Put the int4 of each decoder layer into stores: q, k and v together, gate and up together, all others alone."""
+    """Put the int4 of each decoder layer into stores: q, k and v together, gate and up together, all others alone.
+
+    InternLM2 has q, k and v together already, in its wqkv.
+    """
     for layer in model.language_model.layers:
         for module in exactly(layer.children(), qwen2.Attention):
             side_by_side(module, [module.q_proj, module.k_proj, module.v_proj], layers.FastAttention, make_store, slow)
         for module in exactly(layer.children(), qwen2.MLP):
             side_by_side(module, [module.gate_proj, module.up_proj], layers.FastMLP, make_store, slow)
+        for module in exactly(layer.children(), internlm2.FeedForward):
+            side_by_side(module, [module.w1, module.w3], layers.FastFeedForward, make_store, slow)
     int4_by_themselves(model, make_store, slow)
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -26,11 +27,12 @@ from minivl.model import MiniVL
 from minivl.tokenizer import Listing, Tokenizer, read_listing
 
 KEPT = (".scales",)                                     # rounding a scale would change 128 weights at once
-KEPT_HALF = ("embed_tokens.weight", "lm_head.weight")   # by the fast layers, see minivl.fast
-HEAD = "language_model.lm_head.weight"
-EMBEDDING = "language_model.model.embed_tokens.weight"
+# By the names of Qwen2 and of InternLM2. The fast layers keep both in half precision, see minivl.fast.
+HEADS = ("language_model.lm_head.weight", "language_model.output.weight")
+EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.model.tok_embeddings.weight")
+KEPT_HALF = HEADS + EMBEDDINGS
 # Tables that old versions of transformers saved and new ones drop: the model computes them itself.
-FREQUENCIES = r"language_model\.model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+FREQUENCIES = r"language_model\.model\.(?:layers\.\d+\.(?:self_attn|attention)\.)?rotary_emb\.inv_freq"
 TABLE = re.compile(rf"{FREQUENCIES}|(?:vision_model|language_model)\.(?:.+\.)?position_ids")
 
 
@@ -62,7 +64,7 @@ def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: 
     half = precision is not None and (device.type, dtype) == ("cpu", torch.float32) and fast.keeps_half(model)
     if half and fast.has_compiler() and fast.relays(model):
         fast.warm(config.quantization_config.group_size // 8, config.llm_config.hidden_size,
-                  tensors[HEAD].dtype, precision == "fast" and fast.products()[1])
+                  tensors[_one_of(HEADS, tensors)].dtype, precision == "fast" and fast.products()[1])
     kept = KEPT + (KEPT_HALF if half else ())
     # Nothing else may hold the tensors: what `prepare` replaces must leave the memory.
     size = sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in model.state_dict().values())
@@ -188,7 +190,8 @@ def _refuse_other_kinds(tensors: dict[str, StoredTensor], wanted: dict[str, torc
         raise InputError(f"the weights in {folder} have the names of transformers' own classes ({renamed[0]}), as the "
                          "-hf repositories; take the original release, the repository without -hf, or convert it back "
                          "with InternVL's tools/internvl_hf2custom.py")
-    before = {n.removesuffix(HEAD) for n in tensors if n.endswith("." + HEAD)}
+    head, embedding = _one_of(HEADS, wanted), _one_of(EMBEDDINGS, wanted)
+    before = {n.removesuffix(head) for n in tensors if n.endswith("." + head)}
     prefix = min(before, default="")
     if len(before) == 1 and {prefix + n for n in wanted} == {
             n for n in tensors if not TABLE.fullmatch(n.removeprefix(prefix))}:
@@ -196,10 +199,15 @@ def _refuse_other_kinds(tensors: dict[str, StoredTensor], wanted: dict[str, torc
         raise InputError(f"the names of the weights in {folder} all begin with {prefix!r}, which a wrapper such as "
                          "torch.compile or DistributedDataParallel puts there; save the model inside it, or take that "
                          f"away once: {_write_once(folder, cut)}")
-    if wanted.keys() - tensors.keys() == {HEAD}:
-        raise InputError(f"the weights in {folder} lack {HEAD}, which was tied to the embedding and not saved. The "
+    if wanted.keys() - tensors.keys() == {head}:
+        raise InputError(f"the weights in {folder} lack {head}, which was tied to the embedding and not saved. The "
                          "original class never ties the two and would begin with a random head; if they were one in "
-                         f"training, write it once: {_write_once(folder, f't[{HEAD!r}] = t[{EMBEDDING!r}]')}")
+                         f"training, write it once: {_write_once(folder, f't[{head!r}] = t[{embedding!r}]')}")
+
+
+def _one_of(names: tuple[str, ...], tensors: Iterable[str]) -> str:
+    """Pick the name that this decoder has."""
+    return next(name for name in names if name in tensors)
 
 
 def _write_once(folder: Path, change: str) -> str:
@@ -220,11 +228,12 @@ SHOWN_BY = {        # a key that config.json may leave out: the problem with a t
     "vision_config.image_size": r"shape: vision_model.*\.position_embedding",
     "vision_config.patch_size": r"shape: vision_model.*\.patch_embedding\.weight",
     "vision_config.num_channels": r"shape: vision_model.*\.patch_embedding\.weight",
-    "llm_config.vocab_size": r"shape: language_model.*\.embed_tokens\.",
+    "llm_config.vocab_size": r"shape: language_model.*\.(embed_tokens|tok_embeddings)\.",
     "llm_config.hidden_size": r"shape: language_model\.model\.norm\.",
-    "llm_config.intermediate_size": r"shape: language_model.*\.gate_proj\.(weight|scales)",
-    "llm_config.num_hidden_layers": r"(missing|unexpected): language_model.*\.input_layernorm\.weight",
-    "llm_config.num_key_value_heads": r"shape: language_model.*\.k_proj\.bias",
+    "llm_config.intermediate_size": r"shape: language_model.*\.(gate_proj|w1)\.(weight|scales)",
+    "llm_config.num_hidden_layers": r"(missing|unexpected): language_model.*\.(input_layernorm|ffn_norm)\.weight",
+    "llm_config.num_key_value_heads": r"shape: language_model.*\.(k_proj\.bias|wqkv\.)",
+    "llm_config.bias": r"(missing|unexpected): language_model.*\.wqkv\.bias",
     "quantization_config.group_size": r"shape: .*\.scales"}
 
 
@@ -235,7 +244,7 @@ def wrong_defaults(problems: list[str], config: dict) -> list[str]:
     """
     lines = []
     rows = {found[1] for p in problems if (found := re.match(
-        r"shape: language_model\.(?:model\.embed_tokens|lm_head)\.weight is \[(\d+), ", p))}
+        r"shape: language_model\.(?:model\.(?:embed_tokens|tok_embeddings)|lm_head|output)\.weight is \[(\d+), ", p))}
     given = config["llm_config"].get("vocab_size")
     if len(rows) == 1 and given is not None:
         lines.append(f"config.json gives llm_config.vocab_size {given}, the embedding or head has {min(rows)} rows: if "

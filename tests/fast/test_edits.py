@@ -125,9 +125,9 @@ def test_without_an_edit_nothing_changes(checkpoint, plain, precision):
         got = scores(model := minivl.load(checkpoint, precision=precision))
     assert minivl.relative_error(got, plain) < (2e-5 if precision == "exact" else 0.05)
     used = {type(m) for m in model.modules()}
-    assert used >= {layers.FastAttention, layers.FastMLP, layers.Int4, layers.Words, layers.FastNorm,
-                    layers.PromptByHead, layers.Linear, layers.HalfLinear, layers.HalfEmbedding, layers.HeadByHead,
-                    layers.GeluInside}
+    assert used >= {layers.FastAttention, layers.FastMLP, layers.Int4, layers.Words, layers.NORMS[qwen2.RMSNorm],
+                    layers.ATTENDS[qwen2.Attend], layers.Linear, layers.HalfLinear, layers.HalfEmbedding,
+                    layers.HeadByHead, layers.GeluInside}
     assert AWQLinear not in used and qwen2.MLP not in used
 
 
@@ -323,7 +323,8 @@ def test_the_table_is_that_of_these_sources():
     assert {edits.name_of(*pair): edits.digest(getattr(*pair)) for pair in edits.HIDDEN} == edits.SHIPPED
     hidden = {pair for kind in vars(layers).values() if isinstance(kind, type) for pair in edits.definitions_of(kind)}
     from minivl.fast import graphs
-    hidden |= set(edits.definitions_of(graphs.Recorded))
+    for kind in (*graphs.RECORDED.values(), *layers.NORMS.values(), *layers.ATTENDS.values()):
+        hidden |= set(edits.definitions_of(kind))
     assert hidden == {*edits.HIDDEN, *edits.TORCHS_OWN}
 
 

@@ -138,7 +138,7 @@ def test_the_ops_own_layout_can_be_read_back(sizes):
 
 
 def test_a_prompts_attention_head_by_head(monkeypatch):
-    attend, plain = layers.PromptByHead(), qwen2.Attend()
+    attend, plain = layers.ATTENDS[qwen2.Attend](), qwen2.Attend()
     B, H, K, E = 2, 6, 3, 5
     for T in (1, layers.QUERIES - 1, layers.QUERIES, 2 * layers.QUERIES + 7):
         q, k, v = torch.randn(B, T, H, E).transpose(1, 2), torch.randn(B, K, T, E), torch.randn(B, K, T, E)

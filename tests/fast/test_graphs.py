@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import minivl
+from minivl import qwen2
 from minivl.cache import KVCache
 from minivl.fast import graphs
 
@@ -69,7 +70,7 @@ def recorded(tiny, monkeypatch):
     """A model whose decoder records, as on a GPU but for the recording itself."""
     monkeypatch.setattr(graphs, "Recording", Replayed)
     model = minivl.load(tiny)
-    model.language_model.__class__ = graphs.Recorded
+    model.language_model.__class__ = graphs.RECORDED[qwen2.Qwen2ForCausalLM]
     return model
 
 
@@ -103,7 +104,7 @@ def test_an_outgrown_recording_is_left(recorded, monkeypatch):
     with torch.no_grad():
         for x in (embedded(language, 1, 5), *(embedded(language, 1, 1) for _ in range(30))):
             got = language.scores(x, cache)
-            expected = super(graphs.Recorded, language).scores(x, plain)
+            expected = super(graphs.RECORDED[qwen2.Qwen2ForCausalLM], language).scores(x, plain)
             assert minivl.relative_error(got, expected) < 1e-6
     assert cache.length == 35 and cache.recording.capacity == 64
     assert sorted(r.capacity for r in vars(language)["idle"]) == [16, 32]
@@ -142,7 +143,7 @@ def test_what_was_changed_between_two_prompts_is_recorded_anew(recorded, monkeyp
 def test_a_recorded_model_leaves_the_memory_at_once(tiny):
     """No circle of references holds it until Python collects: on a GPU its gigabytes would stay."""
     model = minivl.load(tiny)
-    model.language_model.__class__ = graphs.Recorded
+    model.language_model.__class__ = graphs.RECORDED[qwen2.Qwen2ForCausalLM]
     with torch.no_grad():
         cache = KVCache()
         language = model.language_model
