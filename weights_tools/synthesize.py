@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import re
+import struct
 import sys
 import time
 from pathlib import Path
@@ -44,10 +46,23 @@ def _qwen(name, hidden_size, intermediate_size, layers, heads, kv_heads, vocab_s
             "vocab_size": vocab_size}
 
 
-SIZES = {   # vision_config, llm_config
+def _internlm2(name, hidden_size, intermediate_size, layers, heads, theta=1e6, factor=2.0, kv_heads=8,
+               vocab_size=92553):
+    return {"_name_or_path": name, "hidden_size": hidden_size, "intermediate_size": intermediate_size,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+            "vocab_size": vocab_size, "architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2",
+            "rope_theta": theta, "rope_scaling": {"factor": factor, "type": "dynamic"}, "bias": False,
+            "rms_norm_eps": 1e-05, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+
+
+SIZES = {   # vision_config, llm_config: what differs between the sizes
     "tiny": (VIT_TINY, _qwen("tiny", 128, 256, 3, 4, 2, vocab_size=600)),
+    "tiny-internlm2": (VIT_TINY, _internlm2("tiny", 128, 256, 3, 4, kv_heads=2, vocab_size=600)),
     "1B": (VIT_300M, _qwen("Qwen/Qwen2.5-0.5B-Instruct", 896, 4864, 24, 14, 2)),
+    "2B": (VIT_300M, _internlm2("internlm/internlm2_5-1_8b-chat", 2048, 8192, 24, 16)),
     "4B": (VIT_300M, _qwen("Qwen/Qwen2.5-3B-Instruct", 2048, 11008, 36, 16, 2)),
+    "8B": (VIT_300M, _internlm2("internlm/internlm2_5-7b-chat", 4096, 14336, 32, 32)),
+    "26B": (VIT_6B, _internlm2("internlm/internlm2_5-20b-chat", 6144, 16384, 48, 48, theta=5e7, factor=2.5)),
     "38B": (VIT_6B, _qwen("Qwen/Qwen2.5-32B-Instruct", 5120, 27648, 64, 40, 8)),
     "78B": (VIT_6B, _qwen("Qwen/Qwen2.5-72B-Instruct", 8192, 29568, 80, 64, 8)),
 }
@@ -62,7 +77,12 @@ ADDED_TOKENS = (    # their order is their ids, after the vocabulary: 151643..15
     "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
     "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>",
     "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+# The same of an InternLM2 decoder: the first six take the last ids of the vocabulary, 92538..92543.
+ADDED_TOKENS_INTERNLM2 = (
+    "<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>",
+    "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
+TOKENIZER_FILES_INTERNLM2 = ("tokenizer.model", "tokenizer_config.json", "added_tokens.json")
 # The linears that add to the residual stream, by the names in the files: Qwen2's, InternLM2's, the tower's.
 BRANCH_ENDS = re.compile(r"\.(o_proj|down_proj|wo|w2|attn\.proj|fc2)\.")
 CHUNK = 2**22           # random numbers at a time: they stay in the CPU's cache on their way to half precision
@@ -77,21 +97,23 @@ def synthesize(out: str | Path, size: str = "tiny", *, awq: bool = False, format
                group_size: int = 128, config_quirk: str = "llm", overwrite: bool = False) -> Path:
     """Write a whole checkpoint of random weights to the folder `out` and return it.
 
-    `tokenizer`: folder with the Qwen2 vocabulary, needed by every size but tiny; False: none, such a model can be
-    measured but not talked to. `shard_gb`: most 10^9 bytes in a file.
+    `tokenizer`: folder with the released vocabulary, needed by the large sizes with a Qwen2 decoder; those with an
+    InternLM2 decoder take a made-up one without it. False: none, such a model can be measured but not talked to.
+    `shard_gb`: most 10^9 bytes in a file.
     `dtype` "float16" or "bfloat16" of all that is not int4; None: float16 with `awq`, else bfloat16, as released.
     `config_quirk` "top": quantization_config where third-party copies have it, not inside llm_config.
     """
     config = config_json(size, awq=awq, dtype=dtype, group_size=group_size, config_quirk=config_quirk)
     if not 0 < shard_gb < 1e6:
         raise InputError(f"shards of {shard_gb} GB cannot be; the released files have at most 2")
-    if size == "tiny" and tokenizer:
-        raise InputError("the tiny size has a tokenizer of its own with 600 tokens; leave --tokenizer out")
+    if "tiny" in size and tokenizer:
+        raise InputError(f"size {size} has a tokenizer of its own with 600 tokens; leave --tokenizer out")
     out = Path(out)
     check_free_of_weights(out, overwrite)
-    small = {"config.json": json_text(config), **generation_and_preprocessor(size, config)}
+    texts = {"config.json": json_text(config), **generation_and_preprocessor(size, config)}
+    small = {name: text.encode("utf-8") for name, text in texts.items()}
     if tokenizer is not False:
-        small.update(tiny_tokenizer() if size == "tiny" else _copied_tokenizer(size, tokenizer, config))
+        small |= _tokenizer(size, tokenizer, config["llm_config"])
     wanted = meta_tensors(config)
     layers = {"vision_model": config["vision_config"]["num_hidden_layers"],
               "language_model": config["llm_config"]["num_hidden_layers"], "mlp1": 1}
@@ -100,7 +122,7 @@ def synthesize(out: str | Path, size: str = "tiny", *, awq: bool = False, format
         return random_tensor(name, wanted[name], seed=seed, layers=layers[name.split(".")[0]], group_size=group_size)
 
     save_checkpoint(wanted, out, make=make, format=format, shard_bytes=int(shard_gb * 1e9), overwrite=overwrite,
-                    small={name: text.encode("utf-8") for name, text in small.items()})
+                    small=small)
     return out
 
 
@@ -124,19 +146,19 @@ def config_json(size: str, *, awq: bool = False, dtype: str | None = None, group
     if group_size < 1 or any(width % group_size for width in widths):
         raise InputError(f"group size {group_size} must divide the in features of every decoder linear, {widths[0]} "
                          f"and {widths[1]} for {size}; the released files have 128")
-    ids = {token: llm["vocab_size"] - len(ADDED_TOKENS) + i for i, token in enumerate(ADDED_TOKENS)}
+    ids = added_tokens(llm)
     block = {"quantization_config": quantization_block(group_size)} if awq else {}
     return {
         "_commit_hash": None, "_name_or_path": f"InternVL2_5-{size}-random", "architectures": ["InternVLChatModel"],
         "downsample_ratio": 0.5, "dynamic_image_size": True, "force_image_size": vision["image_size"],
         "llm_config": {
-            **LEGACY, **llm, "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0,
-            "attn_implementation": "eager", "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
-            "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 32768, "max_window_layers": 70,
+            **LEGACY, "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "attn_implementation": "eager",
+            "bos_token_id": ids.get("<|endoftext|>"), "eos_token_id": ids["<|im_end|>"], "hidden_act": "silu",
+            "initializer_range": 0.02, "max_position_embeddings": 32768, "max_window_layers": 70,
             "model_type": "qwen2", "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
             "sliding_window": 32768, "tie_word_embeddings": False, "torch_dtype": dtype,
             "use_cache": not awq,           # calibration switched it off before saving; it says nothing about inference
-            "use_sliding_window": False, **(block if config_quirk == "llm" else {})},
+            "use_sliding_window": False, **llm, **(block if config_quirk == "llm" else {})},
         "max_dynamic_patch": 12, "min_dynamic_patch": 1, "model_type": "internvl_chat", "pad2square": False,
         "ps_version": "v2", **(block if config_quirk == "top" else {}), "select_layer": -1, "template": "internvl2_5",
         "tie_word_embeddings": False, "torch_dtype": dtype, "transformers_version": None, "use_backbone_lora": 0,
@@ -149,10 +171,18 @@ def config_json(size: str, *, awq: bool = False, dtype: str | None = None, group
     }
 
 
+def added_tokens(llm: dict) -> dict[str, int]:
+    """Give the added tokens of an llm_config their ids, the last of the vocabulary."""
+    tokens = ADDED_TOKENS_INTERNLM2 if llm.get("model_type") == "internlm2" else ADDED_TOKENS
+    return {token: llm["vocab_size"] - len(tokens) + i for i, token in enumerate(tokens)}
+
+
 def generation_and_preprocessor(size: str, config: dict) -> dict[str, str]:
     """Write generation_config.json and preprocessor_config.json."""
-    first = config["llm_config"]["vocab_size"] - len(ADDED_TOKENS)
-    ends = [first + 1, first + 2] + [first] * (size != "38B")      # the released 38B file does not list <|endoftext|>
+    ids = added_tokens(config["llm_config"])
+    # The released 38B file does not list <|endoftext|>; InternLM2 has none.
+    ends = sorted(ids[token] for token in ("<|im_start|>", "<|im_end|>"))
+    ends += [ids["<|endoftext|>"]] if "<|endoftext|>" in ids and size != "38B" else []
     side = config["force_image_size"]
     return {
         "generation_config.json": json_text({"_from_model_config": True, "eos_token_id": ends,
@@ -188,10 +218,22 @@ ball in front of it.
 """
 
 
+TEXTS = [TRAINING_TEXT, "system\nuser\nassistant\nImage-1: Frame1: ", SYSTEM]
+
+
+def _tokenizer(size: str, folder, llm: dict) -> dict[str, bytes]:
+    """Make the tokenizer's files: a made-up one, or copies of a folder's."""
+    internlm2 = llm["model_type"] == "internlm2"
+    if folder is None and (internlm2 or size == "tiny"):
+        made = train_sentencepiece(TEXTS, llm["vocab_size"]) if internlm2 else tiny_tokenizer()
+        return {name: text if isinstance(text, bytes) else text.encode("utf-8") for name, text in made.items()}
+    return _copied_tokenizer(size, folder, llm["vocab_size"], TOKENIZER_FILES_INTERNLM2 if internlm2 else
+                             TOKENIZER_FILES)
+
+
 def tiny_tokenizer() -> dict[str, str]:
     """Train a byte-level BPE of 256 bytes, 313 merges, 31 added tokens: its three files."""
-    return train_tokenizer([TRAINING_TEXT, "system\nuser\nassistant\nImage-1: Frame1: ", SYSTEM],
-                           SIZES["tiny"][1]["vocab_size"])
+    return train_tokenizer(TEXTS, SIZES["tiny"][1]["vocab_size"])
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> dict[str, str]:
@@ -219,21 +261,77 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> dict[str, str]:
             "added_tokens.json": json_text({token: size + i for i, token in enumerate(ADDED_TOKENS)})}
 
 
-def _copied_tokenizer(size: str, folder, config: dict) -> dict[str, str]:
+def train_sentencepiece(texts: list[str], vocab_size: int) -> dict[str, str | bytes]:
+    """Train a SentencePiece BPE as InternLM2 has: tokenizer.model, tokenizer_config.json, added_tokens.json.
+
+    `vocab_size` counts the 15 added tokens. What the texts do not fill is filled with characters of private use.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    backend.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    added = added_tokens({"vocab_size": vocab_size, "model_type": "internlm2"})
+    room = min(added.values()) - 3 - 256
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=min(room, 3000), show_progress=False))
+    model = json.loads(backend.to_str())["model"]
+    merged = ["".join(merge if isinstance(merge, list) else merge.split(" ")) for merge in model["merges"]]
+    single = sorted(model["vocab"].keys() - set(merged))
+    learned = [*dict.fromkeys(merged), *single]     # the earlier merged, the higher the score; characters are lowest
+    private = (chr(code) for plane in (0xE000, 0xF0000, 0x100000) for code in range(plane, plane + 6400 * 10)
+               if plane > 0xE000 or code < 0xE000 + 6400)
+    learned += itertools.islice(private, room - len(learned))
+    learned = [(piece, -float(rank), 1) for rank, piece in enumerate(learned)]
+    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), *((f"<0x{b:02X}>", 0.0, 6) for b in range(256)),
+              *learned, *((f"[UNUSED_TOKEN_{140 + i}]", 0.0, 4) for i in range(6))]
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    special = {"<unk>": 0, "<s>": 1, "</s>": 2, **added}
+    config = {"tokenizer_class": "InternLM2Tokenizer", "add_bos_token": True, "add_eos_token": False,
+              "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>",
+              "clean_up_tokenization_spaces": False, "model_max_length": 8192,
+              "added_tokens_decoder": {str(i): {"content": token, **flags} for token, i in special.items()}}
+    return {"tokenizer.model": sentencepiece_model(pieces), "tokenizer_config.json": json_text(config),
+            "added_tokens.json": json_text(added)}
+
+
+def sentencepiece_model(pieces: list[tuple[str, float, int]]) -> bytes:
+    """Write (text, score, type) of each piece as a SentencePiece BPE model: the protobuf that tokenizer.model is.
+
+    Types: 1 normal, 2 unknown, 3 control, 4 user defined, 6 byte. Source: sentencepiece_model.proto of 0.2.0.
+    """
+    def number(value: int) -> bytes:                        # seven bits at a time, the lowest first
+        head = b""
+        while value > 127:
+            head += bytes([value & 127 | 128])
+            value >>= 7
+        return head + bytes([value])
+
+    def field(tag: int, value: bytes | int | float) -> bytes:
+        if isinstance(value, float):
+            return number(tag << 3 | 5) + struct.pack("<f", value)
+        if isinstance(value, int):
+            return number(tag << 3) + number(value)
+        return number(tag << 3 | 2) + number(len(value)) + value
+
+    listed = [field(1, field(1, text.encode("utf-8")) + field(2, score) + field(3, kind))
+              for text, score, kind in pieces]
+    trainer = field(3, 2) + field(4, len(pieces)) + field(35, True)                     # BPE, size, byte fallback
+    normalizer = field(1, b"identity") + field(3, False) + field(4, False)     # no dummy prefix, spaces stay
+    return b"".join(listed) + field(2, trainer) + field(3, normalizer)
+
+
+def _copied_tokenizer(size: str, folder, wanted: int, names: tuple[str, ...]) -> dict[str, bytes]:
     if folder is None:
-        raise InputError(f"size {size} needs the real Qwen2 vocabulary ({', '.join(TOKENIZER_FILES)}, as in every "
+        raise InputError(f"size {size} needs the real Qwen2 vocabulary ({', '.join(names)}, as in every "
                          "released checkpoint of the family); give its folder with --tokenizer")
-    missing = [name for name in TOKENIZER_FILES if not is_there(Path(folder) / name)]
+    missing = [name for name in names if not is_there(Path(folder) / name)]
     if missing:
-        raise InputError(f"{folder} lacks {', '.join(missing)}; --tokenizer takes a folder with "
-                         f"{', '.join(TOKENIZER_FILES)}")
+        raise InputError(f"{folder} lacks {', '.join(missing)}; for size {size} --tokenizer takes a folder with "
+                         f"{', '.join(names)}")
     found = Tokenizer.load(folder).vocab_size
-    wanted = config["llm_config"]["vocab_size"]
     if found != wanted:
         raise InputError(f"the tokenizer in {folder} has {found} tokens, size {size} has {wanted}; take the one of an "
-                         "InternVL2.5 checkpoint with a Qwen2 decoder")
+                         "InternVL2.5 checkpoint of that size")
     with reading(folder):
-        return {name: (Path(folder) / name).read_bytes().decode("utf-8") for name in TOKENIZER_FILES}
+        return {name: (Path(folder) / name).read_bytes() for name in names}
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------
@@ -286,15 +384,17 @@ def arguments(argv: list | None = None) -> argparse.Namespace:
                                      formatter_class=options.Help)
     parser.add_argument("out", metavar="OUT", help="folder to write; made if it does not exist")
     parser.add_argument("--size", choices=SIZES, default="tiny",
-                        help="tiny (default, under 2 MB), or the shapes of a released model: on disk about 1.9, 7.4, "
-                             "77 and 157 GB for 1B, 4B, 38B and 78B, with --awq 1.3, 3.3, 31 and 53 GB")
+                        help="tiny or tiny-internlm2 (under 2 MB), or the shapes of a released model: on disk about "
+                             "1.9, 4.4, 7.4, 16, 51, 77 and 157 GB for 1B to 78B, with --awq 1.3, 2.2, 3.3, 5.8, 23, "
+                             "31 and 53 GB (default %(default)s)")
     parser.add_argument("--awq", action="store_true", help="int4 decoder linears, as the -AWQ releases have")
     parser.add_argument("--format", choices=["safetensors", "bin"], default="safetensors",
                         help="bin: pickled pytorch_model*.bin, as the -AWQ releases have (default safetensors)")
     parser.add_argument("--shard-gb", type=float, default=2.0, metavar="GB",
                         help="most 10^9 bytes of tensors in one file (default %(default)s)")
     parser.add_argument("--tokenizer", metavar="FOLDER",
-                        help="folder with vocab.json, merges.txt and added_tokens.json of Qwen2 (all sizes but tiny)")
+                        help="folder with the released tokenizer: of Qwen2 needed for 1B, 4B, 38B and 78B; 2B, 8B and "
+                             "26B get a made-up one without it")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same tensors (default %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES,
                         help="of all that is not int4 (default float16 with --awq, else bfloat16)")
@@ -306,8 +406,9 @@ def arguments(argv: list | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.awq:
         options.refuse(options.given(parser, argv), ("group_size", "config_quirk"), "without --awq")
-    if args.size == "tiny":
-        options.refuse(options.given(parser, argv), ("tokenizer",), "with size tiny, which has a tokenizer of its own")
+    if "tiny" in args.size:
+        options.refuse(options.given(parser, argv), ("tokenizer",), f"with size {args.size}, which has a tokenizer of "
+                       "its own")
     return args
 
 

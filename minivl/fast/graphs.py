@@ -166,7 +166,7 @@ def recorded(module: ModuleType, definition: type, body: type) -> type:
                 found = Recording(cache, inputs, capacity)
             found.take(cache, padding)
             cache.recording = found
-            cache.leaves = weakref.finalize(cache, keep, idle, found)       # when the cache is gone, the next may have it
+            cache.leaves = weakref.finalize(cache, keep, idle, found)   # when the cache is gone, the next may have it
             return found
 
     return Recorded

@@ -1,6 +1,7 @@
 """inspect: every tensor, who takes it, the sums, and what does not fit; of files here and on the hub."""
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -133,11 +134,21 @@ def test_inspect_single_file(made, tmp_path, capsys):
         inspect.inspect(made("awq") / "config.json")
 
 
-def test_inspect_lists_what_minivl_cannot_run(capsys):
+def test_inspect_of_an_internlm2_decoder(capsys):
     code, out = run_inspect(capsys, shared("golden/vit6b-internlm2"))
-    assert code == 0 and "nothing compared: llm_config.architectures is InternLM2ForCausalLM" in out
-    assert re.search(r"attention\.wqkv\.weight +float16 +\[256, 128\] +65,536 +- ", out)
+    assert code == 0 and "fits config.json" in out
+    assert re.search(r"attention\.wqkv\.weight +float16 +\[256, 128\] +65,536 +Linear ", out)
     assert re.search(r"\nembeddings +1 .*\ndecoder layers +21 .*\nnorm and head +2 ", out)
+
+
+def test_inspect_lists_what_minivl_cannot_run(tmp_path, capsys):
+    source = shared("golden/vit6b-internlm2")
+    shutil.copytree(source, tmp_path / "x")
+    config = (tmp_path / "x" / "config.json").read_text()
+    (tmp_path / "x" / "config.json").write_text(config.replace("InternLM2ForCausalLM", "InternLM3ForCausalLM"))
+    code, out = run_inspect(capsys, tmp_path / "x")
+    assert code == 0 and "nothing compared: llm_config.architectures is InternLM3ForCausalLM" in out
+    assert re.search(r"attention\.wqkv\.weight +float16 +\[256, 128\] +65,536 +- ", out)
 
 
 @pytest.fixture

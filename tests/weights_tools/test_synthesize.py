@@ -22,7 +22,9 @@ SMALL = {"config.json", "generation_config.json", "preprocessor_config.json", "v
 # ---- the sizes, from names and shapes alone -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size, parameters, tensors, tensors_awq, gb_awq", [
-    ("1B", 938_193_024, 637, 973, 1.347), ("4B", 3_712_637_952, 781, 1285, 3.318),
+    ("1B", 938_193_024, 637, 973, 1.347), ("2B", 2_205_754_368, 517, 757, 2.176),
+    ("4B", 3_712_637_952, 781, 1285, 3.318), ("8B", 8_075_365_376, 573, 893, 5.818),
+    ("26B", 25_514_186_112, 934, 1414, 23.309),
     ("38B", 38_388_164_992, 1366, 2262, 30.577), ("78B", 78_408_318_336, 1558, 2678, 52.869)])
 def test_totals_of_the_released_sizes(size, parameters, tensors, tensors_awq, gb_awq):
     plain, awq = (meta_tensors(config_json(size, awq=awq)) for awq in (False, True))
@@ -193,10 +195,10 @@ def test_other_group_size(tmp_path):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    ({"size": "2B"}, "size '2B' is not one of tiny, 1B, 4B, 38B, 78B"),
+    ({"size": "3B"}, "size '3B' is not one of tiny, tiny-internlm2, 1B, 2B, 4B, 8B, 26B, 38B, 78B"),
     ({"size": "4B"}, "needs the real Qwen2 vocabulary .*--tokenizer"),
     ({"size": "4B", "tokenizer": "."}, "lacks vocab.json, merges.txt, added_tokens.json"),
-    ({"tokenizer": "."}, "tiny size has a tokenizer of its own"),
+    ({"tokenizer": "."}, "size tiny has a tokenizer of its own"),
     ({"awq": True, "group_size": 96}, "group size 96 must divide .* 128 and 256"),
     ({"config_quirk": "top"}, "only AWQ files have"),
     ({"dtype": "float32"}, "dtype 'float32' is not one of float16, bfloat16"),
