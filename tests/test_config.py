@@ -6,7 +6,6 @@ import time
 import pytest
 import torch
 from checkpoints import edit, logits, refused
-from conftest import GOLDEN
 
 import minivl
 from minivl import InputError
