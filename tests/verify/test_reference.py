@@ -46,7 +46,7 @@ def test_reference_renders_by_itself():
 
 def test_names_of_transformers():
     assert reference.released_name("model.vision_tower.encoder.layer.3.attention.k_proj.bias") == (
-        "vision_model.encoder.layers.3.attn.qkv.bias", 1)
+        "vision_model.encoder.layers.3.attn.qkv.bias", "k")
     assert reference.released_name("model.vision_tower.encoder.layer.0.lambda_2") == (
         "vision_model.encoder.layers.0.ls2", None)
     assert reference.released_name("model.language_model.layers.2.mlp.up_proj.weight") == (
@@ -58,7 +58,7 @@ def test_names_of_transformers():
 # ---- transformers itself --------------------------------------------------------------------------------------------
 
 @needs_reference
-@pytest.mark.parametrize("case", ["qwen2-awq", "qwen2"])
+@pytest.mark.parametrize("case", ["qwen2-awq", "qwen2", "vit6b-internlm2"])
 def test_transformers_agrees(case, tmp_path):
     """transformers' own classes against the original code's recording, and minivl against both."""
     folder = GOLDEN / case if (GOLDEN / case).exists() else shared(f"golden/{case}")

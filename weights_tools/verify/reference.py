@@ -2,7 +2,8 @@
 
     REQUEST (json: pictures, messages, limits) -> the reference's own tiles, prompt and ids -> its own model -> TRACE
 
-The reference is transformers' InternVL (its vision tower, projector and Qwen2), or, only with --trust-remote-code, the
+The reference is transformers' InternVL (its vision tower, projector and Qwen2; InternLM2 is its Llama with other names
+and q, k, v in one tensor, as transformers' own converter has it), or, only with --trust-remote-code, the
 modelling code inside the checkpoint's folder. This file runs in an environment of its own (`make reference`) and
 imports nothing of minivl: what both share could not be checked. All that is said here about weights, tiles, prompts and
 stages is therefore written a second time, from the sources named. `weights_tools.verify` starts it.
@@ -177,9 +178,9 @@ def hf_config(config: dict):
 
     Its names: convert_internvl_weights_to_hf.py @015d3b27. The decoder's keys are read by transformers itself.
     """
-    from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
+    from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Qwen2Config
     vision, llm = VISION_DEFAULTS | config["vision_config"], config["llm_config"]
-    if llm["architectures"][0] != "Qwen2ForCausalLM":
+    if llm["architectures"][0] not in ("Qwen2ForCausalLM", INTERNLM2):
         raise CannotRun(f"transformers has no {llm['architectures'][0]} of its own")
     vision_config = InternVLVisionConfig(
         hidden_size=vision["hidden_size"], num_hidden_layers=vision["num_hidden_layers"],
@@ -187,12 +188,17 @@ def hf_config(config: dict):
         attention_bias=vision["qkv_bias"], use_qk_norm=vision["qk_normalization"], hidden_act=vision["hidden_act"],
         norm_type=vision["norm_type"], layer_norm_eps=vision["layer_norm_eps"], image_size=vision["image_size"],
         patch_size=vision["patch_size"], num_channels=vision["num_channels"])
-    text_config = Qwen2Config(**{key: llm[key] for key in DECODER_KEYS if key in llm}, tie_word_embeddings=False,
-                              use_sliding_window=False)
+    given = {**{key: llm[key] for key in DECODER_KEYS if key in llm}, "tie_word_embeddings": False}
+    if llm["architectures"][0] == INTERNLM2:        # its defaults: configuration_internlm2.py @2410d1d
+        text_config = LlamaConfig(**{"vocab_size": 103168, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
+                                     "rope_theta": 10000.0} | given, attention_bias=llm.get("bias", True))
+    else:
+        text_config = Qwen2Config(**given, use_sliding_window=False)
     return InternVLConfig(vision_config=vision_config, text_config=text_config,
                           downsample_ratio=config["downsample_ratio"], tie_word_embeddings=False)
 
 
+INTERNLM2 = "InternLM2ForCausalLM"
 NAMES = (   # transformers' -> released; those with a dot in front stand inside a name
     ("model.vision_tower.embeddings.cls_token", "vision_model.embeddings.class_embedding"),
     ("model.vision_tower.embeddings.patch_embeddings.projection", "vision_model.embeddings.patch_embedding"),
@@ -205,15 +211,36 @@ NAMES = (   # transformers' -> released; those with a dot in front stand inside 
     ("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))
 
 
-def released_name(name: str) -> tuple:
-    """Translate transformers' name of a parameter: (released name, which third of it or None). Source: as hf_config."""
-    third = None
-    for i, part in enumerate("qkv"):
-        if f".attention.{part}_proj." in name:
-            name, third = name.replace(f".attention.{part}_proj.", ".attn.qkv."), i
-    for theirs, ours in NAMES:
+NAMES_INTERNLM2 = (     # Llama's -> released. Source: InternVL modeling_internlm2.py:250-365 @2410d1d
+    ("model.language_model.embed_tokens.", "language_model.model.tok_embeddings."),
+    ("lm_head.", "language_model.output."), ("model.language_model.", "language_model.model."),
+    (".self_attn.o_proj.", ".attention.wo."), (".input_layernorm.", ".attention_norm."),
+    (".post_attention_layernorm.", ".ffn_norm."), (".mlp.gate_proj.", ".feed_forward.w1."),
+    (".mlp.up_proj.", ".feed_forward.w3."), (".mlp.down_proj.", ".feed_forward.w2."),
+    *((f".self_attn.{part}_proj.", ".attention.wqkv.") for part in "qkv"))
+
+
+def released_name(name: str, names: tuple = NAMES) -> tuple:
+    """Translate transformers' name of a parameter: (released name, "q", "k", "v" of a tensor with all three, or None).
+
+    Source: as hf_config.
+    """
+    which = next((part for part in "qkv" if f".attention.{part}_proj." in name or f".self_attn.{part}_proj." in name),
+                 None)
+    if which:
+        name = name.replace(f".attention.{which}_proj.", ".attn.qkv.")
+    for theirs, ours in names:
         name = name.replace(theirs, ours) if theirs.startswith(".") or name.startswith(theirs) else name
-    return name, third
+    return name, which if ".qkv." in name or ".wqkv." in name else None
+
+
+def part_of(value: torch.Tensor, released: str, which: str, llm) -> torch.Tensor:
+    """Cut the rows of q, k or v out of a tensor with all three: thirds in the tower, groups of kv heads in `wqkv`."""
+    if ".wqkv." not in released:
+        return value.chunk(3)["qkv".index(which)]
+    K = llm.num_key_value_heads
+    groups = value.unflatten(0, (K, llm.num_attention_heads // K + 2, -1))      # for each kv head: its q, then k, v
+    return {"q": groups[:, :-2], "k": groups[:, -2:-1], "v": groups[:, -1:]}[which].flatten(0, 2)
 
 
 def transformers_model(folder: Path, config: dict, dtype: torch.dtype, resident: float, long: bool,
@@ -233,7 +260,9 @@ def transformers_model(folder: Path, config: dict, dtype: torch.dtype, resident:
     core = model.model
     parts = [core.vision_tower.embeddings, *core.vision_tower.encoder.layer, core.multi_modal_projector,
              core.language_model.embed_tokens, *core.language_model.layers, core.language_model.norm, model.lm_head]
-    fill_when_needed(model, parts, Weights(folder), dtype, resident)
+    internlm2 = config["llm_config"]["architectures"][0] == INTERNLM2
+    names = tuple(pair for pair in NAMES if "language_model" not in pair[1]) + NAMES_INTERNLM2 if internlm2 else NAMES
+    fill_when_needed(model, parts, Weights(folder), dtype, resident, names)
     stages = {"vit.embeddings": (core.vision_tower.embeddings, "out"),
               **{f"vit.layers.{i}": (layer, "out") for i, layer in enumerate(core.vision_tower.encoder.layer)},
               "pixel_unshuffle": (core.multi_modal_projector, "in"), "projector": (core.multi_modal_projector, "out"),
@@ -246,7 +275,8 @@ def transformers_model(folder: Path, config: dict, dtype: torch.dtype, resident:
     return stages, forward
 
 
-def fill_when_needed(model: torch.nn.Module, parts: list, weights: Weights, dtype: torch.dtype, resident: float):
+def fill_when_needed(model: torch.nn.Module, parts: list, weights: Weights, dtype: torch.dtype, resident: float,
+                     released_names: tuple):
     """Give empty parts their weights: now, or if they are more than `resident` GB, each when it runs, and only then."""
     names = {id(p): name for name, p in model.named_parameters()}
     missing = set(names.values()) - {names[id(p)] for part in parts for p in part.parameters()}
@@ -255,9 +285,9 @@ def fill_when_needed(model: torch.nn.Module, parts: list, weights: Weights, dtyp
                         f"{KNOWN}")
 
     def tensor(name):
-        released, third = released_name(name)
+        released, which = released_name(name, released_names)
         value = weights(released, dtype)
-        return value if third is None else value.chunk(3)[third]
+        return value if which is None else part_of(value, released, which, model.config.text_config)
 
     def fill(part, *_):
         for module in part.modules():
@@ -313,12 +343,12 @@ def remote_model(folder: Path, dtype: torch.dtype, image_token: int) -> tuple:
               "pixel_unshuffle": (model.mlp1, "in"), "projector": (model.mlp1, "out"),
               "inputs_embeds": (llm.model, "in"),
               **{f"llm.layers.{i}": (layer, "out") for i, layer in enumerate(llm.model.layers)},
-              "llm.norm": (llm.model.norm, "out"), "logits": (llm.lm_head, "out")}
+              "llm.norm": (llm.model.norm, "out"), "logits": (llm.get_output_embeddings(), "out")}
 
     def forward(ids, pixels, past, keep):
         if past is not None:
             return llm(input_ids=ids, past_key_values=past, use_cache=True)
-        x = llm.model.embed_tokens(ids)
+        x = llm.get_input_embeddings()(ids)
         if pixels is not None:
             x = x.masked_scatter((ids == image_token)[..., None], model.extract_feature(pixels).to(x.dtype))
         return llm(inputs_embeds=x, past_key_values=None, use_cache=True)
