@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minivl import qwen2, vit
+from minivl import internlm2, qwen2, vit
 from minivl.cache import KVCache
 from minivl.pixel_unshuffle import PixelUnshuffle, pixel_unshuffle
 from minivl.projector import projector
@@ -57,15 +57,16 @@ def softmax_attention(q, k, v, mask=None):
     return out
 
 
+@pytest.mark.parametrize("decoder", [qwen2, internlm2])
 @pytest.mark.parametrize("mask_kind", ["causal", "step", "chunk"])
-def test_decoder_attention_is_explicit_softmax_with_shared_kv_heads(mask_kind):
+def test_decoder_attention_is_explicit_softmax_with_shared_kv_heads(mask_kind, decoder):
     H, K, E, S = 6, 2, 4, 7
     T = {"causal": S, "step": 1, "chunk": 3}[mask_kind]
     q, k, v = torch.randn(1, H, T, E), torch.randn(1, K, S, E), torch.randn(1, K, S, E)
     visible = torch.tensor([[s <= S - T + t for s in range(S)] for t in range(T)])
-    mask = qwen2.attention_mask(T, S, None, "cpu")
+    mask = decoder.attention_mask(T, S, None, "cpu")
     assert (mask is None) == (mask_kind != "chunk")
-    assert torch.allclose(qwen2.Attend()(q, k, v, mask)[0], softmax_attention(q[0], k[0], v[0], visible), atol=1e-6)
+    assert torch.allclose(decoder.Attend()(q, k, v, mask)[0], softmax_attention(q[0], k[0], v[0], visible), atol=1e-6)
 
 
 def test_vision_attention_sees_everything():
@@ -73,25 +74,30 @@ def test_vision_attention_sees_everything():
     assert torch.allclose(vit.Attend()(q, k, v)[0], softmax_attention(q[0], k[0], v[0]), atol=1e-6)
 
 
-def test_mask_with_padding_by_loop():
+@pytest.mark.parametrize("decoder", [qwen2, internlm2])
+def test_mask_with_padding_by_loop(decoder):
     padding, T, S = torch.tensor([0, 2, 4]), 3, 5
-    mask = qwen2.attention_mask(T, S, padding, "cpu")
+    mask = decoder.attention_mask(T, S, padding, "cpu")
     assert mask.shape == (3, 1, T, S)
     for b in range(3):
         for t in range(T):
             for s in range(S):
                 query = S - T + t
                 assert mask[b, 0, t, s] == ((s <= query and s >= padding[b]) or s == query)
-    example = qwen2.attention_mask(2, 4, torch.tensor([1]), "cpu")      # the docstring's example
+    example = decoder.attention_mask(2, 4, torch.tensor([1]), "cpu")      # the docstring's example
     assert example[0, 0].int().tolist() == [[0, 1, 1, 0], [0, 1, 1, 1]]
 
 
-def test_rope_is_rotation_of_complex_numbers():
+ROPE = {qwen2: (), internlm2: (2.0, 32)}       # what its tables take beside positions, E and theta
+
+
+@pytest.mark.parametrize("decoder", ROPE)
+def test_rope_is_rotation_of_complex_numbers(decoder):
     """Pair (i, i + E/2) as x + iy, times e^(i * position * theta^(-2i/E))."""
     B, H, T, E, theta = 2, 3, 5, 8, 10000.0
     x, positions = torch.randn(B, H, T, E), torch.tensor([[0, 1, 2, 3, 4], [7, 8, 9, 10, 11]])
-    cos, sin = qwen2.rope_tables(positions, E, theta)
-    got = qwen2.rotate(x, cos, sin)
+    cos, sin = decoder.rope_tables(positions, E, theta, *ROPE[decoder])
+    got = decoder.rotate(x, cos, sin)
     frequency = theta ** (-2 * torch.arange(E // 2, dtype=torch.float64) / E)
     turned = torch.complex(x[..., :E // 2].double(), x[..., E // 2:].double()) * torch.exp(
         1j * positions[:, None, :, None].double() * frequency)
@@ -110,15 +116,17 @@ def test_rope_scores_depend_on_distance_only():
     assert abs(score(9, 4) - score(9, 8)) > 1e-3
 
 
-def test_rope_survives_a_cast_of_the_module():
+@pytest.mark.parametrize("kind", [qwen2.Qwen2ForCausalLM, internlm2.InternLM2ForCausalLM])
+def test_rope_survives_a_cast_of_the_module(kind):
     """Frequencies are no buffer: casting the module must not round them."""
     config = SimpleNamespace(hidden_size=8, num_attention_heads=2, num_key_value_heads=1, rope_theta=1e6, vocab_size=5,
-                             num_hidden_layers=1, intermediate_size=12, rms_norm_eps=1e-6)
-    model = qwen2.Qwen2ForCausalLM(config).half()
+                             num_hidden_layers=1, intermediate_size=12, rms_norm_eps=1e-6, bias=False,
+                             rope_scaling=None)
+    model = kind(config).half()
     assert not list(model.buffers()) and model.model.theta == 1e6
 
 
-@pytest.mark.parametrize("norm", [vit.RMSNorm, qwen2.RMSNorm])
+@pytest.mark.parametrize("norm", [vit.RMSNorm, qwen2.RMSNorm, internlm2.RMSNorm])
 def test_rms_norm_and_its_cast_order(norm):
     layer = norm(6, 1e-6)
     layer.weight.data = torch.rand(6) + 0.5

@@ -22,11 +22,14 @@ CONFIG = {
                    "num_hidden_layers": 2, "num_attention_heads": 5, "num_key_value_heads": 1, "hidden_act": "silu",
                    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 99}}
 KINDS = {"300M": {}, "6B": {"norm_type": "rms_norm", "qkv_bias": False, "qk_normalization": True}}
+DECODERS = {"Qwen2ForCausalLM": {}, "InternLM2ForCausalLM": {"bias": False,
+                                                             "rope_scaling": {"type": "dynamic", "factor": 2.0}}}
 QUANTIZATION = {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm", "zero_point": True}
 
 
-def build(kind="300M", awq=False):
-    config = {**CONFIG, "vision_config": {**CONFIG["vision_config"], **KINDS[kind]}}
+def build(kind="300M", awq=False, decoder="Qwen2ForCausalLM"):
+    config = {**CONFIG, "vision_config": {**CONFIG["vision_config"], **KINDS[kind]},
+              "llm_config": {**CONFIG["llm_config"], "architectures": [decoder], **DECODERS[decoder]}}
     if awq:
         config["llm_config"] = {**config["llm_config"], "quantization_config": QUANTIZATION}
     model = minivl.MiniVL(Config.from_json(config))
@@ -39,10 +42,11 @@ def build(kind="300M", awq=False):
     return model.eval()
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("awq", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_stages_have_the_documented_shapes(kind, awq):
-    model = build(kind, awq)
+def test_stages_have_the_documented_shapes(kind, awq, decoder):
+    model = build(kind, awq, decoder)
     B, N, S, P, L, C, D, H, K, E, V, T = 2, 3, 28, 16, 4, 12, 40, 5, 1, 8, 71, 13
     input_ids = torch.randint(0, 69, (B, T))
     input_ids[0, 2:10] = input_ids[1, 1:5] = 70
@@ -58,8 +62,9 @@ def test_stages_have_the_documented_shapes(kind, awq):
     assert torch.equal(t["inputs_embeds"][input_ids == 70], t["projector"].flatten(0, 1))
 
 
-def test_one_forward_serves_training():
-    model = build()
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_one_forward_serves_training(decoder):
+    model = build(decoder=decoder)
     input_ids = torch.randint(0, 69, (1, 9))
     input_ids[0, 2:6] = 70
     model(input_ids, torch.randn(1, 3, 28, 28)).log_softmax(-1)[0, :, 3].sum().backward()
@@ -67,8 +72,9 @@ def test_one_forward_serves_training():
     assert without == []
 
 
-def test_half_precision_stays_in_its_dtype():
-    model = build().bfloat16()
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_half_precision_stays_in_its_dtype(decoder):
+    model = build(decoder=decoder).bfloat16()
     input_ids = torch.randint(0, 69, (1, 9))
     input_ids[0, 2:6] = 70
     with torch.no_grad(), minivl.trace(model) as t:
@@ -91,9 +97,10 @@ def test_trace_keeps_every_call_and_refuses_unknown_stages():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_stages_come_in_the_order_of_the_computation():
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_stages_come_in_the_order_of_the_computation(decoder):
     """`stages` asks the model, `place` knows only names: both tell the order that happens."""
-    model = build()
+    model = build(decoder=decoder)
     ids = torch.randint(0, 69, (1, 9))
     ids[0, 2:6] = 70
     with torch.no_grad(), minivl.trace(model, "*") as t:
@@ -135,7 +142,7 @@ def test_model_refuses_what_does_not_fit():
         model(ids, torch.zeros(1, 3, 28, 28))
 
 
-IDEAS = ["tiling", "vit", "pixel_unshuffle", "projector", "qwen2", "awq"]
+IDEAS = ["tiling", "vit", "pixel_unshuffle", "projector", "qwen2", "internlm2", "awq"]
 
 
 @pytest.mark.parametrize("name", IDEAS)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import minivl
-from minivl import awq, fast, qwen2, vit
+from minivl import awq, fast, internlm2, qwen2, vit
 from minivl.awq import AWQLinear
 from minivl.cache import KVCache
 from minivl.fast import compiled, edits, layers, machine
@@ -21,10 +21,22 @@ T = 300         # tokens: more than QUERIES and FEW, so that every faster versio
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Just large enough for all that is done for a large one: groups of 32, two and more of them."""
+def checkpoints(tmp_path_factory):
+    """Just large enough for all that is done for a large one: groups of 32, two and more of them. Decoder -> folder."""
     from weights_tools.synthesize import synthesize
-    return synthesize(tmp_path_factory.mktemp("edits") / "awq", "tiny", awq=True, group_size=32)
+    folder = tmp_path_factory.mktemp("edits")
+    return {decoder: synthesize(folder / size, size, awq=True, group_size=32)
+            for decoder, size in (("qwen2", "tiny"), ("internlm2", "tiny-internlm2"))}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(checkpoints):
+    return checkpoints["qwen2"]
+
+
+def decoder_of(what: str) -> str:
+    """The decoder in which a definition is at work."""
+    return "internlm2" if what.startswith("internlm2") else "qwen2"
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +86,12 @@ CLASSES = {
     "qwen2.RMSNorm": (qwen2.RMSNorm, lambda m: m.language_model.norm),
     "qwen2.Layer": (qwen2.Layer, first),
     "qwen2.Qwen2Model": (qwen2.Qwen2Model, lambda m: m.language_model.model),
+    "internlm2.Attend": (internlm2.Attend, lambda m: first(m).attention.attend),
+    "internlm2.Attention": (internlm2.Attention, lambda m: first(m).attention),
+    "internlm2.FeedForward": (internlm2.FeedForward, lambda m: first(m).feed_forward),
+    "internlm2.RMSNorm": (internlm2.RMSNorm, lambda m: m.language_model.norm),
+    "internlm2.Layer": (internlm2.Layer, first),
+    "internlm2.InternLM2Model": (internlm2.InternLM2Model, lambda m: m.language_model.model),
     "vit.Embeddings": (vit.Embeddings, lambda m: m.vision_model.embeddings),
     "vit.Attend": (vit.Attend, lambda m: m.vision_model.encoder.layers[0].attn.attend),
     "vit.Attention": (vit.Attention, lambda m: m.vision_model.encoder.layers[0].attn),
@@ -93,6 +111,14 @@ METHODS = {     # the seams, and functions of the modules
     "qwen2.rope_tables": (qwen2, "rope_tables", lambda f: lambda p, e, theta: f(p, e, 3 * theta)),
     "qwen2.attention_mask": (qwen2, "attention_mask",
                              lambda f: lambda T, S, p, d: torch.ones(1, 1, T, S, dtype=torch.bool)),
+    "internlm2.Attention.qkv": (internlm2.Attention, "qkv", lambda f: lambda self, x: f(self, 0.5 * x)),
+    "internlm2.FeedForward.gate_up": (internlm2.FeedForward, "gate_up", lambda f: lambda self, x: f(self, x)[::-1]),
+    "internlm2.FeedForward.gated": (internlm2.FeedForward, "gated",
+                                    lambda f: lambda self, x: F.relu(self.gate_up(x)[0])),
+    "internlm2.rotate": (internlm2, "rotate", lambda f: lambda x, cos, sin: f(x, cos, -sin)),
+    "internlm2.rope_tables": (internlm2, "rope_tables", lambda f: lambda p, e, theta, *n: f(p, e, 3 * theta, *n)),
+    "internlm2.attention_mask": (internlm2, "attention_mask",
+                                 lambda f: lambda T, S, p, d: torch.ones(1, 1, T, S, dtype=torch.bool)),
     "vit.MLP.widened": (vit.MLP, "widened", lambda f: lambda self, x: F.relu(self.fc1(x))),
     "awq.unpack": (awq, "unpack", lambda f: lambda packed: f(packed) ^ 1),
     "awq.dequantize": (awq, "dequantize", lambda f: lambda q, z, s, dtype=torch.float32: 1.5 * f(q, z, s, dtype)),
@@ -114,27 +140,36 @@ def counts(model, before):
 
 
 @pytest.fixture(scope="module")
-def plain(checkpoint):
-    return scores(minivl.load(checkpoint))
+def plains(checkpoints):
+    return {decoder: scores(minivl.load(folder)) for decoder, folder in checkpoints.items()}
 
 
+FASTER = {      # those of one decoder, and what they stand for
+    "qwen2": ({layers.FastAttention, layers.FastMLP, layers.NORMS[qwen2.RMSNorm], layers.ATTENDS[qwen2.Attend]},
+              {qwen2.Attention, qwen2.MLP, qwen2.RMSNorm, qwen2.Attend}),
+    "internlm2": ({layers.FastFeedForward, layers.NORMS[internlm2.RMSNorm], layers.ATTENDS[internlm2.Attend]},
+                  {internlm2.FeedForward, internlm2.RMSNorm, internlm2.Attend})}
+
+
+@pytest.mark.parametrize("decoder", FASTER)
 @pytest.mark.parametrize("precision", ["exact", "fast"])
-def test_without_an_edit_nothing_changes(checkpoint, plain, precision):
+def test_without_an_edit_nothing_changes(checkpoints, plains, precision, decoder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        got = scores(model := minivl.load(checkpoint, precision=precision))
-    assert minivl.relative_error(got, plain) < (2e-5 if precision == "exact" else 0.05)
+        got = scores(model := minivl.load(checkpoints[decoder], precision=precision))
+    assert minivl.relative_error(got, plains[decoder]) < (2e-5 if precision == "exact" else 0.05)
     used = {type(m) for m in model.modules()}
-    assert used >= {layers.FastAttention, layers.FastMLP, layers.Int4, layers.Words, layers.NORMS[qwen2.RMSNorm],
-                    layers.ATTENDS[qwen2.Attend], layers.Linear, layers.HalfLinear, layers.HalfEmbedding,
+    faster, definitions = FASTER[decoder]
+    assert used >= {*faster, layers.Int4, layers.Words, layers.Linear, layers.HalfLinear, layers.HalfEmbedding,
                     layers.HeadByHead, layers.GeluInside}
-    assert AWQLinear not in used and qwen2.MLP not in used
+    assert not used & {*definitions, AWQLinear}
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("what", CLASSES)
-def test_an_edit_of_a_class(checkpoint, plain, monkeypatch, what, when, precision):
+def test_an_edit_of_a_class(checkpoints, plains, monkeypatch, what, when, precision):
+    checkpoint, plain = checkpoints[decoder_of(what)], plains[decoder_of(what)]
     kind, _ = CLASSES[what]
     if when == "after":
         model = minivl.load(checkpoint, precision=precision)
@@ -149,7 +184,8 @@ def test_an_edit_of_a_class(checkpoint, plain, monkeypatch, what, when, precisio
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("what", METHODS)
-def test_an_edit_of_a_seam_or_a_function(checkpoint, plain, monkeypatch, what, when, precision):
+def test_an_edit_of_a_seam_or_a_function(checkpoints, plains, monkeypatch, what, when, precision):
+    checkpoint, plain = checkpoints[decoder_of(what)], plains[decoder_of(what)]
     owner, name, edit = METHODS[what]
     if when == "after":
         model = minivl.load(checkpoint, precision=precision)
@@ -160,14 +196,16 @@ def test_an_edit_of_a_seam_or_a_function(checkpoint, plain, monkeypatch, what, w
     assert counts(model, plain)
 
 
-REPLACED = ("qwen2.Attend", "qwen2.Attention", "qwen2.MLP", "qwen2.RMSNorm", "vit.Attend", "vit.MLP", "awq.AWQLinear")
+REPLACED = ("qwen2.Attend", "qwen2.Attention", "qwen2.MLP", "qwen2.RMSNorm", "internlm2.Attend",
+            "internlm2.FeedForward", "internlm2.RMSNorm", "vit.Attend", "vit.MLP", "awq.AWQLinear")
 
 
 @pytest.mark.parametrize("how", ["forward", "hook", "pre-hook", "subclass"])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("what", REPLACED)
-def test_an_edit_of_one_module(checkpoint, what, when, how):
+def test_an_edit_of_one_module(checkpoints, what, when, how):
     _, find = CLASSES[what]
+    checkpoint = checkpoints[decoder_of(what)]
     model = minivl.load(checkpoint, precision="exact" if when == "after" else None)
     plain = scores(model)
     module = find(model)
@@ -186,11 +224,13 @@ def test_an_edit_of_one_module(checkpoint, what, when, how):
     assert counts(model, plain)
 
 
+@pytest.mark.parametrize("decoder", FASTER)
 @pytest.mark.parametrize("precision", ["exact", "fast"])
-def test_edits_of_weights(checkpoint, precision):
+def test_edits_of_weights(checkpoints, precision, decoder):
     """Looking at a weight by its released name gives it back, and what is done to it then counts."""
+    checkpoint = checkpoints[decoder]
     float_model = minivl.load(checkpoint)
-    for name in (*first(float_model).linears, "input_layernorm"):
+    for name in (*first(float_model).linears, first(float_model).FEEDS[0][0]):
         model = minivl.load(checkpoint, precision=precision)
         before = scores(model)
         module = first(model).get_submodule(name)
@@ -209,7 +249,7 @@ def test_edits_of_weights(checkpoint, precision):
     assert changes(before, scores(model))
     model = minivl.load(checkpoint, precision=precision)
     before = scores(model)
-    model.language_model.lm_head.weight.data.mul_(1.5)
+    model.language_model.head.weight.data.mul_(1.5)
     assert changes(before, scores(model))
 
 
