@@ -20,6 +20,7 @@ import ctypes
 import hashlib
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -131,8 +132,33 @@ def rendered(messages: list, tiles: list, per_tile: int, system: str | None = No
     return text
 
 
+class SlowInternLM2:
+    """SentencePiece's own library on tokenizer.model, the added tokens cut out of the text first, <s> in front.
+
+    Source: InternVL internvl/model/internlm2/tokenization_internlm2.py @2410d1d, which does this through transformers.
+    """
+
+    def __init__(self, folder: Path):
+        from sentencepiece import SentencePieceProcessor
+        self.pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        self.added = json.loads((folder / "added_tokens.json").read_text("utf-8"))
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        """Look up an added token."""
+        return self.added[token]
+
+    def encode(self, text: str, add_special_tokens: bool) -> list:
+        """Encode a text, with <s>; `add_special_tokens` is transformers' and means other tokens."""
+        longest_first = sorted(self.added, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        ids = [[self.added[part]] if part in self.added else self.pieces.encode(part) for part in parts if part]
+        return [self.pieces.bos_id(), *(i for part in ids for i in part)]
+
+
 def tokenizer_of(folder: Path):
-    """Make transformers' Qwen2 tokenizer from vocab.json, merges.txt and added_tokens.json."""
+    """Make transformers' Qwen2 tokenizer from vocab.json, merges.txt and added_tokens.json, or InternLM2's."""
+    if (folder / "tokenizer.model").exists():
+        return SlowInternLM2(folder)
     from tokenizers import AddedToken
     from transformers import Qwen2Tokenizer
     if lacking := [name for name in ("vocab.json", "merges.txt", "added_tokens.json") if not (folder / name).exists()]:
