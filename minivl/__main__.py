@@ -1,4 +1,4 @@
-"""The command line: python -m minivl chat PICTURE... [-p PROMPT]."""
+"""The command line: python -m minivl chat PICTURE... [-p PROMPT]; demo; models."""
 from __future__ import annotations
 
 import argparse
@@ -22,7 +22,9 @@ from minivl import (
     pipeline,
     video_prompt,
 )
+from minivl.choose import models
 from minivl.demo import demo
+from minivl.family import VARIANTS
 from minivl.files.find import SHIPPED
 from minivl.limits import sentence
 from minivl.options import Help, option, spoken
@@ -50,8 +52,11 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--version", action="version", version=f"minivl {__version__}")
     commands = main.add_subparsers(dest="command", metavar="COMMAND")
     tour = commands.add_parser("demo", help="the shipped small model answers questions about its sample pictures")
-    tour.add_argument("named", nargs="?", metavar="MODEL", help="nano-awq (default, int4), nano (float16) or a folder")
+    tour.add_argument("named", nargs="?", metavar="MODEL",
+                      help="nano-awq (default, int4), nano (float16), or what chat takes")
     tour.add_argument("-m", "--model", help="the same, as in chat")
+    family = commands.add_parser("models", help="the released models: memory, which fit here, which are downloaded")
+    family.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     chat = commands.add_parser("chat", help="ask about pictures", description=HELP,
                                formatter_class=Help)
     chat.add_argument("pictures", nargs="*", metavar="PICTURE",
@@ -61,8 +66,9 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--json", action="store_true", help="print the whole response as one JSON object")
 
     model = chat.add_argument_group("model")
-    model.add_argument("-m", "--model", default="nano", metavar="FOLDER|HUB_ID",
-                       help="a checkpoint folder, or a hub id such as OpenGVLab/InternVL2_5-4B-MPO-AWQ (downloads it); "
+    model.add_argument("-m", "--model", default="nano", metavar="FOLDER|NAME|HUB_ID",
+                       help="a checkpoint folder, or a released model (downloads it): its short name, like 4b-mpo-awq "
+                            "(`models` lists them), or its hub id, like OpenGVLab/InternVL2_5-4B-MPO-AWQ; "
                             "default nano, the small model inside the package, which knows shapes, words and numbers; "
                             "nano-awq is its int4 twin")
     model.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -108,6 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2            # a script that forgot the command must not take this for an answer
     try:
         with person():
+            if args.command == "models":
+                return models(args.json)
             return demo(tour_of(args)) if args.command == "demo" else chat(args)
     except (InputError, OSError) as error:
         if isinstance(error, BrokenPipeError):      # the reader of a pipe went away, e.g. `| head`
@@ -198,7 +206,8 @@ def generation_config(args) -> GenerationConfig:
 
 def open_picture(source: str, args) -> Picture:
     """Open a picture that was named on the command line or with /add."""
-    if source in SHIPPED and not os.path.exists(source) or os.path.isfile(os.path.join(source, "config.json")):
+    named = source in SHIPPED or source.lower() in VARIANTS
+    if named and not os.path.exists(source) or os.path.isfile(os.path.join(source, "config.json")):
         raise InputError(f"{source} is a model, not a picture; give it with -m: -m {source}")
     return Picture(load_image(source, allow_hosts=args.allow_host), args.max_tiles)
 

@@ -1,6 +1,6 @@
 """Let the small trained model, shipped in the package, answer questions about its sample pictures.
 
-    python -m minivl demo [nano | nano-awq | FOLDER]
+    python -m minivl demo [nano | nano-awq | FOLDER | 4b-mpo-awq ...]
 """
 from __future__ import annotations
 

@@ -33,6 +33,10 @@ def parse_demo(argv):
     chat.tour_of(chat.parser().parse_args(["demo", *argv]))
 
 
+def parse_models(argv):
+    chat.parser().parse_args(["models", *argv])
+
+
 def parse_notebooks(argv):
     spec = importlib.util.spec_from_file_location("run_notebooks", ROOT / "notebooks" / "run.py")
     module = importlib.util.module_from_spec(spec)
@@ -101,6 +105,7 @@ COMMANDS = [
         apart={"pictures": "video segments bound fps", "max_tiles": "video segments bound fps prompt json",
                "allow_host": "prompt json"}),
     Command("minivl/__main__.py", parse_demo, {"named": "nano", "model": "-m nano"}, apart={"named": "model"}),
+    Command("minivl/__main__.py", parse_models, {"json": "--json"}),
     Command(
         "weights_tools/verify/__main__.py", verify.arguments,
         {"checkpoint": "m", "pictures": "m x.png", "prompt": "-p q", "record": "--record t", "trace": "--trace t",

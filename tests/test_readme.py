@@ -6,11 +6,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
 import minivl
 from minivl.__main__ import main
-from minivl.config import Config
+from minivl.choose import weights
+from minivl.family import IN_INT4, SIZES
 from weights_tools.synthesize import config_json
 
 ROOT = Path(__file__).parents[1]
@@ -47,26 +47,17 @@ def test_command_lines_run(monkeypatch, capsys):
     assert '\nminivl = "minivl.__main__:main"\n' in (ROOT / "pyproject.toml").read_text("utf-8")
 
 
-def weights(size, awq):
-    """(bytes in the file, bytes in memory with float32 compute)"""
-    with torch.device("meta"):
-        state = minivl.MiniVL(Config.from_json(config_json(size, awq=awq))).state_dict()
-    kept = sum(t.nbytes if not t.is_floating_point() else 2 * t.numel() for n, t in state.items()
-               if n.endswith((".qweight", ".qzeros", ".scales")))
-    floats = sum(t.numel() for n, t in state.items() if not n.endswith((".qweight", ".qzeros", ".scales")))
-    return kept + 2 * floats, kept + 4 * floats
-
-
 def test_memory_table():
     lines = [line for line in README.splitlines() if re.match(r"\| \d+B \|", line)]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert [row[0] for row in rows] == ["1B", "4B", "38B", "78B"]
-    for size, _, file, cpu, gpu, *awq in rows:
-        numbers = [f"{n / 1e9:.2f}" for n in weights(size, False)]
-        assert [file, cpu, gpu] == [*numbers, numbers[0]], size
-        if size != "1B":
-            numbers = [f"{n / 1e9:.2f}" for n in weights(size, True)]
-            assert awq == [*numbers, numbers[0]], size
+    assert [row[0] for row in rows] == [*SIZES]
+    for size, parts, *cells, _ in rows:
+        tower, decoder = SIZES[size]
+        base = re.sub(r".*/|-(Instruct|chat)$", "", decoder["_name_or_path"])
+        assert parts.lower() == f"{base.replace('internlm2_5', 'internlm2.5').replace('_', '.')}, {tower}".lower()
+        wanted = [f"{n / 1e9:.2f}" for sums in (weights(size), weights(size, awq=True))
+                  for n in (sums.half, sums.float32)]
+        assert cells == (wanted if size in IN_INT4 else [*wanted[:2], "not released", ""]), size
     llm = config_json("4B")["llm_config"]
     cache = 2 * llm["num_hidden_layers"] * llm["num_key_value_heads"] * 128 * 4
     assert f"{cache / 1e3:.0f} kB a token" in README

@@ -18,7 +18,7 @@ import huggingface_hub
 from tqdm import tqdm
 
 from minivl import options
-from minivl.files.find import SHIPPED, choose_files, fetch, hub_errors, hub_info
+from minivl.files.find import SHIPPED, choose_files, fetch, hub_errors, hub_id_of, hub_info
 from minivl.limits import InputError, is_there, offline, reading
 from weights_tools import run
 from weights_tools.files import WEIGHT_FILE, weight_files
@@ -37,10 +37,12 @@ def download(hub_id: str, *, revision: str | None = None, to: str | Path | None 
              dry_run: bool = False) -> Path | None:
     """Fetch the files that minivl reads into the hub's cache, or into the folder `to`; prints what it does.
 
+    `hub_id`: or a short name such as 4b-mpo-awq, even where a folder has this name.
     Returns the folder to load, None after a dry run. A file whose sha256 is not the hub's is an InputError.
     """
     if hub_id in SHIPPED:
         raise InputError(f"{hub_id} is inside the package, {SHIPPED[hub_id]}; there is nothing to download")
+    hub_id = hub_id_of(hub_id)
     if offline():
         raise InputError(f"HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it to fetch {hub_id}, or load a "
                          "local folder")
@@ -137,7 +139,8 @@ def arguments(argv: list | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.download", description=__doc__,
                                      formatter_class=options.Help)
-    parser.add_argument("hub_id", metavar="HUB_ID", help="for example OpenGVLab/InternVL2_5-4B-MPO-AWQ (3.3 GB)")
+    parser.add_argument("hub_id", metavar="HUB_ID",
+                        help="for example OpenGVLab/InternVL2_5-4B-MPO-AWQ, or short 4b-mpo-awq (3.3 GB)")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default main); refs/pr/1 often holds a "
                                                         "safetensors form of an -AWQ checkpoint")
     parser.add_argument("--to", metavar="FOLDER", help="a folder of your own instead of the hub's cache")

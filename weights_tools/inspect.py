@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from minivl import options
 from minivl.config import Config, read_json
-from minivl.files.find import SHIPPED, choose_files, find, hub_errors, hub_info
+from minivl.files.find import SHIPPED, choose_files, find, hub_errors, hub_id_of, hub_info
 from minivl.files.formats import DIGESTS, DTYPES, OLD_DIGESTS, choose_set, open_weights, safetensors_header
 from minivl.files.load import TABLE, wrong_defaults, wrong_tables
 from minivl.limits import InputError, first_of, offline
@@ -81,7 +81,7 @@ class Report:
 
 
 def inspect(path_or_id: str | Path, *, revision: str | None = None) -> Report:
-    """Read the headers of a folder, a .safetensors file or a hub id and compare them with config.json."""
+    """Read the headers of a folder, a .safetensors file or a model on the hub and compare them with config.json."""
     path = Path(os.path.expanduser(path_or_id))
     if path.is_file():
         if revision is not None:
@@ -100,7 +100,7 @@ def inspect(path_or_id: str | Path, *, revision: str | None = None) -> Report:
         old = _old_digests(folder, files)
         config, whole = folder / "config.json", True
     else:
-        tensors, config = _remote(os.fspath(path_or_id), revision)
+        tensors, config = _remote(hub_id_of(os.fspath(path_or_id), local=True), revision)
         whole = True
         folder = old = None
     model, note = None, "no config.json beside it: no module column, nothing compared"
@@ -180,10 +180,6 @@ def _old_digests(folder: Path, files: list[str]) -> str | None:
 
 def _remote(hub_id: str, revision: str | None) -> tuple[dict[str, tuple], Path]:
     """Read the same from a repository on the hub, by range requests; and fetch its config.json, which is small."""
-    # A typo in a local path must not become a request: `build/tyni` beside a folder `build` is no hub id.
-    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")) or os.path.isdir(hub_id.split("/")[0]):
-        raise InputError(f"{hub_id} does not exist; give a folder, a .safetensors file, nano, nano-awq, or a hub id "
-                         "like OpenGVLab/InternVL2_5-4B-MPO-AWQ")
     with hub_errors(hub_id, revision):
         api = huggingface_hub.HfApi()
         names = [file.rfilename for file in hub_info(hub_id, revision).siblings or []]
@@ -268,7 +264,7 @@ def arguments(argv: list | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m weights_tools.inspect", description=__doc__,
                                      formatter_class=options.Help)
     parser.add_argument("source", metavar="PATH_OR_HUB_ID",
-                        help="folder, .safetensors file, hub id, or the shipped nano or nano-awq")
+                        help="folder, .safetensors file, hub id, or a name: nano, nano-awq, 4b-mpo-awq")
     parser.add_argument("--revision", metavar="R", help="of a hub id: branch, tag or commit (default main)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--filter", metavar="GLOB", help="only tensors whose name matches, such as '*.layers.0.*'")

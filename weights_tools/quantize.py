@@ -255,7 +255,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line, and refuse what would have no effect."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.quantize", description=__doc__,
                                      formatter_class=options.Help)
-    parser.add_argument("checkpoint", metavar="FOLDER", help="a float checkpoint: folder or hub id")
+    parser.add_argument("checkpoint", metavar="FOLDER",
+                        help="a float checkpoint: folder, hub id or short name such as 4b-mpo")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument("--plain", action="store_true", help="round to nearest, no smoothing")
     parser.add_argument("--examples", type=int, default=64, metavar="N",

@@ -22,9 +22,10 @@ import tokenizers
 import torch
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from minivl import options
+from minivl import family, options
 from minivl.awq import pack
 from minivl.config import Config
+from minivl.family import TOWERS, internlm2, qwen2
 from minivl.limits import InputError, is_there, reading
 from minivl.model import MiniVL
 from minivl.prompt import SYSTEM
@@ -32,40 +33,12 @@ from minivl.tokenizer import PATTERN, Tokenizer
 from weights_tools import run
 from weights_tools.files import check_free_of_weights, save_checkpoint
 
-VIT_300M = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-            "norm_type": "layer_norm", "qkv_bias": True, "qk_normalization": False, "image_size": 448}
-VIT_6B = {"hidden_size": 3200, "intermediate_size": 12800, "num_hidden_layers": 45, "num_attention_heads": 25,
-          "norm_type": "rms_norm", "qkv_bias": False, "qk_normalization": True, "image_size": 448}
-VIT_TINY = {**VIT_300M, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "image_size": 56}       # 4 x 4 patches, 4 visual tokens
-
-
-def _qwen(name, hidden_size, intermediate_size, layers, heads, kv_heads, vocab_size=151674):
-    return {"_name_or_path": name, "hidden_size": hidden_size, "intermediate_size": intermediate_size,
-            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-            "vocab_size": vocab_size}
-
-
-def _internlm2(name, hidden_size, intermediate_size, layers, heads, theta=1e6, factor=2.0, kv_heads=8,
-               vocab_size=92553):
-    return {"_name_or_path": name, "hidden_size": hidden_size, "intermediate_size": intermediate_size,
-            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-            "vocab_size": vocab_size, "architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2",
-            "rope_theta": theta, "rope_scaling": {"factor": factor, "type": "dynamic"}, "bias": False,
-            "rms_norm_eps": 1e-05, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-
-
+TOWER_TINY = {**TOWERS["300M"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+              "num_attention_heads": 4, "image_size": 56}       # 4 x 4 patches, 4 visual tokens
 SIZES = {   # vision_config, llm_config: what differs between the sizes
-    "tiny": (VIT_TINY, _qwen("tiny", 128, 256, 3, 4, 2, vocab_size=600)),
-    "tiny-internlm2": (VIT_TINY, _internlm2("tiny", 128, 256, 3, 4, kv_heads=2, vocab_size=600)),
-    "1B": (VIT_300M, _qwen("Qwen/Qwen2.5-0.5B-Instruct", 896, 4864, 24, 14, 2)),
-    "2B": (VIT_300M, _internlm2("internlm/internlm2_5-1_8b-chat", 2048, 8192, 24, 16)),
-    "4B": (VIT_300M, _qwen("Qwen/Qwen2.5-3B-Instruct", 2048, 11008, 36, 16, 2)),
-    "8B": (VIT_300M, _internlm2("internlm/internlm2_5-7b-chat", 4096, 14336, 32, 32)),
-    "26B": (VIT_6B, _internlm2("internlm/internlm2_5-20b-chat", 6144, 16384, 48, 48, theta=5e7, factor=2.5)),
-    "38B": (VIT_6B, _qwen("Qwen/Qwen2.5-32B-Instruct", 5120, 27648, 64, 40, 8)),
-    "78B": (VIT_6B, _qwen("Qwen/Qwen2.5-72B-Instruct", 8192, 29568, 80, 64, 8)),
-}
+    "tiny": (TOWER_TINY, qwen2("tiny", 128, 256, 3, 4, 2, vocab_size=600)),
+    "tiny-internlm2": (TOWER_TINY, internlm2("tiny", 128, 256, 3, 4, kv_heads=2, vocab_size=600)),
+    **{size: (TOWERS[tower], decoder) for size, (tower, decoder) in family.SIZES.items()}}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # The released sub-configs are full dumps of such settings, which a reader of config.json must pass over.
 LEGACY = {"_attn_implementation_autoset": True, "bad_words_ids": None, "chunk_size_feed_forward": 0, "do_sample": False,
@@ -152,10 +125,10 @@ def config_json(size: str, *, awq: bool = False, dtype: str | None = None, group
         "_commit_hash": None, "_name_or_path": f"InternVL2_5-{size}-random", "architectures": ["InternVLChatModel"],
         "downsample_ratio": 0.5, "dynamic_image_size": True, "force_image_size": vision["image_size"],
         "llm_config": {
-            **LEGACY, "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "attn_implementation": "eager",
+            **LEGACY, "attention_dropout": 0.0, "attn_implementation": "eager",
             "bos_token_id": ids.get("<|endoftext|>"), "eos_token_id": ids["<|im_end|>"], "hidden_act": "silu",
             "initializer_range": 0.02, "max_position_embeddings": 32768, "max_window_layers": 70,
-            "model_type": "qwen2", "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
+            "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
             "sliding_window": 32768, "tie_word_embeddings": False, "torch_dtype": dtype,
             "use_cache": not awq,           # calibration switched it off before saving; it says nothing about inference
             "use_sliding_window": False, **llm, **(block if config_quirk == "llm" else {})},

@@ -146,7 +146,8 @@ class Session:
 def pipeline(model_path="nano", backend_config: EngineConfig | None = None) -> Pipeline:
     """Load a model and its tokenizer.
 
-    `model_path`: folder or hub id of a checkpoint with its tokenizer files, or the shipped "nano" or "nano-awq".
+    `model_path`: folder, hub id or short name (4b-mpo-awq) of a checkpoint with its tokenizer files, or the shipped
+    "nano" or "nano-awq".
     """
     config = backend_config or EngineConfig()
     if not isinstance(config, EngineConfig):

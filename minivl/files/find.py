@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from minivl.family import VARIANTS, hint
 from minivl.limits import InputError, first_of, in_words, offline, reading
 
 SMALL_FILES = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "added_tokens.json",
@@ -21,6 +22,8 @@ ADAPTER = re.compile(r"adapter_(config\.json|model.*\.(safetensors|bin))")      
 # Files beside the weights, by the programs that write them: Trainer's state, LMDeploy's statistics.
 ASIDE = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|random_states|.*stats\b|\.", re.IGNORECASE)
 FOREIGN = (".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".engine", ".mlmodel", ".tflite")
+NAMES = ("nano, nano-awq, a short name like 4b-mpo-awq (python -m minivl models lists them) or a hub id like "
+         "OpenGVLab/InternVL2_5-4B-MPO-AWQ")
 HUB_SECONDS = 10            # to wait for the hub's list of files
 PACKAGE = Path(__file__).parents[1]
 EXPECTED = "model.safetensors or pytorch_model.bin, whole or in shards (model-00001-of-00002.safetensors)"
@@ -30,11 +33,11 @@ SHIPPED = {"nano": PACKAGE / "nano" / "float16", "nano-awq": PACKAGE / "nano" / 
 def find(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Path:
     """Find the folder of a checkpoint; for a hub id download its files first (JSON, tokenizer, weights; no code).
 
-    "nano" and "nano-awq" are the small trained model inside the package, unless there is a folder of this name.
+    Unless there is a folder of this name, "nano" and "nano-awq" are the small trained model inside the package, and
+    "4b-mpo-awq" and the like (minivl/family.py) stand for the hub ids of the released models.
     """
     if not isinstance(path_or_id, (str, os.PathLike)):
-        raise InputError(f"a checkpoint cannot be a {type(path_or_id).__name__}; give a folder, nano, nano-awq or a "
-                         "hub id like OpenGVLab/InternVL2_5-4B-MPO-AWQ")
+        raise InputError(f"a checkpoint cannot be a {type(path_or_id).__name__}; give a folder, {NAMES}")
     text = os.path.expanduser(os.fspath(path_or_id))
     if text in SHIPPED and not os.path.isdir(text):
         if not SHIPPED[text].is_dir():
@@ -49,11 +52,22 @@ def find(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Path:
         return Path(text)
     if os.path.exists(text):
         raise InputError(f"{text} is a file; give the folder that holds config.json and the weights")
+    return _download(hub_id_of(text, local=True), revision)
+
+
+def hub_id_of(name: str, local: bool = False) -> str:
+    """Spell out the hub id that a short name of the family stands for; a hub id stays. Refuses what is neither.
+
+    `local`: it may have been meant as a local path, which is not there.
+    """
+    if name.lower() in VARIANTS:
+        return VARIANTS[name.lower()].hub_id
     # A typo in a local path must not become a request: `build/tyni` beside a folder `build` is no hub id.
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) or os.path.isdir(text.split("/")[0]):
-        raise InputError(f"{text} does not exist; give a folder with config.json and weights, or a hub id like "
-                         "OpenGVLab/InternVL2_5-4B-MPO-AWQ")
-    return _download(text, revision)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or local and os.path.isdir(name.split("/")[0]):
+        folder = "a folder with config.json and weights, " if local else ""
+        raise InputError(f"{name} {'does not exist' if local else 'is no name on the hub'}; "
+                         f"{hint(name, tuple(SHIPPED)) or f'give {folder}{NAMES}'}")
+    return name
 
 
 def choose_files(names: Iterable[str]) -> list[str]:
@@ -107,16 +121,16 @@ def _download(hub_id: str, revision: str | None) -> Path:
                 files = [file.rfilename for file in hub_info(hub_id, revision).siblings or []]
                 return fetch(hub_id, revision, choose_files(files))
         except InputError as problem:
-            cached = _cached(hub_id, revision)
-            if cached is None:
+            found = cached(hub_id, revision)
+            if found is None:
                 raise
             warnings.warn(f"{problem}. Using the cached copy; HF_HUB_OFFLINE=1 does so without asking", stacklevel=4)
-            return cached
-    cached = _cached(hub_id, revision)
-    if cached is None:
+            return found
+    found = cached(hub_id, revision)
+    if found is None:
         raise InputError(f"{_at(hub_id, revision)} is not in the local cache (nor a local folder) and offline mode is "
                          "set; unset HF_HUB_OFFLINE once to download it, or give a local folder")
-    return cached
+    return found
 
 
 def fetch(hub_id: str, revision: str | None, names: list[str], to: str | os.PathLike | None = None) -> Path:
@@ -136,8 +150,8 @@ def hub_info(hub_id: str, revision: str | None, files_metadata: bool = False):
                                               timeout=HUB_SECONDS)
 
 
-def _cached(hub_id: str, revision: str | None) -> Path | None:
-    """Find the files downloaded earlier, without asking the hub."""
+def cached(hub_id: str, revision: str | None) -> Path | None:
+    """Find the files downloaded earlier, all or some, without asking the hub. None: there are none."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
     try:

@@ -41,7 +41,8 @@ def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: 
          tokenizer: Tokenizer | None = None) -> MiniVL:
     """Load a released checkpoint as a model in eval mode.
 
-    path_or_id: local folder, or hub id such as "OpenGVLab/InternVL2_5-4B-MPO-AWQ" (downloaded, with `revision`).
+    path_or_id: local folder, or hub id such as "OpenGVLab/InternVL2_5-4B-MPO-AWQ", or short "4b-mpo-awq" (downloaded,
+    with `revision`); or the shipped "nano" or "nano-awq".
     device: default "cpu". dtype: torch dtype or its name; default float32 on the CPU, elsewhere float16 for AWQ and
     bfloat16 otherwise. AWQ words and scales stay as released whatever the dtype.
     precision: None: modules as released, to be read, verified and changed. "exact" or "fast": see minivl.fast.

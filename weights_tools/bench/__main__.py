@@ -102,7 +102,7 @@ def parser_of_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m weights_tools.bench", description=__doc__,
                                      formatter_class=options.Help)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", nargs="?", help="a folder or hub id")
+    add("checkpoint", metavar="CHECKPOINT", nargs="?", help="a folder, hub id or short name such as 4b-mpo-awq")
     add("--device", metavar="cuda", help="prove and measure everything on a GPU in one go, see gpu.py; needs no "
         "checkpoint, makes a random one")
     add("--size", default="4B", help="with --device: of the random checkpoint (default %(default)s)")

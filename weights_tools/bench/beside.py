@@ -87,7 +87,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the options."""
     parser = argparse.ArgumentParser(prog="python -m weights_tools.bench.beside", description=__doc__,
                                      formatter_class=options.Help)
-    parser.add_argument("model", nargs="?", default="nano-awq", help="nano, nano-awq (default), a folder or a hub id")
+    parser.add_argument("model", nargs="?", default="nano-awq",
+                        help="nano, nano-awq (default), a folder, hub id or short name such as 4b-mpo-awq")
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2, 4], metavar="N",
                         help="other busy processes (default 0 1 2 4)")
     args = parser.parse_args(argv)

@@ -244,7 +244,7 @@ def parser_of_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m weights_tools.verify", description=__doc__,
                                      formatter_class=options.Help)
     add = parser.add_argument
-    add("checkpoint", nargs="?", metavar="CHECKPOINT", help="folder, hub id, nano or nano-awq")
+    add("checkpoint", nargs="?", metavar="CHECKPOINT", help="folder, hub id, or a name: nano, nano-awq, 4b-mpo-awq")
     add("pictures", nargs="*", metavar="PICTURE", help="files")
     add("-p", "--prompt", help=f"the question (default: {QUESTION})")
     what = parser.add_mutually_exclusive_group()
