@@ -7,6 +7,7 @@ nbconvert's own pages load MathJax, and more, from elsewhere. Here each formula 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import nbformat
@@ -18,6 +19,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 FOLDER = Path(__file__).parent
 EMPTY = ("html_head_js", "jupyter_widgets", "html_head_js_mathjax", "html_head_js_mermaidjs")       # what loads scripts
 TEMPLATE = "{% extends 'index.html.j2' %}" + "".join(f"{{% block {name} %}}{{% endblock %}}" for name in EMPTY) + """
+{% block html_head_css %}<style>math { font-family: FONTS; }</style>{% endblock %}
 {% block data_png scoped %}
 <div class="jp-RenderedImage jp-OutputArea-output">
 {% set about = output | get_metadata('alt', 'image/png') or output.data['text/plain'] %}
@@ -26,19 +28,29 @@ TEMPLATE = "{% extends 'index.html.j2' %}" + "".join(f"{{% block {name} %}}{{% e
  {% if width %}width="{{ width }}"{% endif %}>
 </div>
 {% endblock data_png %}
-"""
+""".replace("FONTS", "'STIX Two Math', 'Cambria Math', 'Latin Modern Math', 'DejaVu Math TeX Gyre', math")
+
+def mathml(tex: str, display: str) -> str:
+    """Make MathML of a formula, "inline" or a "block" of its own.
+
+    Two things the converter leaves out: room around names of functions, and that an escaped _ within words is a _.
+    """
+    tex = re.sub(r"(\\(?:cos|sin|log))(?![A-Za-z])", r"\\,\1\\,", tex)
+    tex = re.sub(r"\\text\{[^{}]*\}", lambda words: re.sub(r"\\([_%&#$])", r"\1", words[0]), tex)
+    return convert(tex, display=display)
+
 
 class Renderer(IPythonRenderer):
     """Markdown to HTML, TeX to MathML."""
 
     def inline_math(self, body: str) -> str:
-        return convert(body)
+        return mathml(body, "inline")
 
     def block_math(self, body: str) -> str:
-        return convert(body, display="block")
+        return mathml(body, "block")
 
     def latex_environment(self, name: str, body: str) -> str:
-        return convert(f"\\begin{{{name}}}{body}\\end{{{name}}}", display="block")
+        return mathml(f"\\begin{{{name}}}{body}\\end{{{name}}}", "block")
 
 
 def markdown(source: str) -> str:

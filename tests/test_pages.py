@@ -66,8 +66,8 @@ def test_a_page_needs_no_network_and_shows_its_formulas(path):
     assert seen.fetched == [] and seen.scripts == 0
     tex = formulas(path)
     assert len(seen.formulas) == len(tex) >= 1
-    for source, shown in zip(tex, seen.formulas):       # no command that was not understood
-        assert shown.strip() and not re.search(r"\\[A-Za-z]", shown), source
+    for source, shown in zip(tex, seen.formulas):       # no command or sign that was not understood
+        assert shown.strip() and not re.search(r"[\\{}$]", shown), source
     words = " ".join(seen.words)
     assert "$" not in words and not re.search(r"\\[A-Za-z]{2,}", words)
     fonts = re.findall(r"--jp-code-font-family(?:-default)?:\s*([^;]+);", html)
@@ -87,6 +87,12 @@ def test_kinds_of_formulas(tex, wanted):
     html = pages.markdown(f"A line\n\n{tex}\n\nand `$code$`, *words*.")
     assert html.count("<math") == 1 and wanted in html and "<code>$code$</code>" in html and "<em>words</em>" in html
     assert ('display="block"' in html) == (not tex.startswith("$") or tex.startswith("$$"))
+
+
+def test_words_and_functions_of_a_formula():
+    seen = Seen(pages.markdown(r"$\text{max\_num} + \text{50 \%} + x \cos\alpha$"))
+    assert all(words in seen.formulas[0].replace("\xa0", " ") for words in ("max_num", "50 %", "cosα"))
+    assert pages.mathml(r"x \cos\alpha", "inline").count("<mspace") == 2
 
 
 def test_files(tmp_path):
