@@ -6,6 +6,7 @@
     show.overlay(image, weights)                  a picture with a map of its patches over it
     show.tiles(image, max_num=6)                  how a picture is cut, and what it costs
     show.bars, show.curve, show.strip             numbers by name, numbers along an axis, stages with their shapes
+    show.bars({"before": [...], "after": [...]}, names)     two series, each with its colour
     show.beside(one, another)                     drawings next to each other
 
 Each returns an Svg. The last line of a notebook cell shows it, as a PNG: JupyterLab shows no SVG of a notebook that it
