@@ -65,15 +65,33 @@ def pixels_of(pipe, picture, **how):
 
 
 def fingerprint():
-    """Scores of both twins for a question about several tiles: others as soon as a model is another."""
-    rows = []
+    """What a change shows in: scores of both twins for a question about several tiles, and their configs and weights."""
+    found = []
     for pipe in (nano(), nano("nano-awq")):
         pixel_values = pixels_of(pipe, SAMPLES / "wide.png")
         ids = prompt.encode(pipe.tokenizer, [("<image>\nWhat do you see?", None)], [len(pixel_values)],
                             tokens_per_tile=pipe.model.config.num_image_token)
         with torch.no_grad():
-            rows.append(pipe.model(torch.tensor([ids]), pixel_values)[0, -1])
-    return torch.stack(rows)
+            found.append(pipe.model(torch.tensor([ids]), pixel_values)[0, -1])
+        found += [pipe.model.config, *(w.detach().clone() for w in pipe.model.state_dict().values())]
+    return found
+
+
+def changed(before):
+    """Tell whether something is not as it was at an earlier `fingerprint`."""
+    return any(not torch.equal(a, b) if isinstance(a, torch.Tensor) else a != b for a, b in zip(fingerprint(), before))
+
+
+FUNCTIONS = {owner: dict(vars(owner)) for owner in (awq, qwen2, tiling, prompt, minivl.MiniVL)}
+
+
+def put_back():
+    """Undo what an attempt left changed: nano is opened anew, and modules get their functions back."""
+    nano.cache_clear()
+    for owner, kept in FUNCTIONS.items():
+        for name, value in kept.items():
+            if vars(owner).get(name) is not value:
+                setattr(owner, name, value)
 
 
 def by_hand(pipe, question, pixel_values, visual=None):
