@@ -121,7 +121,7 @@ SLIPS["tiles_of"] = (
 )
 
 
-@functools.lru_cache
+@functools.cache
 def _square(side, max_num=12):
     return (n := _grid(side, side, max_num)) + (n > 1)
 
@@ -177,8 +177,9 @@ SLIPS["without_thumbnail"] = (
     (lambda pipe, q, picture: pipe((q, picture)).text, "The thumbnail is still there: pipe.model.config must be the new config."),
     (lambda pipe, q, picture: _other_config(pipe, q, picture, max_dynamic_patch=1),
      "That leaves one tile for the whole picture; the grid should stay and only the thumbnail go."),
-    (lambda pipe, q, picture: by_hand(pipe, q, pixels_of(pipe, picture)[-1:]), "That is the thumbnail alone."),
     (lambda pipe, q, picture: by_hand(pipe, q, pixels_of(pipe, picture)[1:]), "You drop the first tile; the thumbnail is the last."),
+    (lambda pipe, q, picture: by_hand(pipe, q, pixels_of(pipe, picture)[:-2]), "All tiles of the grid stay."),
+    (lambda pipe, q, picture: by_hand(pipe, q, pixels_of(pipe, picture)[:1]), "That is the first tile alone."),
     (lambda pipe, q, picture: _shown(pipe, q, picture, lambda p, v: torch.cat([v[:-1], 0 * v[-1:]])),
      "The thumbnail's tokens are 0, but they still stand in the prompt; the tile must go."),
 )
@@ -638,13 +639,13 @@ SLIPS["repetition"] = (
 )
 
 
-def _chosen(model, ids, n, banned, choose=torch.argmax, instead_of=float("-inf")):
-    """Greedy writing without a cache, some scores replaced: banned(ids, written)."""
+def _chosen(model, ids, n, banned, choose=torch.argmax):
+    """Greedy writing without a cache; the scores of banned(ids, written) are hidden."""
     written = []
     with torch.no_grad():
         for _ in range(n):
             scores = model(torch.tensor([[*ids, *written]]))[0, -1].clone()
-            scores[banned(ids, written)] = instead_of
+            scores[banned(ids, written)] = float("-inf")
             written.append(int(choose(scores)))
     return written
 
@@ -653,8 +654,6 @@ SLIPS["never_twice"] = (
     (lambda model, ids, n: _chosen(model, ids, n, lambda ids, new: []), "Tokens come twice: what is written must be hidden."),
     (lambda model, ids, n: _chosen(model, ids, n, lambda ids, new: new[-1:]), "All that is written is hidden, not only the last."),
     (lambda model, ids, n: _chosen(model, ids, n, lambda ids, new: ids + new), "Tokens of the prompt may be written, once."),
-    (lambda model, ids, n: _chosen(model, ids, n, lambda ids, new: new, instead_of=0.0),
-     "0 is not the lowest score, the best may be below or near it: -inf."),
     (lambda model, ids, n: _chosen(model, ids, n + 1, lambda ids, new: new), "n tokens; that is one more."),
     (lambda model, ids, n: _chosen(model, ids, n - 1, lambda ids, new: new), "n tokens; that is one less."),
     (lambda model, ids, n: ids + _chosen(model, ids, n, lambda ids, new: new), "Only the new tokens, without the prompt."),
@@ -756,7 +755,6 @@ SLIPS["fewer_bits"] = (
     (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n // 2), "n // 2 halves the numbers too: times 2 again."),
     (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n // 2 * 2, zeros=False), "The zero points lose their bit too."),
     (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n // 4 * 4), "One bit, not two."),
-    (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n | 1), "The bit is to be 0, not 1."),
     (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n % 8), "The lowest bit goes, not the highest."),
     (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n // 2 * 2, error=lambda a, b: (a - b).norm()), "Relative errors are asked."),
     (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n // 2 * 2, error=lambda a, b: _relative(b, a)),
@@ -823,7 +821,7 @@ SLIPS["wrong_tokens"] = (
 )
 
 
-@functools.lru_cache
+@functools.cache
 def _report(name, wrong):
     from weights_tools.verify import compare
     folder, recording, picture = solutions._recorded()
@@ -945,8 +943,8 @@ SLIPS["thrifty_grid"] = (
     (lambda w, h, most, R: _thrifty(w, h, most, R, limit=False), "At most max_num tiles."),
     (lambda w, h, most, R: _thrifty(w, h, most, R, room=lambda x: max(1, int(x))), "Rounded to nearest, not down."),
     (lambda w, h, most, R: _thrifty(w, h, most, R, room=lambda x: max(1, math.ceil(x))), "Rounded to nearest, not up."),
-    (lambda w, h, most, R: _thrifty(w, h, most, R, ratio=lambda c, r: r / c), "Columns divided by rows, as width by height."),
-    (lambda w, h, most, R: _thrifty(w, h, most, R)[::-1], "(columns, rows), in this order."),
+    (lambda w, h, most, R: _thrifty(w, h, most, R)[::-1],
+     "(columns, rows) in this order, and columns / rows beside width / height."),
     (lambda w, h, most, R: _thrifty(w, h, most, R, room=round), "A tiny picture gets one tile too: max(1, ...)."),
     (lambda w, h, most, R: tiling.choose_grid(w, h, max_num=most), "That is the package's rule; on a tie and for small pictures this one differs."),
 )
