@@ -1,7 +1,7 @@
 """The exercises of the notebooks: what is asked (spec), the cases it is tried on, a hint, and our own solution.
 
-Try first. `lab.grade` compares an attempt with the spec and shows the hint at the second failure; the tests send each
-solution through the same checker.
+Try first. `lab.grade` compares an attempt with the spec. At the second failure it says what is wrong if it knows (slips.py
+has at least five slips of each exercise), else it shows the hint. The tests send each solution and each slip through it.
 """
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def pixels_of(pipe, picture, **how):
 
 
 def fingerprint():
-    """What a change shows in: scores of both twins for a question about several tiles, and their configs and weights."""
+    """Where a change shows: scores of both twins for a question about several tiles, their configs and weights."""
     found = []
     for pipe in (nano(), nano("nano-awq")):
         pixel_values = pixels_of(pipe, SAMPLES / "wide.png")
@@ -871,7 +871,7 @@ EXERCISES = {
             ([("a", 1e-07), ("b", 3e-05), ("c", 1.0)], 2e-05),
             ([("a", 0.0)], 2e-05),
             ([("a", 0.0), ("b", float("nan"))], 1.0),
-            ([("a", 0.001), ("b", 0.25), ("c", 0.5)], 0.125),
+            ([("a", 0.001), ("b", 0.25), ("c", 0.5), ("d", 0.25)], 0.125),
             ([], 1.0),
         ),
         hint="nan > x is False. Ask for `not error <= tolerance`.",

@@ -1,5 +1,6 @@
-"""The graders of the notebooks: what is wrong must be caught and named, what is right must pass, however it is written."""
+"""The graders of the notebooks: what is wrong is caught and named; what is right passes, however it is written."""
 import functools
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +10,21 @@ import torch
 import torch.nn.functional as F
 
 import minivl
-from minivl import awq, prompt, qwen2, tiling
+from minivl import awq, qwen2, tiling
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
-import lab  # noqa: E402
-import slips  # noqa: E402
-import solutions  # noqa: E402
+import lab
+import slips
+import solutions
 
 MODELS = [name for name, exercise in solutions.EXERCISES.items() if callable(exercise.cases)]
 OTHERS = [name for name in solutions.EXERCISES if name not in MODELS]
+
+
+def parametrized(names, quick):
+    """Exercises that ask a model take long together: some are tried each time, the rest by `make test-all`."""
+    return pytest.mark.parametrize("name", [
+        pytest.param(name, marks=pytest.mark.slow) if name in MODELS and name not in quick else name for name in names])
 
 
 def graded(name, attempt, capsys, failures=1):
@@ -32,6 +39,15 @@ def graded(name, attempt, capsys, failures=1):
     return capsys.readouterr().out
 
 
+GRIDS = functools.cache(tiling.choose_grid)
+
+
+@pytest.fixture(autouse=True)
+def known_grids(monkeypatch):
+    """`largest_square` asks for the grids of 2,000 squares at each call."""
+    monkeypatch.setattr(tiling, "choose_grid", GRIDS)
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """An exercise whose cases and answers are made once; the model is looked at only at the end."""
@@ -43,9 +59,8 @@ def quick(monkeypatch):
             ends.append(lambda: solutions.changed(before))
             monkeypatch.setattr(solutions, "fingerprint", lambda: None)
             monkeypatch.setattr(solutions, "changed", lambda before: False)
-            exercise = replace(exercise, cases=lambda: cases, spec=once(exercise.spec))
-        monkeypatch.setitem(solutions.EXERCISES, name, exercise)
-        return exercise
+            exercise = replace(exercise, cases=lambda: cases)
+        monkeypatch.setitem(solutions.EXERCISES, name, replace(exercise, spec=once(exercise.spec)))
 
     def once(function):
         """By the identity of the arguments: those of `cases`, which stay."""
@@ -70,30 +85,20 @@ def quick(monkeypatch):
     assert not any(changed() for changed in ends)
 
 
-@pytest.mark.parametrize("name", solutions.EXERCISES)
+@parametrized(solutions.EXERCISES, quick=("without_layer", "layer_errors", "never_twice"))
 def test_slips_are_caught_and_named(name, quick, capsys):
-    """Each by its own sentence: so the answers of two slips differ somewhere, from each other and from the right ones."""
+    """Each by its own sentence, so their answers differ somewhere from the right ones and from each other."""
     quick(name)
     assert len(slips.SLIPS[name]) >= 5
     for wrong, words in slips.SLIPS[name]:
         shown = graded(name, wrong, capsys)
         assert shown.startswith(f"[!] {name}("), f"not caught: {words}\n{shown}"
         assert shown.endswith(f"\n    Hint: {words}\n"), f"{words}\n{shown}"
-        assert words[0].isupper() or words[0] in "0<`" or words.split()[0].rstrip(".,") in WORDS, words
-        assert words.endswith(".") or words[-1] in "`=>)" or words.endswith("tolerance`"), words
-
-
-# Names that begin a sentence as they are.
-WORDS = {"eps", "reshape", "argsort", "torch", "max_num", "nan", "n", "p", "z", "q", "f", "x", "uint8", "minivl.relative_error",
-         "relative_error(wrong", "w"}
+        assert len(words) <= 120 and words.endswith((".", "`", ">", ")")), words
 
 
 def test_slips_belong_to_exercises():
     assert set(slips.SLIPS) == set(solutions.EXERCISES)
-
-
-def plain(exercise):
-    return [list(case) for case in exercise.cases]
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -102,8 +107,7 @@ def test_what_any_answer_may_have_wrong(name, capsys):
     exercise = solutions.EXERCISES[name]
     right = exercise.solution
     first = exercise.spec(*exercise.cases[0])
-    assert "gave a NoneType" in graded(name, lambda *case: None, capsys) or "gave None" in graded(
-        name, lambda *case: None, capsys)
+    assert "gave None, wanted" in graded(name, lambda *case: None, capsys)
     assert "[!]" in graded(name, lambda *case: first, capsys)
     if isinstance(first, torch.Tensor):
         assert "gave a list, wanted a tensor" in graded(name, lambda *case: right(*case).tolist(), capsys)
@@ -185,7 +189,7 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("name", LEFT)
+@parametrized(LEFT, quick=("layer_errors",))
 def test_what_stays_changed_is_told_and_put_back(name, capsys, monkeypatch):
     exercise = solutions.EXERCISES[name]
     monkeypatch.setitem(solutions.EXERCISES, name, replace(exercise, cases=lambda: exercise.cases()[:1]))
@@ -358,7 +362,7 @@ RIGHT = {
     "best_tokens": lambda scores, n: tuple(scores.argsort(descending=True)[:n].tolist()),
     "write": write,
     "blind": blind,
-    "tiles_of": lambda w, h, most: n + 1 if (n := torch.tensor(tiling.choose_grid(w, h, max_num=most)).prod().item()) > 1 else 1,
+    "tiles_of": lambda w, h, most: n + 1 if (n := math.prod(tiling.choose_grid(w, h, max_num=most))) > 1 else 1,
     "largest_square": largest_square,
     "stitch": stitch,
     "attention_numbers": lambda layers, heads, P: layers * heads * (P * P + 2 * P + 1),
@@ -380,7 +384,8 @@ RIGHT = {
     "repetition": repetition,
     "never_twice": never_twice,
     "pack_word": lambda numbers: int("".join(f"{numbers[c]:x}" for c in (7, 5, 3, 1, 6, 4, 2, 0)), 16),
-    "dequantise": lambda q, z, s: (q.int() - z.repeat_interleave(len(q) // len(z), 0)) * s.repeat_interleave(len(q) // len(s), 0),
+    "dequantise": lambda q, z, s: torch.cat(
+        [(a.int() - b) * c for a, b, c in zip(q.chunk(len(s)), z, s)]),
     "round_group": round_group,
     "fewer_bits": fewer_bits,
     "relative_error": lambda a, b: minivl.relative_error(a, b),
@@ -402,6 +407,6 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("name", RIGHT)
+@parametrized(RIGHT, quick=("without_layer", "layer_errors", "never_twice"))
 def test_other_right_solutions_pass(name, capsys):
     assert graded(name, RIGHT[name], capsys).startswith("[x] right in")
