@@ -152,10 +152,10 @@ def first_difference(got: object, want: object, tolerance: float) -> str | None:
         same = math.isclose(got, want, rel_tol=max(tolerance, 1e-9), abs_tol=1e-12) or got != got and want != want
     else:
         lists = isinstance(got, (list, tuple)) and isinstance(want, (list, tuple))
-        same = list(got) == list(want) if lists else got == want and type(got) is type(want)
+        same = _plain(got) == _plain(want) and (lists or type(got) is type(want))
     if same:
         return None
-    kinds = f" ({_kind(got)}, not {_kind(want)})" if got is not None and got == want else ""
+    kinds = f" ({_kind(got)}, not {_kind(want)})" if type(got) is not type(want) and _plain(got) == _plain(want) else ""
     return f"gave {_brief(got)}, wanted {_brief(want)}{kinds}"
 
 
@@ -228,6 +228,12 @@ def _hint(exercise: object, name: str, function: Callable, cases: tuple) -> str:
 
 def _copy(value: object) -> object:
     return value.clone() if isinstance(value, torch.Tensor) else list(value) if isinstance(value, list) else value
+
+
+def _plain(value: object) -> object:
+    """Turn tuples, and tensors within lists, into lists: what == can compare."""
+    return value.tolist() if isinstance(value, torch.Tensor) else [_plain(v) for v in value] if isinstance(
+        value, (list, tuple)) else value
 
 
 def _kind(value: object) -> str:

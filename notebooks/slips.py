@@ -1,10 +1,10 @@
 """Wrong answers that people give to the exercises of the notebooks, and a sentence for each.
 
-SLIPS[exercise] is a tuple of (a function that is wrong, what is wrong with it), at least five of them. After the second
-failure `lab.grade` tries them on the cases; if one gives just what the attempt gave, its sentence is the hint. So on the
-cases in solutions.py the answers of each must differ from the right ones and from those of the others, which
-tests/test_graders.py tries. Not needed here: a wrong type, shape or dtype, something given that was changed, a model that
-stays changed. That the grader itself says. Spoilers: they nearly show the solutions.
+SLIPS[exercise] is a tuple of (a function that is wrong, what is wrong with it), at least five of them. After the
+second failure `lab.grade` tries them on the cases; if one gives just what the attempt gave, its sentence is the hint.
+So on the cases in solutions.py the answers of each must differ from the right ones and from those of the others, which
+tests/test_graders.py tries. Not needed here: a wrong type, shape or dtype, something given that was changed, a model
+that stays changed. That the grader itself says. Spoilers: they nearly show the solutions.
 """
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ SLIPS["stitch"] = (
     (lambda v, columns, rows: v[:columns * rows].reshape(3, rows * v.shape[-1], -1),
      "reshape alone mixes tiles and channels: permute first."),
     (lambda v, columns, rows: v[:columns * rows].transpose(0, 1).reshape(3, rows * v.shape[-1], -1),
-     "Within a row of the picture tiles stand side by side: the order is rows, y, columns, x."),
+     "Tiles stand side by side, also in each row of pixels: the order is rows, y, columns, x."),
     (lambda v, columns, rows: _stitched(v.transpose(2, 3), columns, rows), "Each tile is mirrored: y before x."),
     (lambda v, columns, rows: _stitched(v[:-1], columns, rows),
      "A single tile has no thumbnail behind it that could go."),
@@ -724,12 +724,12 @@ SLIPS["pack_word"] = (
     (lambda numbers: _word(numbers, range(8)),
      "The columns do not lie in their order: 0, 2, 4, 6, 1, 3, 5, 7 from the right."),
     (lambda numbers: _word(numbers, (0, 4, 1, 5, 2, 6, 3, 7)),
-     "That is the order the other way: digit n holds column order[n], column n does not go to digit order[n]."),
+     "That is the inverse order: digit n holds column order[n]; column n does not go to digit order[n]."),
     (lambda numbers: _word(numbers, (7, 5, 3, 1, 6, 4, 2, 0)), "Digits are counted from the right, the lowest bits."),
     (lambda numbers: _word(numbers, range(7, -1, -1)),
-     "That reads like the numbers, first digit on the left; the order is another."),
+     "The first number does not stand leftmost: from the right the columns are 0, 2, 4, 6, 1, 3, 5, 7."),
     (lambda numbers: (w := _word(numbers)) - (w >> 31 << 32),
-     "Unsigned: a leading bit of 1 is no minus. Add 2 ** 32, or do not subtract it."),
+     "Unsigned: a first bit of 1 is no minus sign. Modulo 2 ** 32."),
     (lambda numbers: _word(numbers, bits=1), "A number has 4 bits: shift by 4 * n."),
     (lambda numbers: _word(numbers, bits=8), "A number has 4 bits, not 8."),
     (lambda numbers: _word(numbers, (0, 2, 4, 6, 1, 3, 5)), "Eight numbers: one is missing."),

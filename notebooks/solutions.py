@@ -1,7 +1,8 @@
 """The exercises of the notebooks: what is asked (spec), the cases it is tried on, a hint, and our own solution.
 
-Try first. `lab.grade` compares an attempt with the spec. At the second failure it says what is wrong if it knows (slips.py
-has at least five slips of each exercise), else it shows the hint. The tests send each solution and each slip through it.
+Try first. `lab.grade` compares an attempt with the spec. At the second failure it says what is wrong if it knows
+(slips.py has at least five slips of each exercise), else it shows the hint. The tests send each solution and each slip
+through it.
 """
 from __future__ import annotations
 

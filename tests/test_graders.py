@@ -150,6 +150,17 @@ def test_an_unknown_mistake_gets_the_hint_of_the_exercise(capsys):
     assert "Hint" not in graded("stitch", lambda v, columns, rows: v, capsys, failures=0)
 
 
+def test_lists():
+    """A tuple, or numbers that are still tensors, may stand in a list; nothing in it stops the grader."""
+    same = lab.first_difference
+    assert same((1, 2), [1, 2], 0.0) is None and same([torch.tensor(1), 2], [1, 2], 0.0) is None
+    assert "wanted [1, 2]" in same([torch.ones(2), torch.ones(3)], [1, 2], 0.0)
+    assert "wanted [1, 2]" in same([1, 2, 3], [1, 2], 0.0) and "wanted [1, 2]" in same({1, 2}, [1, 2], 0.0)
+    assert same(float("nan"), 1.0, 0.5) == "gave nan, wanted 1.0" and same(3, 3.0, 0.0) is None
+    assert same(torch.tensor([1.0, float("-inf")]), torch.tensor([1.0, 2.0]), 0.1)
+    assert same(torch.tensor([1.0, 2.0]), torch.tensor([1.0, float("-inf")]), 0.1)
+
+
 def left(solution, change):
     def attempt(*case):
         answer = solution(*case)
