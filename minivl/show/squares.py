@@ -11,7 +11,7 @@ from minivl.pixel_unshuffle import pixel_unshuffle
 from minivl.show.maps import matrix
 from minivl.show.svg import FAINT, INK, Svg, embedded, text
 
-PLACES = ("#d5e5f4", "#fde3c8", "#d8ecd2", "#e9daf0")   # of the four patches of a square, in reading order; also numbered
+PLACES = ("#d5e5f4", "#fde3c8", "#d8ecd2", "#e9daf0")   # of the four patches of a square, in reading order
 LEGIBLE = 16            # pixels of a square that a number fits into
 LONGEST = 64            # patches whose numbers are written out
 
@@ -57,8 +57,8 @@ def patches(tile: Image.Image, patch: int = 14, *, width: float = 224) -> Svg:
             what = f"W x + b, + position {n + 1}" if n is not None else "learned, + position 0"
             body += text(bar + 75, y + step / 2 + 4, what, anchor="middle", size=11)
     return Svg(body, left + 34 + step + 26 + 158, above + width + 10,
-               f"a tile cut into {side} x {side} patches, numbered row by row from the top left, becomes {1 + P} vectors: "
-               f"CLS first, then patch 0 to patch {P - 1}, each W x + b, and a learned position added to each")
+               f"a tile cut into {side} x {side} patches, numbered row by row from the top left: {1 + P} vectors"
+               f", CLS first, then patch 0 to patch {P - 1}, each W x + b, and a learned position added to each")
 
 
 def unshuffle(x: torch.Tensor | Sequence, *, title: str = "") -> Svg:
