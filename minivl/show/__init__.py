@@ -6,6 +6,7 @@
     show.overlay(image, weights)                  a picture with a map of its patches over it
     show.tiles(image, max_num=6)                  how a picture is cut, and what it costs
     show.bars, show.curve, show.strip             numbers by name, numbers along an axis, stages with their shapes
+    show.growing([20, 21, 22], layers=4, ...)     the boxes of a KV cache, step by step
     show.beside(one, another)                     drawings next to each other
 
 Each returns an Svg. The last line of a notebook cell shows it, as a PNG: JupyterLab shows no SVG of a notebook that it
@@ -14,6 +15,7 @@ mouse. It is drawn on a white card of its own, so that it is readable on any pag
 `.about` says it in words.
 """
 from minivl.show.charts import bars, curve
+from minivl.show.growth import growing
 from minivl.show.maps import heat, overlay
 from minivl.show.stages import strip, tiles
 from minivl.show.svg import FAINT, INK, Svg, beside, embedded, text
