@@ -23,7 +23,7 @@ def growing(lengths: Sequence[int], layers: int, box_bytes: int, *, read: Iterab
         raise InputError(f"a cache of {layers} layers with {lengths} tokens after {len(read)} steps does not grow; "
                          "give a layer or more, and for each step its tokens, no fewer than before")
     label = 7 * max(map(len, read)) + 16
-    ends = [f"{n} x {layers} x {box_bytes:,} = {n * layers * box_bytes:,} bytes" for n in lengths]
+    ends = [f"{n} tokens x {layers} layers x {box_bytes:,} = {n * layers * box_bytes:,} bytes" for n in lengths]
     wide = min(14.0, (width - label) / max(lengths[-1], 1))
     high = max(1.5, min(9.0, 54 / layers))
     gap = 1.5 if wide > 5 and high > 4 else 0.0

@@ -14,8 +14,8 @@ def test_boxes_of_each_step():
     new = [e[0].text.split(",")[0] for e in boxes if e.attrib["fill"] == NEW]
     assert new == [f"token {t}" for t in (0, 1, 2, 3, 4, 5) for _ in range(2)]      # each is written once
     assert sum(e.attrib["fill"] == KEPT for e in boxes) == 2 * (3 + 4)
-    assert {"the prompt", "two more", "6 x 2 x 1,024 = 12,288 bytes"} <= set(words(drawing))
-    assert "one: 4 x 2 x 1,024 = 8,192 bytes" in drawing.about
+    assert {"the prompt", "two more", "6 tokens x 2 layers x 1,024 = 12,288 bytes"} <= set(words(drawing))
+    assert "one: 4 tokens x 2 layers x 1,024 = 8,192 bytes" in drawing.about
 
 
 @pytest.mark.parametrize("layers, tokens", [(1, 1), (36, 300), (80, 20)])
