@@ -538,17 +538,17 @@ def attention(q, k, v):
 # ---- 06 generate ----------------------------------------------------------------------------------------------------
 
 def _top_p_spec(probs, p):
-    kept, total = [], 0.0
-    for value, i in sorted(((float(v), i) for i, v in enumerate(probs)), reverse=True):
-        if total > p:
+    kept, before = [], 0.0
+    for value, i in sorted((-float(v), i) for i, v in enumerate(probs)):
+        if before > p:
             break
         kept.append(i)
-        total += value
-    return torch.tensor([float(v) / total if i in kept else 0.0 for i, v in enumerate(probs)])
+        before -= value
+    return torch.tensor([float(v) / before if i in kept else 0.0 for i, v in enumerate(probs)])
 
 
 def top_p(probs, p):
-    ordered, index = probs.sort(descending=True)
+    ordered, index = probs.sort(descending=True, stable=True)
     before = ordered.cumsum(0) - ordered
     out = torch.zeros_like(probs).index_copy(0, index, ordered.where(before <= p, 0.0))
     return out / out.sum()
@@ -1040,10 +1040,12 @@ EXERCISES = {
                     ([0.1, 0.2, 0.7], 0.5),
                     ([0.25, 0.35, 0.4], 1.0),
                     ([0.09375, 0.5, 0.15625, 0.25], 0.75),      # exact in binary: 0.5 + 0.25 is p
+                    ([0.25, 0.5, 0.125, 0.125], 0.5),
+                    ([0.125, 0.125, 0.25, 0.5], 0.75),
                 )
             )
         ),
-        hint="Sort, and keep a token while those before it hold at most p.",
+        hint="Sort (stable), and drop a token if those before it hold more than p; exactly p is not more.",
         solution=top_p,
         tolerance=1e-05,
     ),

@@ -8,6 +8,7 @@
     show.patches(tile), show.unshuffle(x)         where patches go: a row of vectors, visual tokens
     show.bars, show.curve, show.strip             numbers by name, numbers along an axis, stages with their shapes
     show.bars({"before": [...], "after": [...]}, names)     two series, each with its colour
+    show.growing([20, 21, 22], layers=4, ...)     the boxes of a KV cache, step by step
     show.beside(one, another)                     drawings next to each other
 
 Each returns an Svg. The last line of a notebook cell shows it, as a PNG: JupyterLab shows no SVG of a notebook that it
@@ -16,6 +17,7 @@ mouse. It is drawn on a white card of its own, so that it is readable on any pag
 `.about` says it in words.
 """
 from minivl.show.charts import bars, curve
+from minivl.show.growth import growing
 from minivl.show.maps import heat, overlay
 from minivl.show.squares import patches, unshuffle
 from minivl.show.stages import strip, tiles
