@@ -58,8 +58,9 @@ def _dial(x: float, y: float, r: float, angle: float) -> str:
 def _turned(angle: float) -> str:
     """Write how far something has turned: 57°, or 1.6 turns."""
     degrees = math.degrees(angle)
-    return f"{degrees / 360:,.4g} turns" if abs(degrees) >= 360 else f"{degrees:.2g}°" if abs(degrees) < 10 else \
-        f"{degrees:.0f}°"
+    if abs(degrees) >= 360:
+        return f"{degrees / 360:,.0f} turns" if abs(degrees) >= 36000 else f"{degrees / 360:.3g} turns"
+    return f"{degrees:.2g}°" if abs(degrees) < 10 else f"{degrees:.0f}°"
 
 
 def _arc(x: float, y: float, r: float, start: float, end: float) -> list[tuple[float, float]]:
