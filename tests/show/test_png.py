@@ -8,7 +8,7 @@ from PIL import Image, ImageChops, ImageStat
 
 from minivl import show
 from minivl.limits import InputError
-from minivl.show.png import _printable
+from minivl.show.png import printable
 
 BLUE, WHITE, RED = (0, 0, 255), (255, 255, 255), (255, 0, 0)
 EVERY = [
@@ -106,7 +106,7 @@ def test_a_letter_that_the_font_lacks_is_written_in_digits():
     assert pictures["\u4e2d"] == pictures["\\u4e2d"] != pictures["\u6587"]
     assert pictures["\u00e9"] != pictures["e"]
     for make in EVERY:          # what the drawings write themselves is in the font
-        assert all(_printable(letter) == letter for word in words(make()) if word for letter in word)
+        assert all(printable(letter) == letter for word in words(make()) if word for letter in word)
 
 
 def test_pictures_inside():
