@@ -173,6 +173,7 @@ def grade(attempt: Callable) -> None:
     on_a_model = callable(exercise.cases)                   # cases that need nano are made when they are asked for
     cases = exercise.cases() if on_a_model else exercise.cases
     before = solutions.fingerprint() if on_a_model else None
+    hint = exercise.hint
     wanted = [exercise.spec(*case) for case in cases]
     for case, want in zip(cases, wanted):
         got, problem = _attempt(function, case)

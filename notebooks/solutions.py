@@ -426,8 +426,13 @@ def tiles_of(width, height, max_num):
     return columns * rows + (columns * rows > 1)
 
 
+@functools.lru_cache
+def _square(side):
+    return tiles_of(side, side, 12)
+
+
 def _largest_square_spec(budget):
-    fitting = [s for s in range(1, 2001) if 256 * tiles_of(s, s, 12) <= budget]
+    fitting = [s for s in range(1, 2001) if 256 * _square(s) <= budget]
     return max(fitting, default=0)
 
 
@@ -565,7 +570,7 @@ def attention(q, k, v):
 def _top_p_spec(probs, p):
     kept, total = [], 0.0
     for value, i in sorted(((float(v), i) for i, v in enumerate(probs)), reverse=True):
-        if total >= p:
+        if total > p:
             break
         kept.append(i)
         total += value
@@ -575,7 +580,7 @@ def _top_p_spec(probs, p):
 def top_p(probs, p):
     ordered, index = probs.sort(descending=True)
     before = ordered.cumsum(0) - ordered
-    out = torch.zeros_like(probs).index_copy(0, index, ordered.where(before < p, 0.0))
+    out = torch.zeros_like(probs).index_copy(0, index, ordered.where(before <= p, 0.0))
     return out / out.sum()
 
 
