@@ -12,8 +12,8 @@ from PIL import ImageFont
 from minivl.show.png import printable
 
 SMALL = 11      # letters along axes
-BOLD = 12.5     # as wide as bold letters of 12
-WIDER = 1.15    # fonts of browsers, beside Pillow's own
+BOLD = 12.3     # as wide as bold letters of 12
+WIDER = 1.1     # fonts of browsers, beside Pillow's own
 
 
 def breadth(words: object, size: float = 12) -> float:

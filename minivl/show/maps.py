@@ -43,7 +43,7 @@ def heat(values: torch.Tensor | Sequence, rows: str = "", columns: str = "", *, 
     top = top or float(m.abs().max()) or 1.0
     width = C * cell
     height = R * cell
-    down = _named(row_names, R, cell, 18)
+    down = _named(row_names, R, cell, 24)
     along = _named(column_names, C, cell, max(breadth(C - 1, SMALL) + 6, 18))
     turned = any(breadth(name, SMALL) > cell * (1 if column_names else 5) - 2 for name in along.values())
     left = 34 + max(breadth(name, SMALL) for name in down.values())
@@ -69,7 +69,7 @@ def heat(values: torch.Tensor | Sequence, rows: str = "", columns: str = "", *, 
     low = float(m.min())
     high = float(m.max())
     length = max(120, min(width, 240))
-    body += _colour_bar(left, above + height + 10, length, low, high, top)
+    body += _colour_bar(left, above + height + 10, length, low, high, top, bool((m == m.round()).all()))
     reach = max((left + (c + 0.5) * cell + (4 + breadth(name, SMALL) / 2 if turned else breadth(name, SMALL) / 2)
                  for c, name in along.items()), default=0)
     full = max(left + width + 12, left + length + 20, reach + 12, left + breadth(title, BOLD) + 8,
@@ -88,15 +88,15 @@ def _named(names: Sequence | None, count: int, cell: float, room: float) -> dict
     return {int(i): short(i) for i in rounds(0, count - 1, most, whole=True)}
 
 
-def _colour_bar(x: float, y: float, length: float, low: float, high: float, top: float) -> str:
-    """Draw what colour each number from `low` to `high` has: 0 to `top`, -`top` to 0, or both."""
+def _colour_bar(x: float, y: float, length: float, low: float, high: float, top: float, whole: bool) -> str:
+    """Draw what colour each number from `low` to `high` has: 0 to `top`, -`top` to 0, or both; no fractions if `whole`."""
     begin = -top if low < -top / 255 else 0.0
     end = top if high > 0 or not begin else 0.0
     shades = [shade(begin + (end - begin) * (i + 0.5) / 120, top) for i in range(120)]
     strip = Image.frombytes("RGB", (120, 1), bytes(v for one in shades for v in one))
     body = embedded(strip, x, y, length, 8, crisp=True)
     body += f'<rect x="{x:.1f}" y="{y:.1f}" width="{length:.1f}" height="8" fill="none" stroke="{FAINT}"/>'
-    for value in fitting(begin, end, length):
+    for value in fitting(begin, end, length, whole=whole):
         at = x + length * (value - begin) / (end - begin)
         body += tick(at, y + 8)
         body += text(at, y + 22, short(value, 6), anchor="middle", size=SMALL, colour=FAINT)
@@ -162,9 +162,10 @@ def overlay(image: Image.Image, weights: torch.Tensor | Sequence, *, title: str 
         body += (f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" fill="none" stroke="{INK}" '
                  f'stroke-width="2"/><rect x="{x:.1f}" y="{y:.1f}" width="13" height="13" fill="white"/>')
         body += text(x + 3, y + 11, n, size=10, weight="bold")
-    note = f"{R} x {C} squares; clear: {short(top, 3)}, pale: 0; the heaviest framed"
+    note = f"{R} x {C} squares; clear {short(top, 3)}, pale 0"
+    framed = "framed: the largest" + (f", 1 to {len(heaviest)}" if len(heaviest) > 1 else "")
     places = ", ".join(f"[{r}, {c}]" for r, c in heaviest)
     about = f"{title or 'map over a picture'}: {note}; heaviest at [row, column] {places}"
-    body += text(4, above + height + 15, note, size=SMALL, colour=FAINT)
-    return Svg(body, max(width + 8, 8 + breadth(note, SMALL), 8 + breadth(title, BOLD)),
-               above + height + 22, about)
+    for i, words in enumerate((note, framed)):
+        body += text(4, above + height + 15 + 14 * i, words, size=SMALL, colour=FAINT)
+    return Svg(body, max(width + 8, 8 + breadth(note, SMALL), 8 + breadth(title, BOLD)), above + height + 36, about)

@@ -39,7 +39,8 @@ def boxes(drawing):
                 wide = ImageFont.load_default(size).getlength("".join(map(printable, e.text)))
                 start = {"start": 0, "middle": -wide / 2, "end": -wide}[e.attrib["text-anchor"]]
                 turn = math.radians(float(re.findall(r"-?[\d.]+", e.attrib.get("transform", "0"))[0]))
-                corners = [(start, -0.72 * size), (start + wide, -0.72 * size), (start + wide, 0.1 * size), (start, 0.1 * size)]
+                end, up, down = start + wide, -0.72 * size, 0.1 * size
+                corners = [(start, up), (end, up), (end, down), (start, down)]
                 at = x + float(e.attrib["x"]), y + float(e.attrib["y"])
                 found.append((e.text, [(at[0] + a * math.cos(turn) - b * math.sin(turn),
                                         at[1] + a * math.sin(turn) + b * math.cos(turn)) for a, b in corners]))

@@ -43,8 +43,8 @@ def test_round_numbers_around_any_range():
 
 
 @pytest.mark.parametrize("value, said", [
-    (3328.0, "3328"), (0.28913, "0.2891"), (4.936e-05, "4.9e-5"), (-0.0, "0"), (0.0, "0"), (12345.6, "12346"), (2e-05, "2e-5"),
-    (1e6, "1e6"), (-1.5, "-1.5"), (0.9998, "0.9998"), (1.96e-07, "2e-7"), (9.99e-5, "1e-4")])
+    (3328.0, "3328"), (0.28913, "0.2891"), (4.936e-05, "4.9e-5"), (-0.0, "0"), (0.0, "0"), (12345.6, "12346"),
+    (2e-05, "2e-5"), (1e6, "1e6"), (-1.5, "-1.5"), (0.9998, "0.9998"), (1.96e-07, "2e-7"), (9.99e-5, "1e-4")])
 def test_short_numbers(value, said):
     assert axes.short(value) == said
 
@@ -56,20 +56,22 @@ def tensor(*shape):
 DRAWINGS = {
     "bars": lambda: show.bars([0.99984, 4.936e-5, 0], ["x", LONG, "W" * 12], title=LONG, unit="probability"),
     "bars below 0": lambda: show.bars([-3, 2, -0.001], ["x", "y", LONG], unit="MB", width=100),
-    "series": lambda: show.bars({"before": [95, 100, 0], LONG: [40, 25.1234, 1e-5]}, ["colour", LONG, "x"], title=LONG * 3, unit="%"),
-    "narrow series": lambda: show.bars({LONG: [1], LONG + "!": [2], "c": [3]}, ["x"], unit="of their length", width=120),
+    "series": lambda: show.bars({"before": [95, 100, 0], LONG: [40, 25.1234, 1e-5]}, ["colour", LONG, "x"],
+                                title=LONG * 3, unit="%"),
+    "narrow series": lambda: show.bars({LONG: [1], LONG + "!": [2], "c": [3]}, ["x"], unit="of length", width=120),
     "curve": lambda: show.curve({LONG: [0.4071, 0.6011, 0.5], "b": [0.5, 0.51, 0.5]}, title=LONG * 3, x=LONG, y=LONG),
     "curve, large": lambda: show.curve({"a": [(123456, 1.234e9), (987654, 7e9)]}, x="tokens", y="FLOP", width=300),
     "curve, log": lambda: show.curve({"a": [1e-10, 3.7], "b": [1e-10, 3.7]}, log=True, title="t", x="step", y="%"),
-    "curve of names": lambda: show.curve({"error": range(40)}, ticks=[f"{LONG} {i}" for i in range(40)], height=460, x="stage"),
+    "curve of names": lambda: show.curve({"error": range(40)}, x="stage", height=460,
+                                         ticks=[f"{LONG} {i}" for i in range(40)]),
     "curve, no names of axes": lambda: show.curve({"a": [5.0]}),
     "heat": lambda: show.heat(tensor(24, 24), "i", "o", title=f"W wrong - W: {LONG}", cell=8),
     "heat, wide": lambda: show.heat(tensor(3, 40).abs(), "group", "output column", title="s", cell=10),
     "heat, many": lambda: show.heat(tensor(80, 300) * 1e-7, "row", "column"),
     "heat, names": lambda: show.heat(tensor(9, 9), "who looks", "at whom", row_names=[f"{LONG} {i}" for i in range(9)],
                                      column_names=[f"{LONG} {i}" for i in range(9)], cell=22, title="t"),
-    "heat, digits": lambda: show.heat(tensor(4, 8), "visual token", "channel", row_names=range(4), column_names=range(8),
-                                      numbers=True, cell=44, title="4 tokens of 8 channels"),
+    "heat, digits": lambda: show.heat(tensor(4, 8), "visual token", "channel", row_names=range(4), numbers=True,
+                                      column_names=range(8), cell=44, title="4 tokens of 8 channels"),
     "heat, close names": lambda: show.heat(tensor(40, 40), row_names=[f"n{i}" for i in range(40)],
                                            column_names=[f"name {i}" for i in range(40)], cell=7),
     "heat, numbers": lambda: show.heat(tensor(4, 4) * torch.tensor([1, 1e-3, 1e-6, 1e-10]), numbers=True, cell=30),
@@ -87,7 +89,8 @@ def test_no_words_over_others_or_beyond_the_edge(name):
 
 
 def test_the_faults_are_seen():
-    row = show.text(0, 12, "one") + show.text(10, 14, "two") + show.text(90, 14, "three") + show.text(50, 40, "up", turn=-60)
+    row = show.text(0, 12, "one") + show.text(10, 14, "two") + show.text(90, 14, "three")
+    row += show.text(50, 40, "up", turn=-60)
     assert faults(show.Svg(row, 100, 50)) == ["'two' over 'one'"] + ["'three' beyond the edge"] * 2
     turned = show.text(20, 80, "who looks", turn=-60) + show.text(40, 80, "at whom", turn=-60)
     assert not faults(show.Svg(turned, 100, 90))       # their upright boxes would meet
@@ -100,7 +103,7 @@ def test_axes_say_round_numbers():
     said = words(show.curve({"loss": [8.4, 1.0, 0.32]}, log=True))
     assert {"0.2", "0.5", "1", "2", "5", "10"} <= set(said)
     said = words(show.heat(torch.rand(24, 24), "i", "o", cell=8))
-    assert said.count("0") == 3 and said.count("5") == said.count("20") == 2      # down, along and below
+    assert said.count("0") == 3 and said.count("5") == said.count("20") == 2      # down and along, the bar
 
 
 def test_a_letter_stands_upright():

@@ -74,7 +74,8 @@ def test_charts_refuse(wrong, match):
 
 
 def test_series_have_a_colour_each_and_a_legend():
-    drawing = show.bars({"before": [80, -20], "after": [90, 0.5]}, ["read words", "place"], unit="%", title="right answers")
+    values = {"before": [80, -20], "after": [90, 0.5]}
+    drawing = show.bars(values, ["read words", "place"], unit="%", title="right answers")
     boxes = [e.attrib for e in parts(drawing, "rect")[1:]]
     legend, painted = boxes[:2], boxes[2:]
     assert len(painted) == 4 and len({b["fill"] for b in legend}) == 2

@@ -42,6 +42,8 @@ def test_overlay_frames_the_heaviest_squares():
     height = 400 * TIGER.height / TIGER.width
     corners = [float(f[k]) for f in frames for k in "xy"]
     assert corners == pytest.approx([204, 4 + height / 4, 4, 4 + height * 3 / 4, 4, 4], abs=0.1)
+    assert {"4 x 4 squares; clear 3, pale 0", "framed: the largest, 1 to 3"} <= set(words(drawing))
+    assert show.overlay(TIGER, m / 7, title="layer 0: 20.4% on the picture", width=192).width <= 200     # four beside
     pale = [e for e in parts(drawing, "rect") if e.attrib.get("fill-opacity") == "0.85"]
     assert len(pale) == 13
 
