@@ -599,7 +599,8 @@ def repetition(scores, seen, r):
 # ---- 11 train it ----------------------------------------------------------------------------------------------------
 
 _NAMES = ["vision_model.embeddings.class_embedding", "vision_model.encoder.layers.0.attn.qkv.weight", "mlp1.0.weight",
-          "mlp1.3.bias", "language_model.model.embed_tokens.weight", "language_model.model.layers.0.mlp.up_proj.linear.weight",
+          "mlp1.3.bias", "language_model.model.embed_tokens.weight",
+          "language_model.model.layers.0.mlp.up_proj.linear.weight",
           "language_model.model.layers.0.mlp.up_proj.A", "language_model.model.layers.0.mlp.up_proj.B",
           "language_model.model.layers.0.self_attn.q_proj.linear.bias", "language_model.model.norm.weight",
           "language_model.lm_head.weight"]

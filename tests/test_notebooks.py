@@ -57,7 +57,7 @@ def test_committed_outputs(path):
     data = json.loads(path.read_text("utf-8"))
     code = [c for c in data["cells"] if c["cell_type"] == "code"]
     assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
-    assert path.stat().st_size < 1_000_000
+    assert path.stat().st_size < 500_000
     outputs = [o for c in code for o in c["outputs"]]
     assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
     shown = json.dumps([{k: v for k, v in o.items() if k != "data"} for o in outputs])
@@ -203,9 +203,9 @@ assert any(type(m).__name__ in ("Int4", "AWQLinear") for m in space["pipe"].mode
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in PATHS if p.stem[:2] not in ("08", "10")], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in PATHS if p.stem[:2] not in ("08", "10", "11")], ids=lambda p: p.stem)
 def test_a_notebook_runs_on_a_prepared_awq_checkpoint(path):
-    """All but 08 and 10 say that they run on the 4B: every cell, on what minivl.fast makes of such a model."""
+    """All but 08, 10 and 11 say that they run on the 4B: every cell, on what minivl.fast makes of such a model."""
     env = {**os.environ, "PYTHONPATH": f"{FOLDER.parent}{os.pathsep}{FOLDER}"}
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", PREPARED, path], cwd=FOLDER, env=env,
                          capture_output=True, text=True)
