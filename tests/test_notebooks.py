@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import minivl
 
@@ -166,6 +167,18 @@ def test_check(capsys):
         lab.check("x", torch.ones(2), torch.ones(3))
     with pytest.raises(AssertionError, match="allowed 1e-05"):
         lab.check("x", torch.ones(2), torch.tensor([1.0, 1.1]), 1e-5)
+
+
+def test_the_recorded_layer_has_sinks():
+    """What 09 shows of it, and what its file says of itself."""
+    with safe_open(lab.PICTURES / "attention-sink.safetensors", "pt") as file:
+        facts, q, k, v = file.metadata(), *(file.get_tensor(name).float() for name in "qkv")
+    assert (q.shape, k.shape, v.shape) == ((9, 128, 64), (3, 128, 64), (3, 128, 64))
+    assert len(json.loads(facts["tokens"])) == 128 and "Apache" in facts["model"]
+    scores = (q @ k.repeat_interleave(3, 0).mT / 8).masked_fill(torch.ones(128, 128, dtype=torch.bool).triu(1), -1e9)
+    first = scores.softmax(-1)[:, 32:, 0].mean(1)
+    assert 0.2 < first.min() < 0.3 and 0.7 < first.max() < 0.8
+    assert (3 * v[:, 0].norm(dim=-1) < v.norm(dim=-1).median(1).values).all()
 
 
 def test_changed_numbers_are_noticed():
