@@ -1,6 +1,7 @@
 """Run every notebook as a reader would: python notebooks/run.py [--write] [NOTEBOOK ...]
 
-    a fresh kernel -> all cells in order -> no error, no warning, the committed [=] numbers again, under 60 s (11: 120) and 500 kB
+    a fresh kernel -> all cells in order -> no error, no warning, the committed [=] numbers again,
+                                             under 60 s (11: 120) and 500 kB
 
 `--write` puts the outputs into the files (`make notebooks`); without it nothing is changed. tests/test_notebooks.py
 sends our own solutions through the checker.
