@@ -53,19 +53,19 @@ def steps(model: MiniVL, inputs_embeds: torch.Tensor, samplers: list, *, cache: 
     x = inputs_embeds
     unused = torch.tensor(unused, dtype=torch.long, device=x.device)
     guessed = []
-    threads = pace(model)
+    prompt, later = pace(model, "prompt"), pace(model, "tokens")
     while True:
         check_process()
         # Of the prompt only the last token's scores are needed.
         with full_memory_told(x.device, f"{len(x)} prompts of {cache.length + x.shape[1]} tokens",
                               "ask for fewer at once, with fewer tiles (max_num) or a shorter text"), \
-                threads.step(x.shape) if count else at_most(threads.most):
+                later.step(x.shape) if count else prompt.each(language.layers):
             scores = language.scores(x, cache, padding, 1 + len(guessed))   # (B, 1 + guessed, V)
         end = cache.length - len(guessed)
         for i in range(1 + len(guessed)):
             cache.length = end + i
             logits = scores[:, i]                                           # (B, V)
-            with at_most(threads.now):
+            with at_most(later.now):
                 if not bool(torch.isfinite(logits).all()):
                     raise InputError("the model computed NaN or infinite scores for new token "
                                      f"{count + 1} in {model.dtype}; load it with dtype='bfloat16' or 'float32', or "
@@ -110,7 +110,7 @@ def generate(model: MiniVL, input_ids: torch.Tensor | list[list[int]], pixel_val
     rows = checked_rows(input_ids)
     check_request(model, rows, max_new_tokens, config)
     ids, padding = left_pad([torch.tensor([row]) for row in rows])          # (B, T)
-    with at_most(pace(model).most):
+    with pace(model, "tiles").each(model.vision_model.encoder.layers):
         visual = None if pixel_values is None else model.visual_tokens(pixel_values)
     x = model.embed(ids, visual)                                            # (B, T, D)
     padding = None if padding is None else padding.to(x.device)

@@ -141,29 +141,29 @@ def first_difference(got: object, want: object, tolerance: float) -> str | None:
             return f"shape {tuple(got.shape)}, wanted {tuple(want.shape)}"
         if got.dtype != want.dtype:
             return f"gave {str(got.dtype)[6:]} numbers, wanted {str(want.dtype)[6:]}"
-        allowed = tolerance * max(1e-30, float(want.double().abs().max())) if want.numel() else 0.0
-        # Not `difference > allowed`: that is False for nan.
-        bad = (~((got.double() - want.double()).abs() <= allowed) & (got != want)).nonzero()
-        if len(bad):
+        a, b = got.double(), want.double()
+        allowed = tolerance * float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0
+        same = ((a - b).abs() <= allowed) | (a == b) | (a.isnan() & b.isnan())
+        if len(bad := (~same).nonzero()):
             at = tuple(bad[0].tolist())
             return f"first difference at {list(at)}: {got[at]:.6g}, wanted {want[at]:.6g}"
         return None
     if isinstance(want, float) and isinstance(got, (int, float)):
-        same = math.isclose(got, want, rel_tol=max(tolerance, 1e-9), abs_tol=1e-12)
+        same = math.isclose(got, want, rel_tol=max(tolerance, 1e-9), abs_tol=1e-12) or got != got and want != want
     else:
         lists = isinstance(got, (list, tuple)) and isinstance(want, (list, tuple))
-        same = list(got) == list(want) if lists else got == want and type(got) is type(want)
+        same = _plain(got) == _plain(want) and (lists or type(got) is type(want))
     if same:
         return None
-    kinds = f" ({_kind(got)}, not {_kind(want)})" if got is not None and got == want else ""
+    kinds = f" ({_kind(got)}, not {_kind(want)})" if type(got) is not type(want) and _plain(got) == _plain(want) else ""
     return f"gave {_brief(got)}, wanted {_brief(want)}{kinds}"
 
 
 def grade(attempt: Callable) -> None:
     """Try an exercise on its cases. What it must do, the cases and the hint stand in solutions.py under its name.
 
-    An attempt must also leave what it is given as it is. From the second failure on a hint is shown: what is wrong, where
-    the answers are those of a known slip (slips.py).
+    An attempt must also leave what it is given as it is. From the second failure on a hint is shown: what is wrong, if
+    all answers are those of a known slip (slips.py).
     """
     import solutions
     name = attempt.__name__
@@ -173,31 +173,27 @@ def grade(attempt: Callable) -> None:
     on_a_model = callable(exercise.cases)                   # cases that need nano are made when they are asked for
     cases = exercise.cases() if on_a_model else exercise.cases
     before = solutions.fingerprint() if on_a_model else None
-    hint = exercise.hint
-    wanted = [exercise.spec(*case) for case in cases]
-    for case, want in zip(cases, wanted):
-        got, problem = _attempt(function, case)
+    for case in cases:
+        want = exercise.spec(*case)
+        got, spoilt = _attempt(function, case)
         if isinstance(got, NotImplementedError):
             print("[ ] not attempted yet")
             return
-        problem = " and ".join(filter(None, (_differs(got, want, exercise.tolerance), problem)))
+        problems = [_differs(got, want, exercise.tolerance), spoilt]
+        stays = on_a_model and solutions.changed(before)
+        if stays:
+            problems.append("the model stays changed: put back what you replaced (try ... finally)")
+            solutions.put_back()
+        problem = " and ".join(filter(None, problems))
+        if problem and solving:
+            raise AssertionError(f"the solution of {name} is wrong: {problem}")
         if problem:
-            break
-    if on_a_model and solutions.changed(before):
-        solutions.put_back()
-        problem = " and ".join(filter(None, (problem, "the model stays changed: put back what you replaced "
-                                                      "(try ... finally)")))
-    elif problem and not solving and _failures.get(name):
-        hint = _hint(exercise, name, function, cases)       # runs it again, so only where it leaves the model as it was
-    if not problem:
-        print(f"[x] right in {len(cases)} of {len(cases)} cases")
-        return
-    if solving:
-        raise AssertionError(f"the solution of {name} is wrong: {problem}")
-    print(f"[!] {name}{_shown(case)}: {problem}")
-    if _failures.get(name):
-        print(f"    Hint: {hint}")
-    _failures[name] = _failures.get(name, 0) + 1
+            print(f"[!] {name}{_shown(case)}: {problem}")
+            if _failures.get(name):                         # tries it once more, but not what leaves the model changed
+                print(f"    Hint: {exercise.hint if stays else _hint(exercise, name, function, cases)}")
+            _failures[name] = _failures.get(name, 0) + 1
+            return
+    print(f"[x] right in {len(cases)} of {len(cases)} cases")
 
 
 def _attempt(function: Callable, case: tuple) -> tuple:
@@ -234,8 +230,14 @@ def _copy(value: object) -> object:
     return value.clone() if isinstance(value, torch.Tensor) else list(value) if isinstance(value, list) else value
 
 
+def _plain(value: object) -> object:
+    """Turn tuples, and tensors within lists, into lists: what == can compare."""
+    return value.tolist() if isinstance(value, torch.Tensor) else [_plain(v) for v in value] if isinstance(
+        value, (list, tuple)) else value
+
+
 def _kind(value: object) -> str:
-    return "a tensor" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    return "None" if value is None else "a tensor" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
 
 
 def _brief(value: object) -> str:

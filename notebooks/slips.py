@@ -1,10 +1,10 @@
-"""What goes wrong in the exercises of the notebooks: wrong answers that people write, and a sentence for each.
+"""Wrong answers that people give to the exercises of the notebooks, and a sentence for each.
 
-SLIPS[exercise] is a tuple of (a function that is wrong, what is wrong with it). `lab.grade` tries them on the cases after
-the second failure; if one gives just what the attempt gave, its sentence is the hint. At least five for each exercise: their
-answers must differ from the right ones and from each other on the cases of solutions.py (tests/test_graders.py tries
-each). What an answer need not be known for has no place here: the grader itself says that a type, a shape or a dtype is
-wrong, that something given was changed, that the model stays changed. Spoilers: they nearly show the solutions.
+SLIPS[exercise] is a tuple of (a function that is wrong, what is wrong with it), at least five of them. After the
+second failure `lab.grade` tries them on the cases; if one gives just what the attempt gave, its sentence is the hint.
+So on the cases in solutions.py the answers of each must differ from the right ones and from those of the others, which
+tests/test_graders.py tries. Not needed here: a wrong type, shape or dtype, something given that was changed, a model
+that stays changed. That the grader itself says. Spoilers: they nearly show the solutions.
 """
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ SLIPS = {}
 SLIPS["prompt_length"] = (
     (lambda text, tiles, L: text + tiles * L, "<img> and </img> are tokens too."),
     (lambda text, tiles, L: text + tiles * L + 1, "There are two marks, <img> and </img>."),
-    (lambda text, tiles, L: text + tiles * (L + 2), "<img> and </img> stand once around the picture, not around each tile."),
+    (lambda text, tiles, L: text + tiles * (L + 2),
+     "<img> and </img> stand once around the picture, not around each tile."),
     (lambda text, tiles, L: text + L + 2, "Each of the tiles has L visual tokens."),
     (lambda text, tiles, L: tiles * L + 2, "The tokens of the text count too."),
     (lambda text, tiles, L: text + (tiles + 1) * L + 2, "The thumbnail is one of the tiles that are given."),
@@ -38,7 +39,8 @@ SLIPS["best_tokens"] = (
     (lambda scores, n: scores.argsort()[:n].tolist(), "argsort begins with the smallest: descending=True."),
     (lambda scores, n: sorted(scores.topk(n).indices.tolist()), "Ordered by score, not by id."),
     (lambda scores, n: scores.argsort(descending=True).tolist(), "Only the first n."),
-    (lambda scores, n: scores.abs().topk(n).indices.tolist(), "A very negative score is a bad one: no absolute values."),
+    (lambda scores, n: scores.abs().topk(n).indices.tolist(),
+     "A very negative score is a bad one: no absolute values."),
     (lambda scores, n: [i + 1 for i in scores.topk(n).indices.tolist()], "The first id is 0."),
 )
 
@@ -69,7 +71,8 @@ SLIPS["write"] = (
     (lambda model, ids, stop, most: _write(model, ids, None, most), "It does not end after the stop token."),
     (lambda model, ids, stop, most: [] if stop in ids else _write(model, ids, stop, most),
      "A stop token in the prompt ends nothing; only one that is written does."),
-    (lambda model, ids, stop, most: _write(model, ids, stop, most - len(ids)), "`most` counts new tokens, not the prompt."),
+    (lambda model, ids, stop, most: _write(model, ids, stop, most - len(ids)),
+     "`most` counts new tokens, not the prompt."),
 )
 
 
@@ -93,10 +96,12 @@ def _nothing_before_projector(pipe, question, picture):
 
 SLIPS["blind"] = (
     (lambda pipe, q, picture: pipe((q, picture)).text, "The model still sees the picture."),
-    (lambda pipe, q, picture: pipe(q).text, "Without the picture the prompt has no visual tokens; zeros in their place are asked."),
+    (lambda pipe, q, picture: pipe(q).text,
+     "Without the picture the prompt has no visual tokens; zeros in their place are asked."),
     (lambda pipe, q, picture: by_hand(pipe, q, 0 * pixels_of(pipe, picture)),
      "Pixels of 0 are a grey picture, and the tower sees that; the visual tokens must be 0."),
-    (lambda pipe, q, picture: _shown(pipe, q, picture, lambda p, v: _first_tile(v, 0.0)), "All tiles, not only the first."),
+    (lambda pipe, q, picture: _shown(pipe, q, picture, lambda p, v: _first_tile(v, 0.0)),
+     "All tiles, not only the first."),
     (lambda pipe, q, picture: _shown(pipe, q, picture, lambda p, v: torch.ones_like(v)), "Zeros, not ones."),
     (_nothing_before_projector, "0 before the projector is not 0 after it: it has a norm and biases."),
 )
@@ -121,7 +126,7 @@ SLIPS["tiles_of"] = (
 )
 
 
-@functools.lru_cache
+@functools.cache
 def _square(side, max_num=12):
     return (n := _grid(side, side, max_num)) + (n > 1)
 
@@ -131,14 +136,16 @@ def _largest(fits, none=0, end=2001):
 
 
 SLIPS["largest_square"] = (
-    (lambda budget: _largest(lambda s: 256 * (_square(s) - (_square(s) > 1)) <= budget), "The thumbnail costs 256 too."),
+    (lambda budget: _largest(lambda s: 256 * (_square(s) - (_square(s) > 1)) <= budget),
+     "The thumbnail costs 256 too."),
     (lambda budget: _largest(lambda s: 256 * _square(s) < budget), "A picture that costs just the budget fits: <=."),
     (lambda budget: _largest(lambda s: 256 * _square(s) <= budget) + 1, "One too large: that side costs more already."),
     (lambda budget: _largest(lambda s: 256 * _square(s) <= budget, end=2000),
      "Sides up to 2,000, that one included: range(1, 2001)."),
     (lambda budget: _largest(lambda s: 256 * _square(s) <= budget, none=1), "Where nothing fits, 0."),
     (lambda budget: _largest(lambda s: 256 * _square(s, 6) <= budget), "max_num is 12."),
-    (lambda budget: 256 * _square(_largest(lambda s: 256 * _square(s) <= budget) or 1), "The side is asked, not its cost."),
+    (lambda budget: 256 * _square(_largest(lambda s: 256 * _square(s) <= budget) or 1),
+     "The side is asked, not its cost."),
     (lambda budget: 448 * math.isqrt(budget // 256),
      "A square does not begin its next grid at multiples of 448: ask choose_grid for each side."),
 )
@@ -157,13 +164,15 @@ SLIPS["stitch"] = (
     (lambda v, columns, rows: _stitched(v, columns, rows, lambda k, columns, rows: (k % rows, k // rows)),
      "Tiles come row by row, not column by column."),
     (lambda v, columns, rows: _stitched(v, rows, columns), "Columns and rows are exchanged."),
-    (lambda v, columns, rows: _stitched(v[-columns * rows:], columns, rows), "The thumbnail is the last, not the first."),
+    (lambda v, columns, rows: _stitched(v[-columns * rows:], columns, rows),
+     "The thumbnail is the last, not the first."),
     (lambda v, columns, rows: v[:columns * rows].reshape(3, rows * v.shape[-1], -1),
      "reshape alone mixes tiles and channels: permute first."),
     (lambda v, columns, rows: v[:columns * rows].transpose(0, 1).reshape(3, rows * v.shape[-1], -1),
-     "Within a row of the picture all tiles of that row come, pixel row by pixel row: bring rows, y, columns, x in order."),
+     "Tiles stand side by side, also in each row of pixels: the order is rows, y, columns, x."),
     (lambda v, columns, rows: _stitched(v.transpose(2, 3), columns, rows), "Each tile is mirrored: y before x."),
-    (lambda v, columns, rows: _stitched(v[:-1], columns, rows), "A single tile has no thumbnail behind it that could go."),
+    (lambda v, columns, rows: _stitched(v[:-1], columns, rows),
+     "A single tile has no thumbnail behind it that could go."),
 )
 
 
@@ -174,11 +183,14 @@ def _other_config(pipe, question, picture, **fields):
 
 
 SLIPS["without_thumbnail"] = (
-    (lambda pipe, q, picture: pipe((q, picture)).text, "The thumbnail is still there: pipe.model.config must be the new config."),
+    (lambda pipe, q, picture: pipe((q, picture)).text,
+     "The thumbnail is still there: pipe.model.config must be the new config."),
     (lambda pipe, q, picture: _other_config(pipe, q, picture, max_dynamic_patch=1),
      "That leaves one tile for the whole picture; the grid should stay and only the thumbnail go."),
-    (lambda pipe, q, picture: by_hand(pipe, q, pixels_of(pipe, picture)[-1:]), "That is the thumbnail alone."),
-    (lambda pipe, q, picture: by_hand(pipe, q, pixels_of(pipe, picture)[1:]), "You drop the first tile; the thumbnail is the last."),
+    (lambda pipe, q, picture: by_hand(pipe, q, pixels_of(pipe, picture)[1:]),
+     "You drop the first tile; the thumbnail is the last."),
+    (lambda pipe, q, picture: by_hand(pipe, q, pixels_of(pipe, picture)[:-2]), "All tiles of the grid stay."),
+    (lambda pipe, q, picture: by_hand(pipe, q, pixels_of(pipe, picture)[:1]), "That is the first tile alone."),
     (lambda pipe, q, picture: _shown(pipe, q, picture, lambda p, v: torch.cat([v[:-1], 0 * v[-1:]])),
      "The thumbnail's tokens are 0, but they still stand in the prompt; the tile must go."),
 )
@@ -188,7 +200,8 @@ SLIPS["without_thumbnail"] = (
 
 SLIPS["attention_numbers"] = (
     (lambda layers, heads, P: layers * heads * P ** 2, "CLS is a token too: 1 + P of them."),
-    (lambda layers, heads, P: layers * heads * P * (P + 1), "CLS looks as well: a map has 1 + P rows and 1 + P columns."),
+    (lambda layers, heads, P: layers * heads * P * (P + 1),
+     "CLS looks as well: a map has 1 + P rows and 1 + P columns."),
     (lambda layers, heads, P: layers * heads * (P ** 2 + 1), "CLS adds a row and a column, not one number."),
     (lambda layers, heads, P: layers * (P + 1) ** 2, "Every head has a map of its own."),
     (lambda layers, heads, P: heads * (P + 1) ** 2, "Every layer has maps of its own."),
@@ -208,8 +221,10 @@ SLIPS["patches"] = (
     (lambda x, p: _cut(x, p, 3, 1, 0, 2, 4), "The patches come column by column; row by row is asked."),
     (lambda x, p: _cut(x, p, 1, 3, 0, 4, 2), "Within a patch y comes before x."),
     (lambda x, p: _cut(x, p, 0, 1, 3, 2, 4), "The channels belong into the patch: row and column come before them."),
-    (lambda x, p: _cut(x, p, 2, 4, 0, 1, 3), "A patch is made of neighbours: the large step is the patch, the small one the pixel."),
-    (lambda x, p: _cut(x, p, 0, 2, 4, 1, 3).reshape(3 * p * p, -1), "Transposed: a row for each patch (unfold gives columns)."),
+    (lambda x, p: _cut(x, p, 2, 4, 0, 1, 3),
+     "A patch is made of neighbours: the large step is the patch, the small one the pixel."),
+    (lambda x, p: _cut(x, p, 0, 2, 4, 1, 3).reshape(3 * p * p, -1),
+     "Transposed: a row for each patch (unfold gives columns)."),
 )
 
 
@@ -228,7 +243,8 @@ SLIPS["layer_norm"] = (
     (lambda x, w, b, eps: _normed(x, w, 0, eps), "The bias is missing."),
     (lambda x, w, b, eps: _normed(x, 1, b, eps), "The weight is missing."),
     (lambda x, w, b, eps: _normed(x, w, b, eps, mean=False), "The mean is not taken off: that is RMSNorm with a bias."),
-    (lambda x, w, b, eps: _normed(x, w, b, eps, variance=lambda v: (v + eps) ** 2), "Divide by the root of the variance."),
+    (lambda x, w, b, eps: _normed(x, w, b, eps, variance=lambda v: (v + eps) ** 2),
+     "Divide by the root of the variance."),
     (lambda x, w, b, eps: _normed(x, w, b, eps, axis=0), "Mean and variance go over the last axis, not the first."),
     (lambda x, w, b, eps: _normed(x, w, b, eps, axis=tuple(range(x.dim()))),
      "Each token has a mean and a variance of its own: over the last axis only."),
@@ -261,7 +277,8 @@ SLIPS["without_layer"] = (
     (lambda pipe, v, i: _tower(pipe, v, lambda k, layer, x: layer(x)), "All layers are still there."),
     (lambda pipe, v, i: _half_a_layer(pipe, v, i, "ls1"), "Its MLP still adds something: ls2 must be 0 too."),
     (lambda pipe, v, i: _half_a_layer(pipe, v, i, "ls2"), "Its attention still adds something: ls1 must be 0 too."),
-    (lambda pipe, v, i: _tower(pipe, v, lambda k, layer, x: x if k == max(0, i - 1) else layer(x)), "Layers are counted from 0."),
+    (lambda pipe, v, i: _tower(pipe, v, lambda k, layer, x: x if k == max(0, i - 1) else layer(x)),
+     "Layers are counted from 0."),
     (lambda pipe, v, i: _tower(pipe, v, lambda k, layer, x: x if k >= i else layer(x)),
      "The layers after it must stay: only layer i goes."),
     (lambda pipe, v, i: _tower(pipe, v, lambda k, layer, x: 0 * x if k == i else layer(x)),
@@ -285,8 +302,13 @@ SLIPS["visual_tokens"] = (
 
 
 def _unshuffled(x, f, *axes):
-    side = round(len(x) ** 0.5)
-    return x.view(side // f, f, side // f, f, -1).permute(*axes).reshape(len(x) // f ** 2, -1)     # row, dy, column, dx, c
+    side = round(len(x) ** 0.5)                             # the axes: row, dy, column, dx, c
+    return x.view(side // f, f, side // f, f, -1).permute(*axes).reshape(len(x) // f ** 2, -1)
+
+
+def _far_apart(x, f):
+    far = round(len(x) ** 0.5) // f
+    return x.view(f, far, f, far, -1).permute(1, 3, 0, 2, 4).reshape(len(x) // f ** 2, -1)
 
 
 SLIPS["unshuffle"] = (
@@ -295,11 +317,10 @@ SLIPS["unshuffle"] = (
     (lambda x, f: x.reshape(len(x) // f ** 2, -1),
      "reshape alone takes f * f patches of one row; the block has f rows: split the axes and permute."),
     (lambda x, f: _unshuffled(x, f, 2, 0, 1, 3, 4), "The tokens come column by column; row by row is asked."),
-    (lambda x, f: _unshuffled(x, f, 1, 3, 0, 2, 4)[:len(x) // f ** 2] if f * f * f * f == len(x) else
-     x.view(f, (s := round(len(x) ** 0.5)) // f, f, s // f, -1).permute(1, 3, 0, 2, 4).reshape(len(x) // f ** 2, -1),
-     "A token is made of neighbours; you take patches that lie far apart."),
+    (_far_apart, "A token is made of neighbours; you take patches that lie far apart."),
     (lambda x, f: _unshuffled(x, 2, 0, 2, 1, 3, 4), "f need not be 2."),
-    (lambda x, f: x.view(len(x) // f ** 2, f ** 2, -1).mean(1), "Nothing is averaged: the patches stand one behind the other."),
+    (lambda x, f: x.view(len(x) // f ** 2, f ** 2, -1).mean(1),
+     "Nothing is averaged: the patches stand one behind the other."),
     (lambda x, f: x.T.reshape(len(x) // f ** 2, -1), "x is [P, C]: the grid is its first axis."),
 )
 
@@ -311,11 +332,14 @@ def _shuffled(x, split, *axes):
 
 SLIPS["shuffle"] = (
     (lambda x: _shuffled(x, (2, 2, -1), 0, 3, 1, 2, 4), "You read the order (dx, dy, c); it is (dy, dx, c)."),
-    (lambda x: x.reshape(4 * len(x), -1), "reshape alone puts the four patches of a token into one row; they are a block."),
+    (lambda x: x.reshape(4 * len(x), -1),
+     "reshape alone puts the four patches of a token into one row; they are a block."),
     (lambda x: _shuffled(x, (-1, 2, 2), 0, 3, 1, 4, 2), "You read the order (c, dy, dx); the channels come last."),
     (lambda x: _shuffled(x, (2, 2, -1), 1, 2, 0, 3, 4), "The tokens lie row by row, not column by column."),
-    (lambda x: _shuffled(x, (2, 2, -1), 2, 0, 3, 1, 4), "The patches of a token are neighbours; you set them far apart."),
-    (lambda x: x[:, :x.shape[1] // 4].repeat_interleave(4, 0), "Each patch has a quarter of the token, not all the same one."),
+    (lambda x: _shuffled(x, (2, 2, -1), 2, 0, 3, 1, 4),
+     "The patches of a token are neighbours; you set them far apart."),
+    (lambda x: x[:, :x.shape[1] // 4].repeat_interleave(4, 0),
+     "Each patch has a quarter of the token, not all the same one."),
     (lambda x: _shuffled(x, (2, 2, -1), 0, 2, 1, 3, 4).flip(0), "The first patch comes first."),
 )
 
@@ -336,7 +360,8 @@ SLIPS["averaged"] = (
      "Each tile has a mean of its own; you give all tiles that of the first."),
     (lambda pipe, q, picture: _shown(pipe, q, picture, lambda p, v: v.sum(1, keepdim=True).expand_as(v)),
      "The mean, not the sum."),
-    (lambda pipe, q, picture: pipe((q, picture)).text, "Nothing is averaged: the model still uses its own visual tokens."),
+    (lambda pipe, q, picture: pipe((q, picture)).text,
+     "Nothing is averaged: the model still uses its own visual tokens."),
     (_mean_picture, "The mean of the pixels is not the mean of the visual tokens."),
 )
 
@@ -373,7 +398,11 @@ def _best(parts, merges, key=None):
 
 
 def _from_the_right(parts, pair):
-    return [part[::-1] for part in _glue([part[::-1] for part in parts[::-1]], [part[::-1] for part in pair[::-1]])[::-1]]
+    out = list(parts)
+    for k in range(len(out) - 2, -1, -1):
+        if tuple(out[k:k + 2]) == pair:
+            out[k:k + 2] = [pair[0] + pair[1]]
+    return out
 
 
 def _all_merges(parts, merges):
@@ -399,7 +428,8 @@ def _overlapping(parts, merges):
 
 
 SLIPS["bpe_step"] = (
-    (lambda parts, merges: _glue(parts, _best(parts, merges), most=1), "Every place of the pair is glued, not only the first."),
+    (lambda parts, merges: _glue(parts, _best(parts, merges), most=1),
+     "Every place of the pair is glued, not only the first."),
     (lambda parts, merges: _glue(parts, _best(parts, merges, key=lambda _: 0)),
      "The best pair is the one that stands first in `merges`, not in the text."),
     (lambda parts, merges: _glue(parts, _best(parts, merges, key=lambda pair: -merges.index(pair))),
@@ -409,7 +439,8 @@ SLIPS["bpe_step"] = (
      "Which pair is the most frequent was asked in training; now the order of `merges` counts."),
     (_all_merges, "One step uses one pair; you go through all merges."),
     (_to_the_end, "One step only; you go on until nothing is left to glue."),
-    (lambda parts, merges: _from_the_right(parts, _best(parts, merges)), "From left to right: of a a a the first two are glued."),
+    (lambda parts, merges: _from_the_right(parts, _best(parts, merges)),
+     "From left to right: of a a a the first two are glued."),
     (_overlapping, "A part that has been glued is used up: of a a a only two are glued."),
     (lambda parts, merges: _glue(parts[:-1], _best(parts, merges)) + parts[-1:], "The last pair is never looked at."),
     (lambda parts, merges: _glue(parts, _best(parts, merges)) if _best(parts, merges)[0] else [],
@@ -469,7 +500,7 @@ def _mean_of_both(table, a, b):
 
 SLIPS["exchanged"] = (
     (lambda pipe, a, b, q, picture: _new_rows(pipe, (a, b), q, picture, _second_over_first),
-     "Both rows are the same now: table[a], table[b] = table[b], table[a] moves views; use table[[a, b]] = table[[b, a]]."),
+     "Both rows are the same now: table[a] is a view, so keep a clone, or table[[a, b]] = table[[b, a]]."),
     (lambda pipe, a, b, q, picture: _new_rows(pipe, (a, b), q, picture, _first_over_second),
      "Only one row is copied; they are to be exchanged."),
     (lambda pipe, a, b, q, picture: pipe((q, picture)).text, "The table is as before while the model answers."),
@@ -516,7 +547,7 @@ SLIPS["window_mask"] = (
 def _attended(q, k, v, *, share="repeat_interleave", scale=None, mask=True, hidden=float("-inf"), diagonal=0, axis=-1,
               after=False):
     (H, T, E), K = q.shape, k.shape[0]
-    k, v = ((x.repeat_interleave(H // K, 0) if share == "repeat_interleave" else x.repeat(H // K, 1, 1)) for x in (k, v))
+    k, v = (x.repeat_interleave(H // K, 0) if share == "repeat_interleave" else x.repeat(H // K, 1, 1) for x in (k, v))
     scores = q @ k.transpose(1, 2) / (E ** 0.5 if scale is None else scale)
     past = torch.ones(T, T, dtype=torch.bool).tril(diagonal)
     if mask and not after:
@@ -531,10 +562,12 @@ SLIPS["attention"] = (
     (lambda q, k, v: _attended(q, k, v, scale=(len(q) * q.shape[-1]) ** 0.5),
      "E is the width of one head, not of all heads together."),
     (lambda q, k, v: _attended(q, k, v, mask=False), "Nobody may see later tokens: the causal mask is missing."),
-    (lambda q, k, v: _attended(q, k, v, share="repeat"), "Heads share in neighbours, 0 0 1 1: repeat_interleave, not repeat."),
+    (lambda q, k, v: _attended(q, k, v, share="repeat"),
+     "Heads share in neighbours, 0 0 1 1: repeat_interleave, not repeat."),
     (lambda q, k, v: _attended(q, k, v, axis=-2), "The softmax goes over the keys, the last axis."),
     (lambda q, k, v: _attended(q, k, v, axis=0), "The softmax goes over the keys, not over the heads."),
-    (lambda q, k, v: _attended(q, k, v, after=True), "Masked after the softmax, the weights no longer sum to 1: mask the scores."),
+    (lambda q, k, v: _attended(q, k, v, after=True),
+     "Masked after the softmax, the weights no longer sum to 1: mask the scores."),
     (lambda q, k, v: _attended(q, k, v, hidden=0.0), "A score of 0 still gets weight, e to the 0: -inf hides it."),
     (lambda q, k, v: _attended(q, k, v, diagonal=-1), "A token sees itself."),
     (lambda q, k, v: _attended(q, k, v, diagonal=1), "One too many: a token sees up to itself."),
@@ -561,12 +594,15 @@ def _relative(a, b):
 
 
 SLIPS["layer_errors"] = (
-    (lambda pipe, ids, rotate: _layer_errors(pipe, ids, rotate, lambda a, b: (a - b).norm()), "Relative errors: divided by the size."),
+    (lambda pipe, ids, rotate: _layer_errors(pipe, ids, rotate, lambda a, b: (a - b).norm()),
+     "Relative errors: divided by the size."),
     (lambda pipe, ids, rotate: _layer_errors(pipe, ids, rotate, lambda a, b: _relative(b, a)),
      "relative_error(wrong, right): relative to what is right."),
     (lambda pipe, ids, rotate: _layer_errors(pipe, ids, rotate, _relative)[:-1], "The logits are missing."),
-    (lambda pipe, ids, rotate: _layer_errors(pipe, ids, rotate, _relative).roll(1), "The layers first, the logits last."),
-    (lambda pipe, ids, rotate: _layer_errors(pipe, ids, rotate, _relative, ["llm.norm"]), "Whole layers and logits only, no llm.norm."),
+    (lambda pipe, ids, rotate: _layer_errors(pipe, ids, rotate, _relative).roll(1),
+     "The layers first, the logits last."),
+    (lambda pipe, ids, rotate: _layer_errors(pipe, ids, rotate, _relative, ["llm.norm"]),
+     "Whole layers and logits only, no llm.norm."),
     (lambda pipe, ids, rotate: 0 * _layer_errors(pipe, ids, rotate, _relative),
      "Both runs are the same: qwen2.rotate must be the other function in one of them, and only there."),
     (lambda pipe, ids, rotate: _layer_errors(pipe, ids, rotate, lambda a, b: (a - b).abs().max() / b.abs().max()),
@@ -584,7 +620,8 @@ SLIPS["cached_passes"] = (
     (lambda T, n: n * T + n * (n - 1) // 2, "That is without a cache, where everything is read again for each token."),
     (lambda T, n: T * n, "With a cache the prompt is read once."),
     (lambda T, n: T, "Each token of the answer but the last is read too."),
-    (lambda T, n: T + n + 1, "The first token of the answer comes from reading the prompt, and the last is never read."),
+    (lambda T, n: T + n + 1,
+     "The first token of the answer comes from reading the prompt, and the last is never read."),
     (lambda T, n: T + n - 2, "Only the last token of the answer is not read."),
 )
 
@@ -600,15 +637,20 @@ def _before(ordered):
 
 
 SLIPS["top_p"] = (
-    (lambda probs, p: _kept(probs, lambda o: _before(o) < p), "If those before it hold exactly p, a token still stays: <=."),
-    (lambda probs, p: _kept(probs, lambda o: _before(o) <= p, rescale=False), "What is left must be scaled to the sum 1."),
+    (lambda probs, p: _kept(probs, lambda o: _before(o) < p),
+     "If those before it hold exactly p, a token still stays: <=."),
+    (lambda probs, p: _kept(probs, lambda o: _before(o) <= p, rescale=False),
+     "What is left must be scaled to the sum 1."),
     (lambda probs, p: _kept(probs, lambda o: (o.cumsum(0) <= p) | (_before(o) == 0)),
      "The token that goes beyond p stays too: compare the sum of those before it, without its own."),
     (lambda probs, p: _kept(probs, lambda o: o.cumsum(0) <= p),
      "The most probable token always stays: the sum of those before it is 0."),
-    (lambda probs, p: _kept(probs, lambda o: o >= p), "p is no threshold of a single token; the sum from the best down counts."),
-    (lambda probs, p: _kept(probs, lambda o: _before(o) <= p, descending=False), "From the most probable down: descending=True."),
-    (lambda probs, p: (o := probs.where(_before(probs) <= p, 0.0)) / o.sum(), "Sort first, the most probable at the front."),
+    (lambda probs, p: _kept(probs, lambda o: o >= p),
+     "p is no threshold of a single token; the sum from the best down counts."),
+    (lambda probs, p: _kept(probs, lambda o: _before(o) <= p, descending=False),
+     "From the most probable down: descending=True."),
+    (lambda probs, p: (o := probs.where(_before(probs) <= p, 0.0)) / o.sum(),
+     "Sort first, the most probable at the front."),
     (lambda probs, p: (o := probs.sort(descending=True).values).where(_before(o) <= p, 0.0)
      / o.where(_before(o) <= p, 0.0).sum(), "Each must go back to its own id after the sorting."),
     (lambda probs, p: _kept(probs, lambda o: _before(o) <= p, rescale=False).softmax(0),
@@ -620,44 +662,51 @@ def _penalised(scores, seen, change):
     return torch.tensor([float(change(v, i)) if i in seen else float(v) for i, v in enumerate(scores)])
 
 
+def _by(r):
+    return lambda v, i: v / r if v > 0 else v * r
+
+
 SLIPS["repetition"] = (
     (lambda scores, seen, r: _penalised(scores, seen, lambda v, i: v / r),
      "A negative score divided by r gets better: it is multiplied."),
     (lambda scores, seen, r: _penalised(scores, seen, lambda v, i: v * r),
      "A positive score multiplied by r gets better: it is divided."),
     (lambda scores, seen, r: _penalised(scores, seen, lambda v, i: v * r if v > 0 else v / r), "The other way round."),
-    (lambda scores, seen, r: _penalised(scores, seen, lambda v, i: v / r ** seen.count(i) if v > 0 else v * r ** seen.count(i)),
+    (lambda scores, seen, r: _penalised(scores, seen, lambda v, i: _by(r ** seen.count(i))(v, i)),
      "Once, also for a token that was seen twice: set(seen)."),
     (lambda scores, seen, r: _penalised(scores, seen, lambda v, i: v - r), "Divided or multiplied, not subtracted."),
-    (lambda scores, seen, r: _penalised(scores, range(len(scores)), lambda v, i: v / r if v > 0 else v * r),
+    (lambda scores, seen, r: _penalised(scores, range(len(scores)), _by(r)),
      "Only tokens that were seen."),
-    (lambda scores, seen, r: _penalised(scores, set(range(len(scores))) - set(seen), lambda v, i: v / r if v > 0 else v * r),
+    (lambda scores, seen, r: _penalised(scores, set(range(len(scores))) - set(seen), _by(r)),
      "Those that were seen, not the others."),
-    (lambda scores, seen, r: _penalised(scores, seen[-1:], lambda v, i: v / r if v > 0 else v * r), "All that were seen."),
+    (lambda scores, seen, r: _penalised(scores, seen[-1:], _by(r)),
+     "All that were seen."),
     (lambda scores, seen, r: _penalised(scores, seen, lambda v, i: float("-inf")), "A penalty, not a ban."),
 )
 
 
-def _chosen(model, ids, n, banned, choose=torch.argmax, instead_of=float("-inf")):
-    """Greedy writing without a cache, some scores replaced: banned(ids, written)."""
+def _chosen(model, ids, n, banned, choose=torch.argmax):
+    """Greedy writing without a cache; the scores of banned(ids, written) are hidden."""
     written = []
     with torch.no_grad():
         for _ in range(n):
             scores = model(torch.tensor([[*ids, *written]]))[0, -1].clone()
-            scores[banned(ids, written)] = instead_of
+            scores[banned(ids, written)] = float("-inf")
             written.append(int(choose(scores)))
     return written
 
 
 SLIPS["never_twice"] = (
-    (lambda model, ids, n: _chosen(model, ids, n, lambda ids, new: []), "Tokens come twice: what is written must be hidden."),
-    (lambda model, ids, n: _chosen(model, ids, n, lambda ids, new: new[-1:]), "All that is written is hidden, not only the last."),
-    (lambda model, ids, n: _chosen(model, ids, n, lambda ids, new: ids + new), "Tokens of the prompt may be written, once."),
-    (lambda model, ids, n: _chosen(model, ids, n, lambda ids, new: new, instead_of=0.0),
-     "0 is not the lowest score, the best may be below or near it: -inf."),
+    (lambda model, ids, n: _chosen(model, ids, n, lambda ids, new: []),
+     "Tokens come twice: what is written must be hidden."),
+    (lambda model, ids, n: _chosen(model, ids, n, lambda ids, new: new[-1:]),
+     "All that is written is hidden, not only the last."),
+    (lambda model, ids, n: _chosen(model, ids, n, lambda ids, new: ids + new),
+     "Tokens of the prompt may be written, once."),
     (lambda model, ids, n: _chosen(model, ids, n + 1, lambda ids, new: new), "n tokens; that is one more."),
     (lambda model, ids, n: _chosen(model, ids, n - 1, lambda ids, new: new), "n tokens; that is one less."),
-    (lambda model, ids, n: ids + _chosen(model, ids, n, lambda ids, new: new), "Only the new tokens, without the prompt."),
+    (lambda model, ids, n: ids + _chosen(model, ids, n, lambda ids, new: new),
+     "Only the new tokens, without the prompt."),
     (lambda model, ids, n: list(dict.fromkeys(_chosen(model, ids, n, lambda ids, new: []))),
      "Hide them before the choice; to drop the repetitions afterwards gives another text."),
     (lambda model, ids, n: _chosen(model, ids, n, lambda ids, new: new, lambda s: s.topk(2).indices[1]),
@@ -672,12 +721,15 @@ def _word(numbers, columns=(0, 2, 4, 6, 1, 3, 5, 7), bits=4):
 
 
 SLIPS["pack_word"] = (
-    (lambda numbers: _word(numbers, range(8)), "The columns do not lie in their order: 0, 2, 4, 6, 1, 3, 5, 7 from the right."),
+    (lambda numbers: _word(numbers, range(8)),
+     "The columns do not lie in their order: 0, 2, 4, 6, 1, 3, 5, 7 from the right."),
     (lambda numbers: _word(numbers, (0, 4, 1, 5, 2, 6, 3, 7)),
-     "That is the order the other way: digit n holds column order[n], column n does not go to digit order[n]."),
+     "That is the inverse order: digit n holds column order[n]; column n does not go to digit order[n]."),
     (lambda numbers: _word(numbers, (7, 5, 3, 1, 6, 4, 2, 0)), "Digits are counted from the right, the lowest bits."),
-    (lambda numbers: _word(numbers, range(7, -1, -1)), "That reads like the numbers, first digit on the left; the order is another."),
-    (lambda numbers: (w := _word(numbers)) - (w >> 31 << 32), "Unsigned: a leading bit of 1 is no minus. Add 2 ** 32, or do not subtract it."),
+    (lambda numbers: _word(numbers, range(7, -1, -1)),
+     "The first number does not stand leftmost: from the right the columns are 0, 2, 4, 6, 1, 3, 5, 7."),
+    (lambda numbers: (w := _word(numbers)) - (w >> 31 << 32),
+     "Unsigned: a first bit of 1 is no minus sign. Modulo 2 ** 32."),
     (lambda numbers: _word(numbers, bits=1), "A number has 4 bits: shift by 4 * n."),
     (lambda numbers: _word(numbers, bits=8), "A number has 4 bits, not 8."),
     (lambda numbers: _word(numbers, (0, 2, 4, 6, 1, 3, 5)), "Eight numbers: one is missing."),
@@ -695,7 +747,8 @@ SLIPS["dequantise"] = (
      "uint8 has no negative numbers, 3 - 5 is 254: float() before the difference."),
     (lambda q, z, s: _dequantised(q, z, s, formula=lambda q, z, s: q * s - z), "First minus z, then times s."),
     (lambda q, z, s: _dequantised(q, z, s, formula=lambda q, z, s: (z - q) * s), "q - z, not z - q."),
-    (lambda q, z, s: _dequantised(q, z, s, formula=lambda q, z, s: (q - z - 1) * s), "No 1 is added to z; that is GPTQ's convention."),
+    (lambda q, z, s: _dequantised(q, z, s, formula=lambda q, z, s: (q - z - 1) * s),
+     "No 1 is added to z; that is GPTQ's convention."),
     (lambda q, z, s: _dequantised(q, z, s, formula=lambda q, z, s: q * s), "The zero point is missing."),
     (lambda q, z, s: _dequantised(q, z, s, formula=lambda q, z, s: (q - 8) * s), "The zero point is z, not always 8."),
     (lambda q, z, s: _dequantised(q, z, s, formula=lambda q, z, s: (q - z).clamp(0) * s), "Weights may be negative."),
@@ -719,7 +772,8 @@ SLIPS["round_group"] = (
     (lambda w: _rounded(w, clamp=False), "q must stay in 0..15: the rounded z can push it to 16 or -1."),
     (lambda w: _rounded(w, low=torch.min, high=torch.max), "0 must be among the levels: max(w, 0) and min(w, 0)."),
     (lambda w: _rounded(w, digit=lambda w, s, z: (w / s).floor() + z), "Rounded to nearest, not down."),
-    (lambda w: _rounded(w, digit=lambda w, s, z: (w / s).trunc() + z), "Rounded to nearest, not cut off: int() goes towards 0."),
+    (lambda w: _rounded(w, digit=lambda w, s, z: (w / s).trunc() + z),
+     "Rounded to nearest, not cut off: int() goes towards 0."),
     (lambda w: _rounded(w, steps=16), "Sixteen levels have fifteen steps between them."),
     (lambda w: _rounded(w, back=lambda q, z, s: q), "Those are the numbers q; the dequantised group is asked."),
     (lambda w: _rounded(w, back=lambda q, z, s: q * s), "The zero point must come off again: (q - z) * s."),
@@ -727,7 +781,8 @@ SLIPS["round_group"] = (
     (lambda w: _rounded(w, z=torch.floor), "z is rounded to nearest, not down."),
     (lambda w: _rounded(w, digit=lambda w, s, z: torch.round((w - w.min().clamp(max=0)) / s)),
      "w / s and z are rounded each by itself; the rounded sum can be another."),
-    (lambda w: torch.round(w / (s := w.abs().max() / 7)) * s, "That is symmetric, with one level for 0 in the middle; here there is a z."),
+    (lambda w: torch.round(w / (s := w.abs().max() / 7)) * s,
+     "That is symmetric, with one level for 0 in the middle; here there is a z."),
     (lambda w: w, "Nothing is rounded."),
 )
 
@@ -747,8 +802,8 @@ def _bits_away(model, ids, pixel_values, change, *, zeros=True, error=_relative)
             m.qzeros = awq.pack(change(awq.unpack(m.qzeros))) if zeros else m.qzeros
         wrong = run()
     finally:
-        for m, (m.qweight, m.qzeros) in zip(linears, kept):
-            pass
+        for m, (qweight, qzeros) in zip(linears, kept):
+            m.qweight, m.qzeros = qweight, qzeros
     return torch.tensor([float(error(a, b)) for a, b in zip(wrong, right)])
 
 
@@ -756,13 +811,15 @@ SLIPS["fewer_bits"] = (
     (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n // 2), "n // 2 halves the numbers too: times 2 again."),
     (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n // 2 * 2, zeros=False), "The zero points lose their bit too."),
     (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n // 4 * 4), "One bit, not two."),
-    (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n | 1), "The bit is to be 0, not 1."),
     (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n % 8), "The lowest bit goes, not the highest."),
-    (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n // 2 * 2, error=lambda a, b: (a - b).norm()), "Relative errors are asked."),
+    (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n // 2 * 2, error=lambda a, b: (a - b).norm()),
+     "Relative errors are asked."),
     (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n // 2 * 2, error=lambda a, b: _relative(b, a)),
      "relative_error(wrong, right): relative to what is right."),
-    (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n // 2 * 2).flip(0), "The visual tokens first, then the scores."),
-    (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n), "Both runs are the same: awq.unpack must be the other one in one of them."),
+    (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n // 2 * 2).flip(0),
+     "The visual tokens first, then the scores."),
+    (lambda m, ids, p: _bits_away(m, ids, p, lambda n: n),
+     "Both runs are the same: awq.unpack must be the other one in one of them."),
 )
 
 
@@ -775,23 +832,29 @@ SLIPS["relative_error"] = (
     (lambda a, b: float((a - b).abs().max() / b.abs().max()), "Norms: all numbers count, not only the largest."),
     (lambda a, b: float(((a - b) / b).abs().mean()), "One quotient of two norms, not the mean of many quotients."),
     (lambda a, b: float((a - b).abs().sum() / b.abs().sum()), "The norm is the root of the summed squares."),
-    (lambda a, b: float(((a - b).norm(dim=-1) / b.norm(dim=-1)).mean()), "One norm over all axes, not one for each row."),
+    (lambda a, b: float(((a - b).norm(dim=-1) / b.norm(dim=-1)).mean()),
+     "One norm over all axes, not one for each row."),
     (lambda a, b: float((a - b).norm() / (a.norm() + b.norm())), "Divided by the size of b alone."),
     (lambda a, b: abs(float(a.norm() / b.norm()) - 1), "The norm of the difference, not the difference of the norms."),
 )
 
 
 SLIPS["first_difference"] = (
-    (lambda errors, tolerance: next((n for n, e in errors if e > tolerance), None), "nan > x is False: ask `not error <= tolerance`."),
-    (lambda errors, tolerance: max(errors, key=lambda e: e[1])[0] if any(not e <= tolerance for _, e in errors) else None,
+    (lambda errors, tolerance: next((n for n, e in errors if e > tolerance), None),
+     "nan > x is False: ask `not error <= tolerance`."),
+    (lambda errors, tolerance: max([(e, n) for n, e in errors if not e <= tolerance], default=(0, None))[1],
      "The first that differs, not the largest."),
-    (lambda errors, tolerance: next((n for n, e in errors[::-1] if not e <= tolerance), None), "The first, not the last."),
-    (lambda errors, tolerance: next((k for k, (n, e) in enumerate(errors) if not e <= tolerance), None), "Its name, not its place."),
+    (lambda errors, tolerance: next((n for n, e in errors[::-1] if not e <= tolerance), None),
+     "The first, not the last."),
+    (lambda errors, tolerance: next((k for k, (n, e) in enumerate(errors) if not e <= tolerance), None),
+     "Its name, not its place."),
     (lambda errors, tolerance: next((e for n, e in errors if not e <= tolerance), None), "Its name, not its error."),
     (lambda errors, tolerance: next((n for n, e in errors if not e <= tolerance), ""), "None if all agree."),
     (lambda errors, tolerance: next((n for n, e in errors if not e <= 2e-5), None), "The tolerance is given."),
-    (lambda errors, tolerance: next((n for n, e in errors if e <= tolerance), None), "The first that differs, not that agrees."),
-    (lambda errors, tolerance: next((n for n, e in errors if not e <= 0), None), "An error within the tolerance is no difference."),
+    (lambda errors, tolerance: next((n for n, e in errors if e <= tolerance), None),
+     "The first that differs, not that agrees."),
+    (lambda errors, tolerance: next((n for n, e in errors if not e <= 0), None),
+     "An error within the tolerance is no difference."),
 )
 
 
@@ -804,26 +867,31 @@ def _size(x, *axes):
 
 
 SLIPS["wrong_tokens"] = (
-    (lambda a, b, tolerance: _beyond(_size(a - b, 0, 2), tolerance), "That is the absolute error: divide by the size of b."),
+    (lambda a, b, tolerance: _beyond(_size(a - b, 0, 2), tolerance),
+     "That is the absolute error: divide by the size of b."),
     (lambda a, b, tolerance: _beyond((_size(a - b, 2) / _size(b, 2)).amax(0), tolerance),
      "One error for a token over all tiles together; a tile alone may be beyond."),
     (lambda a, b, tolerance: _beyond((_size(a - b, 2) / _size(b, 2)).mean(0), tolerance),
      "The squares of all tiles are summed before the root; a mean of the tiles' errors is another number."),
     (lambda a, b, tolerance: _beyond(_size(a - b, 2)[0] / _size(b, 2)[0], tolerance), "All tiles, not only the first."),
-    (lambda a, b, tolerance: _beyond(_size(a - b, 0, 2) / b.norm(), tolerance), "Relative to the same token of b, not to all of b."),
+    (lambda a, b, tolerance: _beyond(_size(a - b, 0, 2) / b.norm(), tolerance),
+     "Relative to the same token of b, not to all of b."),
     (lambda a, b, tolerance: _beyond(_size(a - b, 0, 2) / _size(a, 0, 2), tolerance), "Relative to b, not to a."),
     (lambda a, b, tolerance: [t for t, e in enumerate(_size(a - b, 0, 2) / _size(b, 0, 2)) if e >= tolerance],
      "Above the tolerance: an error equal to it is not."),
     (lambda a, b, tolerance: _beyond((_size(a - b, 0, 2) / _size(b, 0, 2)) ** 2, tolerance), "The root is missing."),
-    (lambda a, b, tolerance: _beyond(_size(a - b, 1, 2) / _size(b, 1, 2), tolerance), "Those are tiles; tokens are axis 1."),
-    (lambda a, b, tolerance: _beyond(_size(a - b, 0, 1) / _size(b, 0, 1), tolerance), "Those are channels; tokens are axis 1."),
-    (lambda a, b, tolerance: [t + 1 for t in _beyond(_size(a - b, 0, 2) / _size(b, 0, 2), tolerance)], "The first token is 0."),
+    (lambda a, b, tolerance: _beyond(_size(a - b, 1, 2) / _size(b, 1, 2), tolerance),
+     "Those are tiles; tokens are axis 1."),
+    (lambda a, b, tolerance: _beyond(_size(a - b, 0, 1) / _size(b, 0, 1), tolerance),
+     "Those are channels; tokens are axis 1."),
+    (lambda a, b, tolerance: [t + 1 for t in _beyond(_size(a - b, 0, 2) / _size(b, 0, 2), tolerance)],
+     "The first token is 0."),
     (lambda a, b, tolerance: _beyond((a - b).abs().amax((0, 2)) / b.abs().amax((0, 2)), tolerance),
      "Norms: all numbers of the token count, not only the largest."),
 )
 
 
-@functools.lru_cache
+@functools.cache
 def _report(name, wrong):
     from weights_tools.verify import compare
     folder, recording, picture = solutions._recorded()
@@ -835,11 +903,13 @@ def _report(name, wrong):
 SLIPS["caught_at"] = (
     (lambda name, wrong: None, "Nothing differed: `wrong` must be the method while the comparison runs."),
     (lambda name, wrong: _report(name, wrong).rows[0].stage, "That stage agrees; the first that does not is asked."),
-    (lambda name, wrong: [r.stage for r in _report(name, wrong).rows if not r.agrees][-1], "The first that differs, not the last."),
-    (lambda name, wrong: max((r for r in _report(name, wrong).rows if r.error is not None), key=lambda r: r.error).stage,
+    (lambda name, wrong: [r.stage for r in _report(name, wrong).rows if not r.agrees][-1],
+     "The first that differs, not the last."),
+    (lambda name, wrong: max(_report(name, wrong).rows, key=lambda r: r.error or 0).stage,
      "The first that differs, not the one with the largest error."),
     (lambda name, wrong: name, "The name of the stage, not of the method."),
-    (lambda name, wrong: [r.stage for r in _report(name, wrong).rows if r.agrees][-1], "The first that differs, not the last that agrees."),
+    (lambda name, wrong: [r.stage for r in _report(name, wrong).rows if r.agrees][-1],
+     "The first that differs, not the last that agrees."),
 )
 
 
@@ -865,11 +935,14 @@ SLIPS["weights_of"] = (
 
 SLIPS["normalised"] = (
     (lambda d: d / d.max() if d.max() > 0 else torch.zeros_like(d), "Negative drops become 0: clamp(min=0)."),
-    (lambda d: d.clamp(min=0) / d.abs().max().clamp(min=1e-30), "By the largest drop, not by the largest absolute value."),
+    (lambda d: d.clamp(min=0) / d.abs().max().clamp(min=1e-30),
+     "By the largest drop, not by the largest absolute value."),
     (lambda d: d.abs() / d.abs().max().clamp(min=1e-30), "A negative drop becomes 0, it does not change its sign."),
-    (lambda d: (d - d.min()) / (d.max() - d.min()).clamp(min=1e-30), "The smallest is not moved to 0: only negative ones become 0."),
+    (lambda d: (d - d.min()) / (d.max() - d.min()).clamp(min=1e-30),
+     "The smallest is not moved to 0: only negative ones become 0."),
     (lambda d: d.clamp(min=0) / d.clamp(min=0).sum().clamp(min=1e-30), "Divided by the largest, not by the sum."),
-    (lambda d: d.clamp(min=0) / d.clamp(min=0).amax(1, keepdim=True).clamp(min=1e-30), "One largest for the whole map, not for each row."),
+    (lambda d: d.clamp(min=0) / d.clamp(min=0).amax(1, keepdim=True).clamp(min=1e-30),
+     "One largest for the whole map, not for each row."),
     (lambda d: d.clamp(min=0) / d.clamp(min=0).max(), "If none is positive, that is 0 / 0: all 0 then."),
     (lambda d: d.clamp(min=0) / d.max() if d.max() > 0 else d, "If none is positive all become 0."),
     (lambda d: d.clamp(0, 1), "Divided by the largest, not cut off at 1."),
@@ -882,15 +955,21 @@ def _read_out(hidden, weight, eps, head, *, mean=False, axis=-1, root=torch.sqrt
 
 
 SLIPS["lens_ids"] = (
-    (lambda x, w, eps, head: _read_out(x, w, 0.0, head).argmax(-1).tolist(), "eps is missing: a state near 0 is divided by 0."),
+    (lambda x, w, eps, head: _read_out(x, w, 0.0, head).argmax(-1).tolist(),
+     "eps is missing: a state near 0 is divided by 0."),
     (lambda x, w, eps, head: _read_out(x, 1, eps, head).argmax(-1).tolist(), "The norm's weight is missing."),
-    (lambda x, w, eps, head: _read_out(x, w, eps, head, mean=True).argmax(-1).tolist(), "RMSNorm does not take the mean off."),
+    (lambda x, w, eps, head: _read_out(x, w, eps, head, mean=True).argmax(-1).tolist(),
+     "RMSNorm does not take the mean off."),
     (lambda x, w, eps, head: _read_out(x, w, eps, head).argmin(-1).tolist(), "The largest score, not the smallest."),
-    (lambda x, w, eps, head: _read_out(x, w, eps, head).argmax(0).tolist(), "The best id of each layer: argmax over the last axis."),
+    (lambda x, w, eps, head: _read_out(x, w, eps, head).argmax(0).tolist(),
+     "The best id of each layer: argmax over the last axis."),
     (lambda x, w, eps, head: [int(_read_out(x, w, eps, head)[-1].argmax())], "Every layer, not only the last."),
-    (lambda x, w, eps, head: _read_out(x, w, eps, head, axis=0).argmax(-1).tolist(), "Each layer's vector has a norm of its own: over the last axis."),
-    (lambda x, w, eps, head: _read_out(x, 1 + w, eps, head).argmax(-1).tolist(), "Times the weight, not times 1 + weight."),
-    (lambda x, w, eps, head: _read_out(x, w, eps, head).abs().argmax(-1).tolist(), "The largest score, not the largest absolute value."),
+    (lambda x, w, eps, head: _read_out(x, w, eps, head, axis=0).argmax(-1).tolist(),
+     "Each layer's vector has a norm of its own: over the last axis."),
+    (lambda x, w, eps, head: _read_out(x, 1 + w, eps, head).argmax(-1).tolist(),
+     "Times the weight, not times 1 + weight."),
+    (lambda x, w, eps, head: _read_out(x, w, eps, head).abs().argmax(-1).tolist(),
+     "The largest score, not the largest absolute value."),
 )
 
 
@@ -910,10 +989,13 @@ def _row(a, b, token):
 
 SLIPS["patched"] = (
     (lambda pipe, q, a, b, k: _grafted(pipe, q, a, b, lambda x, y: x), "No token is replaced."),
-    (lambda pipe, q, a, b, k: _grafted(pipe, q, a, b, lambda x, y: y), "Only row `token` comes from the other picture, not all."),
-    (lambda pipe, q, a, b, k: _grafted(pipe, q, a, b, lambda x, y: _row(y, x, k)), "The pictures are exchanged: `picture` gets one row of `other`."),
+    (lambda pipe, q, a, b, k: _grafted(pipe, q, a, b, lambda x, y: y),
+     "Only row `token` comes from the other picture, not all."),
+    (lambda pipe, q, a, b, k: _grafted(pipe, q, a, b, lambda x, y: _row(y, x, k)),
+     "The pictures are exchanged: `picture` gets one row of `other`."),
     (lambda pipe, q, a, b, k: _grafted(pipe, q, a, b, lambda x, y: _row(x, y, k - 1)), "Tokens are counted from 0."),
-    (lambda pipe, q, a, b, k: _grafted(pipe, q, a, b, lambda x, y: _row(x, 0 * y, k)), "The row comes from the other picture; you give zeros."),
+    (lambda pipe, q, a, b, k: _grafted(pipe, q, a, b, lambda x, y: _row(x, 0 * y, k)),
+     "The row comes from the other picture; you give zeros."),
     (lambda pipe, q, a, b, k: _grafted(pipe, q, a, b, lambda x, y: (x + y) / 2), "Replaced, not averaged."),
 )
 
@@ -928,27 +1010,30 @@ SLIPS["tokens_at_factor"] = (
     (lambda text, tiles, s, f: tiles * (s // f) ** 2, "The text's tokens count too."),
     (lambda text, tiles, s, f: text + tiles * (s // 2) ** 2, "f need not be 2."),
     (lambda text, tiles, s, f: text + tiles * ((s // f) ** 2 + 1), "CLS is dropped before."),
-    (lambda text, tiles, s, f: text + tiles * (s // f) ** 2 + 2, "Nothing is to be added for <img> and </img>: `text` has them."),
+    (lambda text, tiles, s, f: text + tiles * (s // f) ** 2 + 2,
+     "Nothing is to be added for <img> and </img>: `text` has them."),
 )
 
 
-def _thrifty(width, height, max_num, R, *, room=lambda x: max(1, round(x)), ratio=lambda c, r: c / r, tie=-1, limit=True):
+def _thrifty(width, height, max_num, R, *, room=lambda x: max(1, round(x)), tie=-1, limit=True):
     room = room(width * height / R ** 2)
     most = min(max_num, room) if limit else room
     grids = [(c, r) for c in range(1, most + 1) for r in range(1, most // c + 1)]
-    return min(grids, key=lambda g: (abs(width / height - ratio(*g)), tie * g[0] * g[1]))
+    return min(grids, key=lambda g: (abs(width / height - g[0] / g[1]), tie * g[0] * g[1]))
 
 
 SLIPS["thrifty_grid"] = (
     (lambda w, h, most, R: _thrifty(w, h, most, R, tie=1), "On a tie the grid with more tiles."),
-    (lambda w, h, most, R: _thrifty(w, h, most, R, room=lambda x: most), "Never more tiles than the picture has pixels for."),
+    (lambda w, h, most, R: _thrifty(w, h, most, R, room=lambda x: most),
+     "Never more tiles than the picture has pixels for."),
     (lambda w, h, most, R: _thrifty(w, h, most, R, limit=False), "At most max_num tiles."),
     (lambda w, h, most, R: _thrifty(w, h, most, R, room=lambda x: max(1, int(x))), "Rounded to nearest, not down."),
     (lambda w, h, most, R: _thrifty(w, h, most, R, room=lambda x: max(1, math.ceil(x))), "Rounded to nearest, not up."),
-    (lambda w, h, most, R: _thrifty(w, h, most, R, ratio=lambda c, r: r / c), "Columns divided by rows, as width by height."),
-    (lambda w, h, most, R: _thrifty(w, h, most, R)[::-1], "(columns, rows), in this order."),
+    (lambda w, h, most, R: _thrifty(w, h, most, R)[::-1],
+     "(columns, rows) in this order, and columns / rows beside width / height."),
     (lambda w, h, most, R: _thrifty(w, h, most, R, room=round), "A tiny picture gets one tile too: max(1, ...)."),
-    (lambda w, h, most, R: tiling.choose_grid(w, h, max_num=most), "That is the package's rule; on a tie and for small pictures this one differs."),
+    (lambda w, h, most, R: tiling.choose_grid(w, h, max_num=most),
+     "That is the package's rule; on a tie and for small pictures this one differs."),
 )
 
 
@@ -1063,7 +1148,8 @@ SLIPS["labels_of"] = (
     (lambda ids, answers: [i for a, b in answers for i in ids[a:b]], "As long as ids: -100 outside of the answers."),
     (lambda ids, answers: [-100 if label == i else i for label, i in zip(_labelled(ids, answers), ids)],
      "The other way round: the answers are learned, the rest is -100."),
-    (lambda ids, answers: [label == i for label, i in zip(_labelled(ids, answers), ids)], "The ids themselves, not a mask."),
+    (lambda ids, answers: [label == i for label, i in zip(_labelled(ids, answers), ids)],
+     "The ids themselves, not a mask."),
 )
 
 
@@ -1076,10 +1162,11 @@ SLIPS["mixed_lessons"] = (
      "Each is called with its own index, new ones too."),
     (lambda new, old, every, n: [new(i) for i in range(n - n // every)] + [old(i) for i in range(n - n // every, n)],
      "Mixed, not the old ones at the end."),
-    (lambda new, old, every, n: [new(i) if i % every == every - 1 else old(i) for i in range(n)], "The other way round."),
+    (lambda new, old, every, n: [new(i) if i % every == every - 1 else old(i) for i in range(n)],
+     "The other way round."),
     (lambda new, old, every, n: [old(i) if i % (every + 1) == every else new(i) for i in range(n)],
      "Of `every` examples one is old, not of `every` + 1."),
-    (lambda new, old, every, n: [x for i in range(n) for x in ([new(i), old(i)] if i % every == every - 1 else [new(i)])],
+    (lambda new, old, every, n: [x for i in range(n) for x in ([new(i), old(i)] if (i + 1) % every == 0 else [new(i)])],
      "n examples in all: an old one takes the place of a new one."),
     (lambda new, old, every, n: [old(i) if i and i % every == 0 else new(i) for i in range(1, n + 1)],
      "The first index is 0."),

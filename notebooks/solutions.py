@@ -1,7 +1,8 @@
 """The exercises of the notebooks: what is asked (spec), the cases it is tried on, a hint, and our own solution.
 
-Try first. `lab.grade` compares an attempt with the spec and shows the hint at the second failure; the tests send each
-solution through the same checker.
+Try first. `lab.grade` compares an attempt with the spec. At the second failure it says what is wrong if it knows
+(slips.py has at least five slips of each exercise), else it shows the hint. The tests send each solution and each slip
+through it.
 """
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def pixels_of(pipe, picture, **how):
 
 
 def fingerprint():
-    """What a change shows in: scores of both twins for a question about several tiles, and their configs and weights."""
+    """Where a change shows: scores of both twins for a question about several tiles, their configs and weights."""
     found = []
     for pipe in (nano(), nano("nano-awq")):
         pixel_values = pixels_of(pipe, SAMPLES / "wide.png")
@@ -395,6 +396,13 @@ def _counting(ids):
     return scores
 
 
+def _summing(ids):
+    """Another: the next token is the sum of all, modulo 7."""
+    scores = torch.zeros(7)
+    scores[sum(ids) % 7] = 1.0
+    return scores
+
+
 def _write_spec(model, ids, stop, most):
     ids, new = list(ids), []
     for _ in range(most):
@@ -426,7 +434,7 @@ def tiles_of(width, height, max_num):
     return columns * rows + (columns * rows > 1)
 
 
-@functools.lru_cache
+@functools.cache
 def _square(side):
     return tiles_of(side, side, 12)
 
@@ -660,6 +668,13 @@ def _damaged(*shape, tokens):
     return x
 
 
+def _unequal(*shape, tolerance, seed):
+    """Tokens and tiles of very different sizes, each about 0.3 off."""
+    sizes = 10 ** torch.randint(-2, 3, (*shape[:2], 1), generator=torch.Generator().manual_seed(seed))
+    b = _random(*shape, seed=seed) * sizes
+    return b + 0.3 * b.norm(dim=2, keepdim=True) / shape[2] ** 0.5 * _random(*shape, seed=seed + 9), b, tolerance
+
+
 # ---- 09 look inside -------------------------------------------------------------------------------------------------
 
 def _weights_of_spec(q, k):
@@ -757,8 +772,8 @@ EXERCISES = {
     "blind": Exercise(
         spec=_blind_spec,
         cases=lambda: (
-            (nano(), "describe this image", SAMPLES / "shapes.png"),
-            (nano(), "What does it say?", SAMPLES / "wide.png"),
+            (nano(), "describe this image", SAMPLES / "tall.png"),
+            (nano(), "What shape is purple?", SAMPLES / "shapes.png"),
         ),
         hint=(
             "right = pipe.model.visual_tokens; pipe.model.visual_tokens = lambda x: "
@@ -769,7 +784,12 @@ EXERCISES = {
     "without_thumbnail": Exercise(
         spec=lambda pipe, question, picture: by_hand(pipe, question, pixels_of(pipe, picture, use_thumbnail=False)),
         cases=lambda: tuple(
-            (nano(), q, SAMPLES / p) for p in ("wide.png", "tall.png") for q in ("How many shapes are there?",)
+            (nano(), q, SAMPLES / p)
+            for q, p in (
+                ("describe this image", "wide.png"),
+                ("What is in the middle?", "small-print.png"),
+                ("What does it say?", "small-print.png"),
+            )
         ),
         hint=(
             "dataclasses.replace(pipe.model.config, use_thumbnail=False) is the other config; "
@@ -787,7 +807,8 @@ EXERCISES = {
     "averaged": Exercise(
         spec=_averaged_spec,
         cases=lambda: tuple(
-            (nano(), q, SAMPLES / "shapes.png") for q in ("What colour is the heart?", "describe this image")
+            (nano(), q, SAMPLES / p)
+            for q, p in (("describe this image", "wide.png"), ("What does it say?", "small-print.png"))
         ),
         hint="visual.mean(1, keepdim=True).expand_as(visual).",
         solution=averaged,
@@ -795,8 +816,12 @@ EXERCISES = {
     "exchanged": Exercise(
         spec=_exchanged_spec,
         cases=lambda: tuple(
-            (nano(), " red", " yellow", q, SAMPLES / "shapes.png")
-            for q in ("Where is the red star?", "What shape is purple?")
+            (nano(), a, b, q, SAMPLES / p)
+            for a, b, q, p in (
+                (" star", " heart", "What colour is the heart?", "shapes.png"),
+                (" star", " heart", "heart colour", "shapes.png"),
+                (" top", " bottom", "describe this image", "count.png"),
+            )
         ),
         hint=(
             "table = model.language_model.embeddings.weight.data; table[[a, b]] = table[[b, a]] exchanges two"
@@ -842,7 +867,7 @@ EXERCISES = {
     ),
     "patched": Exercise(
         spec=_patched_spec,
-        cases=lambda: tuple((nano(), "What colour is the heart?", *_green_heart()[::-1], k) for k in (0, 15)),
+        cases=lambda: tuple((nano(), "What colour is the heart?", *_green_heart()[::-1], k) for k in (0, 1, 15)),
         hint=(
             "Compute the other picture's visual tokens first; then let model.visual_tokens give a clone with "
             "one row replaced."
@@ -873,6 +898,9 @@ EXERCISES = {
             (100, 2000, 12, 448),
             (900, 900, 12, 448),
             (2000, 2000, 6, 448),
+            (200, 1600, 12, 448),
+            (1100, 200, 12, 448),
+            (100, 100, 12, 448),
         ),
         hint="First the number of tiles there is room for, then the nearest ratio.",
         solution=thrifty_grid,
@@ -937,7 +965,7 @@ EXERCISES = {
     ),
     "write": Exercise(
         spec=_write_spec,
-        cases=((_counting, [0, 1], 5, 20), (_counting, [2], 5, 2), (_counting, [5], 5, 9)),
+        cases=((_counting, [0, 1], 5, 20), (_counting, [2], 5, 2), (_counting, [5], 5, 9), (_summing, [1, 2], 5, 6)),
         hint="Ask the model for ids plus what is written so far; stop after the stop token or after `most`.",
         solution=write,
     ),
@@ -958,6 +986,7 @@ EXERCISES = {
             ([("a", 1e-07), ("b", 3e-05), ("c", 1.0)], 2e-05),
             ([("a", 0.0)], 2e-05),
             ([("a", 0.0), ("b", float("nan"))], 1.0),
+            ([("a", 0.001), ("b", 0.25), ("c", 0.5), ("d", 0.25)], 0.125),
             ([], 1.0),
         ),
         hint="nan > x is False. Ask for `not error <= tolerance`.",
@@ -969,6 +998,9 @@ EXERCISES = {
             (_damaged(2, 6, 4, tokens=[1, 4]), _random(2, 6, 4), 0.1),
             (_random(1, 3, 2), _random(1, 3, 2), 1e-06),
             (_damaged(3, 5, 2, tokens=[0]), _random(3, 5, 2), 0.4),
+            (torch.tensor([[[3.0, 4.0], [6.0, 8.0]]]) * 1.5, torch.tensor([[[3.0, 4.0], [6.0, 8.0]]]), 0.5),
+            _unequal(3, 12, 4, tolerance=0.3, seed=1),
+            _unequal(2, 9, 5, tolerance=0.15, seed=2),
         ),
         hint="Sum the squares over axes 0 and 2, of the difference and of b.",
         solution=wrong_tokens,
@@ -1001,6 +1033,7 @@ EXERCISES = {
         cases=(
             (_random(3, 8), _random(8, seed=1), 1e-06, _random(20, 8, seed=2)),
             (_random(1, 4), torch.ones(4), 1e-06, _random(5, 4, seed=3)),
+            (_random(9, 8) * torch.tensor([[1e-25, *[1.0] * 8]]).T, _random(8, seed=1), 1e-06, _random(20, 8, seed=4)),
         ),
         hint="Norm each layer's vector, multiply by head.T, argmax.",
         solution=lens_ids,
@@ -1020,8 +1053,8 @@ EXERCISES = {
     "layer_norm": Exercise(
         spec=_layer_norm_spec,
         cases=tuple(
-            (_random(*shape), _random(shape[-1], seed=1), _random(shape[-1], seed=2), 1e-06)
-            for shape in ((3, 8), (2, 3, 5), (4, 160))
+            (x, _random(x.shape[-1], seed=1), _random(x.shape[-1], seed=2), 1e-06)
+            for x in (_random(3, 8), _random(2, 3, 5), 0.001 * _random(4, 160), torch.full((2, 4), 3.0))
         ),
         hint="The variance divides by n, not by n - 1; eps goes under the root.",
         solution=layer_norm,
@@ -1063,6 +1096,10 @@ EXERCISES = {
                     ("abcbc", [("b", "c"), ("a", "b")]),
                     ("xyz", [("a", "b")]),
                     ("lolol", [("o", "l"), ("l", "o")]),
+                    ("baaab", [("a", "a"), ("b", "a")]),
+                    ("abcdef", [("e", "f"), ("a", "b"), ("c", "d")]),
+                    ("ababcd", [("c", "d"), ("a", "b")]),
+                    ("banana", [("an", "a"), ("a", "n")]),
                 )
             )
         ),
@@ -1071,7 +1108,7 @@ EXERCISES = {
     ),
     "user_turn": Exercise(
         spec=_user_turn_spec,
-        cases=(("Who are you?",), ("A\nB",)),
+        cases=(("Who are you?",), ("A\nB",), ("  Spaces  ",)),
         hint="Print prompt.render([(question, None)]) with repr(): each line end counts.",
         solution=lambda question: f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
     ),
@@ -1116,11 +1153,11 @@ EXERCISES = {
                     ([0.5, 0.3, 0.15, 0.05], 0.7),
                     ([0.1, 0.2, 0.7], 0.5),
                     ([0.25, 0.35, 0.4], 1.0),
-                    ([0.4, 0.35, 0.25], 0.4),
+                    ([0.09375, 0.5, 0.15625, 0.25], 0.75),      # exact in binary: 0.5 + 0.25 is p
                 )
             )
         ),
-        hint="Sort, and keep a token while those before it hold less than p.",
+        hint="Sort, and keep a token while those before it hold at most p.",
         solution=top_p,
         tolerance=1e-05,
     ),
@@ -1160,7 +1197,10 @@ EXERCISES = {
     ),
     "round_group": Exercise(
         spec=_round_group_spec,
-        cases=tuple(((_random(16, seed=n) * 0.1 + shift,) for n, shift in enumerate((0, 0.05, 1, -1)))),
+        cases=(
+            *((_random(16, seed=n) * 0.1 + shift,) for n, shift in enumerate((0, 0.05, 1, -1, -0.1, 0))),
+            (torch.tensor([-7.5, 2.2, 0.3, -3.9, 7.5]) / 64,),      # s is 1 / 64, z and the largest w / s round to 8
+        ),
         hint=(
             "0 must be one of the levels, also where all weights are positive: that is what the max and min "
             "with 0 are for."
@@ -1170,13 +1210,13 @@ EXERCISES = {
     ),
     "tiles_of": Exercise(
         spec=_tiles_of_spec,
-        cases=((800, 600, 12), (600, 600, 12), (448, 448, 12), (1000, 1000, 6), (30, 900, 4)),
+        cases=((800, 600, 12), (600, 600, 12), (448, 448, 12), (1000, 1000, 6), (30, 900, 4), (100, 450, 12)),
         hint="choose_grid gives (columns, rows). When is there no thumbnail?",
         solution=tiles_of,
     ),
     "largest_square": Exercise(
         spec=_largest_square_spec,
-        cases=((256,), (1280,), (3328,), (255,), (2000,)),
+        cases=((256,), (1280,), (3328,), (255,), (1024,)),
         hint=(
             "The cost does not fall when the side grows, but walk through all sides to be sure; a budget that"
             " nothing fits gives 0."

@@ -25,7 +25,7 @@ from minivl.cache import KVCache
 from minivl.chat.answers import Answer, Response
 from minivl.chat.requests import Turn, is_whole, read_request, warn
 from minivl.config import Config
-from minivl.fast.threads import at_most, pace
+from minivl.fast.threads import pace
 from minivl.files.find import find
 from minivl.files.load import load
 from minivl.generation import check_ids, left_pad, steps
@@ -347,7 +347,7 @@ def embed(model: MiniVL, turn: Turn) -> torch.Tensor:
     By itself, so that no other prompt of a batch can shift its visual tokens.
     """
     parts = [turn.tiles[i:i + TILES_AT_ONCE] for i in range(0, len(turn.tiles), TILES_AT_ONCE)]
-    with at_most(pace(model).most):
+    with pace(model, "tiles").each(model.vision_model.encoder.layers):
         visual = [model.visual_tokens(tiling.to_pixel_values(tiles)) for tiles in parts]    # each (n, L, D)
     return model.embed(torch.tensor([turn.ids]), torch.cat(visual) if visual else None)
 

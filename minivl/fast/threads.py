@@ -5,8 +5,9 @@ one, the others spin until it is back: some milliseconds, at each of a token's t
 program nano on two threads of two cores ran at a quarter of its speed, beside four at a tenth or less; one thread is as
 fast alone, and loses no more than its share of the processor (weights_tools/bench/README.md).
 
-    with at_most(1): ...            what torch computes inside is done by this thread alone
-    pace(model)                     one thread or more, for the prompts and the tokens of a model
+    with at_most(1): ...                            what torch computes inside is done by this thread alone
+    with pace(model, "tokens").step(x.shape): ...   one thread or more, as is faster for a token
+    with pace(model, "prompt").each(layers): ...    the same for each layer while a long prompt goes through them
 
 `torch.set_num_threads` would also decide for threads that begin to use torch meanwhile. So `at_most` asks the OpenMP
 library that torch works with, whose setting belongs to the thread that calls it; where that cannot be found (Windows),
@@ -17,8 +18,8 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from weakref import WeakKeyDictionary
 
@@ -28,8 +29,10 @@ from torch import nn
 from minivl.fast.replace import is_large
 
 SLOWER = 1.3            # a step that takes so many times as long as the latest ones took: something else wants to run
-WAIT = 16               # steps with fewer threads before more are tried; twice as many each time that it was no use,
-MOST = 256              # up to so many; and steps with all threads before fewer are tried
+HOPELESS = 1.5          # a number of threads with which a step takes so many times as long is not tried twice
+LOSS = 0.01             # the part of the time that trials of fewer threads than all may cost
+LOSS_BESIDE = 0.1       # the same for trials of more threads, while fewer are in use
+MOST = 256              # steps after which the next trial comes, whatever the last one cost
 
 
 @lru_cache
@@ -64,19 +67,18 @@ def at_most(n: int) -> Iterator[None]:
 class Pace:
     """Choose the threads of steps that cost about the same: all, half of them, ... or one, whichever is faster.
 
-    All are tried soon after the start, when steps become slow, and from time to time: rarely while all are in use, more
-    often while fewer are.
-    most: threads for all but steps. measured: whether steps may take fewer.
+    Fewer are tried after the first two steps, when steps become slow, and from time to time; more, from time to time.
+    most: the threads there are. measured: whether fewer may be taken. clock: gives the time, in seconds.
     """
 
-    def __init__(self, most: int, measured: bool):
+    def __init__(self, most: int, measured: bool, clock: Callable[[], float] = time.perf_counter):
         self.most = most
         self.choices = [most]       # from most to 1
         while measured and self.choices[-1] > 1:
             self.choices.append(self.choices[-1] // 2)
         self.chosen = self.now = most       # by the last trial, and for the next step
-        self.left = 2               # steps until the next trial; soon at first, when nothing is known
-        self.wait = WAIT
+        self.clock = clock
+        self.next = clock()         # when the next trial may come; soon at first, when nothing is known
         self.shape = None           # of the latest step
         self.latest = []            # seconds of the latest steps, at most eight
         self.tried = {}             # during a trial: threads -> seconds of one or two steps
@@ -86,58 +88,91 @@ class Pace:
     def step(self, shape: tuple) -> Iterator[None]:
         """Compute one of many like steps inside, e.g. the next token of some prompts. shape: of its input."""
         threads = self.now
-        start = time.perf_counter()
+        start = self.clock()
         with at_most(threads):
             yield
         if len(self.choices) > 1:
             with self.lock:         # two threads may use one model
-                self.took(time.perf_counter() - start, threads, shape)
+                self.took(self.clock() - start, threads, shape)
+
+    @contextmanager
+    def each(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Take the call of each of some like modules inside as a step, e.g. of a model's layers, one after the other.
+
+        Only the calls of the thread that asks: another one, which uses the model too, has steps of its own.
+        """
+        asks = threading.get_ident()
+        running = ExitStack()
+
+        def begin(module, inputs):
+            if threading.get_ident() == asks:
+                running.enter_context(self.step(inputs[0].shape))
+
+        def end(module, inputs, output):
+            if threading.get_ident() == asks:
+                running.close()
+
+        hooks = []
+        try:
+            with at_most(self.most), running:
+                if len(self.choices) > 1:
+                    hooks = [hook for module in modules for hook in
+                             (module.register_forward_pre_hook(begin), module.register_forward_hook(end))]
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def took(self, seconds: float, threads: int, shape: tuple) -> None:
         """Learn from a step: the seconds it took with so many threads. It may begin or end a trial."""
         if shape != self.shape:     # another number of prompts, or of guessed tokens: not to be compared
             self.shape, self.latest, self.tried, self.now = shape, [], {}, self.chosen
-        elif threads != self.now:   # another thread's step changed it meanwhile
+        if threads != self.now:     # another thread's step changed it meanwhile
             return
-        elif self.tried:
+        if self.tried:
             self.tried.setdefault(threads, []).append(seconds)
             self.go_on()
-        else:
-            self.left -= 1
-            usual = min(self.latest, default=seconds)
-            self.latest = [*self.latest[-7:], seconds]
-            slow = threads > 1 and min(self.latest[-2:]) > SLOWER * usual
-            if len(self.latest) > 1 and (slow or self.left <= 0):
-                self.tried = {threads: self.latest[-2:]}
-                self.go_on()
+            return
+        usual = min(self.latest, default=seconds)
+        self.latest = [*self.latest[-7:], seconds]
+        slow = threads > 1 and min(self.latest[-2:]) > SLOWER * usual
+        if len(self.latest) > 1 and (slow or self.clock() >= self.next):
+            self.tried = {threads: self.latest[-2:]}
+            self.go_on()
 
     def go_on(self) -> None:
-        """Go on with a trial: two steps of each choice, but one of a hopeless choice; then take the fastest."""
+        """Go on with a trial, one or two steps of each choice down to a hopeless one; then take the fastest."""
         mean = {n: sum(times) / len(times) for n, times in self.tried.items()}
         fastest = min(mean, key=mean.get)
         for n in self.choices:
-            if n not in mean or len(self.tried[n]) == 1 and mean[n] < 2 * mean[fastest]:
+            if n not in mean or len(self.tried[n]) == 1 and mean[n] < HOPELESS * mean[fastest]:
                 self.now = n
                 return
+            if n < fastest and mean[n] >= HOPELESS * mean[fastest]:
+                break               # still fewer would be still slower
         if mean[fastest] < 0.95 * mean[self.chosen]:
-            self.chosen, self.wait = fastest, WAIT
-        else:
-            self.wait = min(2 * self.wait, MOST)
-        self.left = self.wait if self.chosen < self.most else MOST
+            self.chosen = fastest
+        step = mean[self.chosen]
+        lost = sum(sum(times) - len(times) * step for times in self.tried.values())
+        self.next = self.clock() + min(lost / (LOSS if self.chosen == self.most else LOSS_BESIDE), MOST * step)
         self.now, self.latest, self.tried = self.chosen, self.tried[self.chosen], {}
 
 
-_paces = WeakKeyDictionary()      # model -> ((threads, device) it was made for, Pace)
+_paces = WeakKeyDictionary()      # model -> {what: ((threads, device) it was made for, Pace)}
 
 
-def pace(model: nn.Module) -> Pace:
-    """Get what chooses the threads of a model: one for a small model on the CPU; a large one's steps are measured."""
+def pace(model: nn.Module, what: str) -> Pace:
+    """Get what chooses a model's threads for "tiles", "prompt" or "tokens": one if it is small, else by measuring.
+
+    Each has its own: tokens wait for memory, and gain less from many threads than prompts. On a GPU all are taken.
+    """
     threads, device = asked = torch.get_num_threads(), model.device.type
-    made_for, known = _paces.get(model, (None, None))
+    paces = _paces.setdefault(model, {})
+    made_for, known = paces.get(what, (None, None))
     if made_for != asked:       # new, moved, or the reader has changed the number of threads
         small = device == "cpu" and not is_large(model)
         known = Pace(1 if small else threads, measured=device == "cpu")
-        _paces[model] = asked, known
+        paces[what] = asked, known
     return known
 
 

@@ -5,7 +5,9 @@
     show.heat(attention, "query", "key")          squares, dark is large
     show.overlay(image, weights)                  a picture with a map of its patches over it
     show.tiles(image, max_num=6)                  how a picture is cut, and what it costs
+    show.patches(tile), show.unshuffle(x)         where patches go: a row of vectors, visual tokens
     show.bars, show.curve, show.strip             numbers by name, numbers along an axis, stages with their shapes
+    show.bars({"before": [...], "after": [...]}, names)     two series, each with its colour
     show.beside(one, another)                     drawings next to each other
 
 Each returns an Svg. The last line of a notebook cell shows it, as a PNG: JupyterLab shows no SVG of a notebook that it
@@ -15,5 +17,6 @@ mouse. It is drawn on a white card of its own, so that it is readable on any pag
 """
 from minivl.show.charts import bars, curve
 from minivl.show.maps import heat, overlay
+from minivl.show.squares import patches, unshuffle
 from minivl.show.stages import strip, tiles
 from minivl.show.svg import FAINT, INK, Svg, beside, embedded, text

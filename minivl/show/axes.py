@@ -30,7 +30,7 @@ def short(value: float, digits: int = 4) -> str:
     """Write a number for a person: 3328, 0.2891, 4.9e-5. `digits`: that count, two fewer beside a power of ten."""
     if value == round(value) and abs(value) < 1e6:
         return f"{round(value)}"
-    if 1e-4 <= abs(value) < 1e6:
+    if 1e-4 < abs(value) < 1e6:
         return f"{value:.{max(digits, math.floor(math.log10(abs(value))) + 1)}g}"
     number, power = f"{value:.{max(0, digits - 3)}e}".split("e")
     number = number.rstrip("0").rstrip(".") if "." in number else number

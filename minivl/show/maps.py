@@ -43,7 +43,7 @@ def heat(values: torch.Tensor | Sequence, rows: str = "", columns: str = "", *, 
     top = top or float(m.abs().max()) or 1.0
     width = C * cell
     height = R * cell
-    down = _named(row_names, R, cell, 24)
+    down = _named(row_names, R, cell, 19)
     along = _named(column_names, C, cell, max(breadth(C - 1, SMALL) + 6, 18))
     turned = any(breadth(name, SMALL) > cell * (1 if column_names else 5) - 2 for name in along.values())
     left = 34 + max(breadth(name, SMALL) for name in down.values())
@@ -89,7 +89,8 @@ def _named(names: Sequence | None, count: int, cell: float, room: float) -> dict
 
 
 def _colour_bar(x: float, y: float, length: float, low: float, high: float, top: float, whole: bool) -> str:
-    """Draw what colour each number from `low` to `high` has: 0 to `top`, -`top` to 0, or both; no fractions if `whole`."""
+    """Draw what colour each number from `low` to `high` has: from 0 to `top`, -`top` to 0, or both. `whole`: no
+    fractions."""
     begin = -top if low < -top / 255 else 0.0
     end = top if high > 0 or not begin else 0.0
     shades = [shade(begin + (end - begin) * (i + 0.5) / 120, top) for i in range(120)]

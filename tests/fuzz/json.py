@@ -8,6 +8,20 @@ from fuzz import bytes, seeds
 VALUES = (None, True, False, -1, 0, 1, 2, 7, 10**12, -10**12, 2**31, 2**63, 0.5, -0.5, 1e308, float("nan"),
           float("inf"), "", "x", "\ud800", "x" * 100_000, [], {}, [[]], [None], {"type": "Sequence"}, ["a b c"],
           10**300)
+# A tokenizer.json is a small program of the tokenizers library: parts of it that take time or memory without end.
+GROWS = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+BACKTRACKS = {"Regex": "(a+)+$"}
+HOSTILE = {
+    "padding": [{"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                 "pad_type_id": 0, "pad_token": "x"}],
+    "truncation": [{"max_length": 0, "strategy": "LongestFirst", "stride": 2**63, "direction": "Left"}],
+    "normalizer": [{"type": "Sequence", "normalizers": [GROWS] * 4}, {"type": "Prepend", "prepend": "a" * 10**6},
+                   {"type": "Replace", "pattern": BACKTRACKS, "content": ""}],
+    "pre_tokenizer": [{"type": "Split", "pattern": BACKTRACKS, "behavior": "Isolated", "invert": False}],
+    "decoder": [GROWS, {"type": "Sequence", "decoders": [GROWS] * 4}],
+    "post_processor": [{"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 10**4,
+                        "pair": [], "special_tokens": {}}],
+}
 
 
 def cases(seed, n):
@@ -22,6 +36,11 @@ def cases(seed, n):
                 yield f"{name} {kind}", data
         else:
             data = copy.deepcopy(parsed[name])
+            if name == "tokenizer.json" and rng.random() < 0.3:
+                part = rng.choice([*HOSTILE])
+                data[part] = rng.choice(HOSTILE[part])
+                yield f"{name} hostile {part}", json.dumps(data).encode()
+                continue
             kinds = {alter(data, rng) for _ in range(rng.choice((1, 1, 1, 2, 4)))}
             yield f"{name} {' '.join(sorted(kinds))}", json.dumps(data).encode()
 
@@ -47,7 +66,8 @@ def alter(data, rng):
         other = rng.choice(keys)
         place[key], place[other] = place[other], old
     elif kind == "new" and isinstance(place, dict):
-        place[rng.choice(("quantization_config", "rope_scaling", "\ud800", f"{key}s"))] = rng.choice(VALUES)
+        name = rng.choice(("quantization_config", "rope_scaling", "\ud800", f"{key}s"))
+        place[name] = copy.deepcopy(rng.choice(VALUES))
     else:
-        place[key] = rng.choice(VALUES)
+        place[key] = copy.deepcopy(rng.choice(VALUES))
     return kind

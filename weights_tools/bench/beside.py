@@ -1,7 +1,7 @@
-"""Tokens a second beside other programs: python -m weights_tools.bench.beside [MODEL] [--busy N ...]
+"""Work a second beside other programs: python -m weights_tools.bench.beside [MODEL] [--busy N ...]
 
 Each line is measured while N processes count as fast as they can. nano answers one question of its tour again and
-again, as the demo does; any other model writes after a prompt of 64 tokens.
+again, as the demo does; any other model writes, reads prompts of 64 and of 512 tokens, and looks at tiles.
 """
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 
 from minivl import load, options, pipeline
 from minivl.demo import SAMPLES
+from minivl.fast.threads import pace
 from minivl.files.find import SHIPPED, find
 from minivl.generation import steps
 from minivl.limits import InputError
@@ -43,17 +44,34 @@ def nano_answers(name: str):
         yield response.generate_token_len
 
 
-def tokens(folder: str):
-    """Yield 1 for each token that a model writes, for ever: 200 after each prompt of 64."""
-    model = load(find(folder), precision="exact")
-    ids = torch.arange(64)[None]
+def prompts(model, length: int):
+    """Yield a prompt's tokens each time that a model has read one, for ever."""
+    x = model.embed(torch.arange(length)[None])
     while True:
-        answer = steps(model, model.embed(ids), [lambda scores: int(scores.argmax())])
+        next(steps(model, x, [lambda scores: 0]))
+        yield length
+
+
+def tokens(model):
+    """Yield 1 for each token that a model writes, for ever: 200 after each prompt of 64."""
+    x = model.embed(torch.arange(64)[None])
+    while True:
+        answer = steps(model, x, [lambda scores: int(scores.argmax())])
         next(answer)                                # the prompt
         for _ in range(200):
             next(answer)
             yield 1
         yield 0
+
+
+def tiles(model):
+    """Yield 1 for each tile that a model has looked at, one at a time, for ever."""
+    side = model.config.force_image_size
+    pixels = torch.rand(1, model.config.vision_config.num_channels, side, side)
+    while True:
+        with torch.inference_mode(), pace(model, "tiles").each(model.vision_model.encoder.layers):
+            model.visual_tokens(pixels)
+        yield 1
 
 
 def rate(written, seconds: float) -> float:
@@ -81,13 +99,22 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     args = arguments(argv)
-    written = nano_answers(args.model) if args.model in SHIPPED else tokens(args.model)
-    next(written)                                   # loaded
-    print(f"{torch.get_num_threads()} threads at most\n\nbusy processes  tokens/s")
+    if args.model in SHIPPED:
+        work = {"tokens": nano_answers(args.model)}
+    else:
+        model = load(find(args.model), precision="exact")
+        work = {"tokens": tokens(model), "of prompts of 64": prompts(model, 64),
+                "of prompts of 512": prompts(model, 512), "tiles": tiles(model)}
+    for written in work.values():
+        next(written)                               # loaded, and warm
+    print(f"{torch.get_num_threads()} threads at most; each a second\n\nbusy processes  {'  '.join(work)}")
     for number in args.busy:
+        print(f"{number:14}", end="", flush=True)
         with busy(number):
-            rate(written, SECONDS / 4)
-            print(f"{number:14}  {rate(written, SECONDS):8.2f}", flush=True)
+            for name, written in work.items():
+                rate(written, SECONDS / 4)
+                print(f"  {rate(written, SECONDS):{len(name)}.2f}", end="", flush=True)
+        print()
     return 0
 
 
