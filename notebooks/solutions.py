@@ -75,7 +75,7 @@ def fingerprint():
                             tokens_per_tile=pipe.model.config.num_image_token)
         with torch.no_grad():
             found.append(pipe.model(torch.tensor([ids]), pixel_values)[0, -1])
-        found += [pipe.model.config, *(w.detach().clone() for w in pipe.model.state_dict().values())]
+        found += [pipe.model.config, *(w.detach().clone() for w in (*pipe.model.parameters(), *pipe.model.buffers()))]
     return found
 
 
