@@ -1040,6 +1040,104 @@ SLIPS["thrifty_grid"] = (
 def _labelled(ids, answers, inside=lambda k, a, b: a <= k < b, outside=-100):
     return [i if any(inside(k, a, b) for a, b in answers) else outside for k, i in enumerate(ids)]
 
+SLIPS["merged"] = (
+    (lambda W, A, B, alpha: W + alpha * B @ A, "alpha is divided by r, the number of rows of A."),
+    (lambda W, A, B, alpha: W + B @ A, "The factor alpha / r is missing."),
+    (lambda W, A, B, alpha: W + B @ A / len(A), "alpha is missing in the factor alpha / r."),
+    (lambda W, A, B, alpha: alpha / len(A) * B @ A, "That is the addition alone: W + ..."),
+    (lambda W, A, B, alpha: alpha / len(A) * (W + B @ A), "Only the addition has the factor, not W."),
+    (lambda W, A, B, alpha: W + alpha / A.shape[1] * B @ A, "r is the number of rows of A, not of its columns."),
+    (lambda W, A, B, alpha: W + alpha / len(B) * B @ A, "r is the number of rows of A, not of B."),
+    (lambda W, A, B, alpha: W - alpha / len(A) * B @ A, "Added, not taken away."),
+    (lambda W, A, B, alpha: W + (A.T @ B.T), "A.T @ B.T is [I, O]; W is [O, I]: B @ A."),
+)
+
+
+def _damage(model, ids, rounded, chosen=lambda layer, k: True, *, error=_relative, rows=lambda scores: scores[-1],
+            more=()):
+    def run():
+        with torch.no_grad():
+            return rows(model(torch.tensor([ids]))[0])
+    right = run()
+    weights = [linear.weight for layer, block in enumerate(model.language_model.layers)
+               for k, linear in enumerate(block.linears.values()) if chosen(layer, k)]
+    weights += more
+    kept = [w.data for w in weights]
+    try:
+        for w in weights:
+            w.data = rounded(w.data)
+        wrong = run()
+    finally:
+        for w, data in zip(weights, kept):
+            w.data = data
+    return float(error(wrong, right))
+
+
+SLIPS["damage"] = (
+    (lambda m, ids, f: _damage(m, ids, f, error=lambda a, b: (a - b).norm()), "Relative: divided by |right|."),
+    (lambda m, ids, f: _damage(m, ids, f, error=lambda a, b: _relative(b, a)), "Relative to what is right."),
+    (lambda m, ids, f: _damage(m, ids, f, error=lambda a, b: (a - b).abs().max() / b.abs().max()),
+     "|x| is the norm, the root of the summed squares, not the largest number."),
+    (lambda m, ids, f: _damage(m, ids, f, rows=lambda scores: scores), "The scores at the last token alone, [-1]."),
+    (lambda m, ids, f: _damage(m, ids, f, rows=lambda scores: scores[0]), "That is the first token: take the last."),
+    (lambda m, ids, f: _damage(m, ids, f, lambda layer, k: k < 4), "All seven linears: the mlp's three too."),
+    (lambda m, ids, f: _damage(m, ids, f, lambda layer, k: k > 3), "All seven linears: q, k, v and o too."),
+    (lambda m, ids, f: _damage(m, ids, f, lambda layer, k: layer == 0), "Every layer, not the first alone."),
+    (lambda m, ids, f: _damage(m, ids, f, more=[m.language_model.head.weight]),
+     "The head is none of the layers' linears: it stays as it is."),
+    (lambda m, ids, f: _damage(m, ids, lambda w: f(w.T).T), "rounded(weight), as it is stored, not turned."),
+    (lambda m, ids, f: 0.0, "Both runs are the same: the weights must be the rounded ones in one of them."),
+)
+
+
+# ---- 11 train it ----------------------------------------------------------------------------------------------------
+
+def _learning(names, stage, wrong=None, adapters=("LoRA",)):
+    parts = {"1": ("mlp1.",), "1.5": ("vision_model.", "mlp1."), **(wrong or {})}
+    return [n for n in names if (stage in adapters if n.endswith((".A", ".B")) else
+                                 stage != "LoRA" and n.startswith(parts.get(stage, ("",))))]
+
+
+SLIPS["learning"] = (
+    (lambda names, stage: _learning(names, stage, adapters=("LoRA", "2", "MPO")),
+     "Adapters are left out of the stages that have none."),
+    (lambda names, stage: _learning(names, stage, {"1.5": ("vision_model.",)}), "Stage 1.5: the projector learns too."),
+    (lambda names, stage: _learning(names, stage, {"1": ("vision_model.", "mlp1.")}), "Stage 1: the projector alone."),
+    (lambda names, stage: _learning(names, stage, {"2": ("language_model.",)}), "Stage 2: all, not the decoder alone."),
+    (lambda names, stage: _learning(names, stage, {"MPO": ("language_model.",)}), "MPO freezes nothing."),
+    (lambda names, stage: [n for n in names if n not in _learning(names, stage)], "Those that learn, not the frozen."),
+    (lambda names, stage: sorted(_learning(names, stage)), "In the order they are given."),
+    (lambda names, stage: [n for n in names if ".linear." in n or n.endswith((".A", ".B"))] if stage == "LoRA" else
+     _learning(names, stage), "W itself, in `.linear`, is frozen: only A and B learn."),
+    (lambda names, stage: [] if stage == "LoRA" else _learning(names, stage), "With LoRA the adapters learn."),
+)
+
+
+def _terms(scores, ids, labels, shift=1, masked=True, log_p=lambda row: row.log_softmax(0), label=1):
+    return torch.stack([-log_p(scores[t])[ids[t + shift]] for t in range(len(ids) - shift)
+                        if not masked or labels[t + label] != -100])
+
+
+SLIPS["masked_loss"] = (
+    (lambda scores, ids, labels: float(_terms(scores, ids, labels, shift=0, label=0).mean()),
+     "Position t foresees token t + 1: shift by one."),
+    (lambda scores, ids, labels: float(_terms(scores, ids, labels, masked=False).mean()),
+     "Only where the label is not -100."),
+    (lambda scores, ids, labels: float(_terms(scores, ids, labels).sum()), "The mean, not the sum."),
+    (lambda scores, ids, labels: float(_terms(scores, ids, labels).sum()) / len(ids),
+     "The mean over the learned tokens, not over all."),
+    (lambda scores, ids, labels: float(_terms(scores, ids, labels).sum()) / (len(ids) - 1),
+     "The mean over the learned tokens, not over all that are foreseen."),
+    (lambda scores, ids, labels: -float(_terms(scores, ids, labels).mean()), "Minus log p: a loss is not negative."),
+    (lambda scores, ids, labels: float(_terms(scores, ids, labels, log_p=lambda row: row).mean()),
+     "Scores are no log-probabilities yet: log_softmax."),
+    (lambda scores, ids, labels: float(_terms(scores, ids, labels, log_p=lambda row: row.softmax(0) - 1).mean()),
+     "-log p, not 1 - p."),
+    (lambda scores, ids, labels: float(_terms(scores, ids, labels, label=0).mean()),
+     "The label of the token that is foreseen decides: labels[t + 1]."),
+    (lambda scores, ids, labels: float(_terms(scores, ids, labels).mean()) / math.log(2), "The natural logarithm."),
+)
+
 
 SLIPS["labels_of"] = (
     (lambda ids, answers: _labelled(ids, answers, lambda k, a, b: a <= k <= b), "`end` is not included."),

@@ -6,6 +6,7 @@ through it.
 """
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -74,7 +75,7 @@ def fingerprint():
                             tokens_per_tile=pipe.model.config.num_image_token)
         with torch.no_grad():
             found.append(pipe.model(torch.tensor([ids]), pixel_values)[0, -1])
-        found += [pipe.model.config, *(w.detach().clone() for w in pipe.model.state_dict().values())]
+        found += [pipe.model.config, *(w.detach().clone() for w in (*pipe.model.parameters(), *pipe.model.buffers()))]
     return found
 
 
@@ -349,6 +350,43 @@ def _mixed_lessons_spec(new, old, every, n):
     return out
 
 
+def damage(model, ids, rounded):
+    def last():
+        with torch.no_grad():
+            return model(torch.tensor([ids]))[0, -1]
+    right = last()
+    weights = [linear.weight for layer in model.language_model.layers for linear in layer.linears.values()]
+    kept = [w.data for w in weights]
+    try:
+        for w in weights:
+            w.data = rounded(w.data)
+        return float(minivl.relative_error(last(), right))
+    finally:
+        for w, data in zip(weights, kept):
+            w.data = data
+
+
+def _damage_spec(model, ids, rounded):
+    with torch.no_grad():
+        right = model(torch.tensor([ids]))[0, -1]
+        other = copy.deepcopy(model)
+        for layer in other.language_model.layers:
+            for linear in layer.linears.values():
+                linear.weight.copy_(rounded(linear.weight))
+        wrong = other(torch.tensor([ids]))[0, -1]
+    return float((wrong - right).norm() / right.norm())
+
+
+def coarse(weight):
+    """Round weights to multiples of 0.05."""
+    return (weight / 0.05).round() * 0.05
+
+
+def signs(weight):
+    """Leave of each row its signs and its mean size: one bit each."""
+    return weight.sign() * weight.abs().mean(1, keepdim=True)
+
+
 # ---- 00 a picture becomes words -------------------------------------------------------------------------------------
 
 def _counting(ids):
@@ -564,6 +602,42 @@ def repetition(scores, seen, r):
     for i in set(seen):
         out[i] = scores[i] / r if scores[i] > 0 else scores[i] * r
     return out
+
+
+# ---- 11 train it ----------------------------------------------------------------------------------------------------
+
+_NAMES = ["vision_model.embeddings.class_embedding", "vision_model.encoder.layers.0.attn.qkv.weight", "mlp1.0.weight",
+          "mlp1.3.bias", "language_model.model.embed_tokens.weight",
+          "language_model.model.layers.0.mlp.up_proj.linear.weight",
+          "language_model.model.layers.0.mlp.up_proj.A", "language_model.model.layers.0.mlp.up_proj.B",
+          "language_model.model.layers.0.self_attn.q_proj.linear.bias", "language_model.model.norm.weight",
+          "language_model.lm_head.weight"]
+
+
+def learning(names, stage):
+    parts = {"1": ("mlp1.",), "1.5": ("vision_model.", "mlp1."), "LoRA": ()}.get(stage, ("",))
+    return [name for name in names if name.endswith((".A", ".B")) == (stage == "LoRA")
+            and (stage == "LoRA" or name.startswith(parts))]
+
+
+def _learning_spec(names, stage):
+    out = []
+    for name in names:
+        part = "adapter" if name.split(".")[-1] in ("A", "B") else name.split(".")[0]
+        if part in {"1": ["mlp1"], "1.5": ["vision_model", "mlp1"], "LoRA": ["adapter"]}.get(
+                stage, ["vision_model", "mlp1", "language_model"]):
+            out.append(name)
+    return out
+
+
+def masked_loss(scores, ids, labels):
+    wanted = torch.tensor(labels[1:])
+    return float(torch.nn.functional.cross_entropy(scores[:-1], wanted))
+
+
+def _masked_loss_spec(scores, ids, labels):
+    terms = [-float(scores[t].log_softmax(0)[ids[t + 1]]) for t in range(len(ids) - 1) if labels[t + 1] != -100]
+    return sum(terms) / len(terms)
 
 
 # ---- 08 verify ------------------------------------------------------------------------------------------------------
@@ -830,6 +904,46 @@ EXERCISES = {
         ),
         hint="First the number of tiles there is room for, then the nearest ratio.",
         solution=thrifty_grid,
+    ),
+    "merged": Exercise(
+        spec=lambda W, A, B, alpha: torch.stack([
+            W[o] + alpha / len(A) * sum(B[o, k] * A[k] for k in range(len(A))) for o in range(len(W))
+        ]),
+        cases=tuple(
+            (_random(O, I), _random(r, I, seed=1), _random(O, r, seed=2), alpha)
+            for O, I, r, alpha in ((5, 3, 2, 4.0), (2, 6, 1, 1.0), (4, 4, 4, 2.0), (3, 7, 3, 1.5))
+        ),
+        hint="B @ A has W's shape; alpha / r is its factor, r = len(A).",
+        solution=lambda W, A, B, alpha: W + alpha / len(A) * B @ A,
+        tolerance=1e-05,
+    ),
+    "damage": Exercise(
+        spec=_damage_spec,
+        cases=lambda: tuple(
+            (nano().model, nano().tokenizer.encode(text), rounded)
+            for text, rounded in (("Where is the star?", coarse), ("How many rings are there?", signs))
+        ),
+        hint="Every linear of every layer: layer.linears.values(); keep each weight's .data, and put it back.",
+        solution=damage,
+        tolerance=0.001,
+    ),
+    "learning": Exercise(
+        spec=_learning_spec,
+        cases=tuple((_NAMES, stage) for stage in ("1", "1.5", "2", "MPO", "LoRA")),
+        hint="Names begin with vision_model, mlp1 or language_model; an adapter's end in .A or .B.",
+        solution=learning,
+    ),
+    "masked_loss": Exercise(
+        spec=_masked_loss_spec,
+        cases=(
+            (_random(5, 7), [3, 1, 6, 0, 2], [-100, -100, 6, 0, -100]),
+            (_random(3, 4, seed=1), [0, 3, 2], [-100, 3, 2]),
+            (_random(6, 5, seed=2) * 9, [1, 1, 4, 2, 0, 3], [-100, 1, -100, -100, 0, 3]),
+            (_random(4, 9, seed=3), [8, 7, 6, 5], [8, 7, -100, -100]),
+        ),
+        hint="scores[:-1] against labels[1:], of these only where the label is not -100; the mean of -log softmax.",
+        solution=masked_loss,
+        tolerance=1e-05,
     ),
     "labels_of": Exercise(
         spec=lambda ids, answers: [i if any((a <= k < b for a, b in answers)) else -100 for k, i in enumerate(ids)],
