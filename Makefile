@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PY := .venv/bin/python
 
-.PHONY: help setup demo test test-all fuzz gpu lint reference verify notebooks lab clean
+.PHONY: help setup demo test test-all fuzz gpu lint reference verify notebooks html lab clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -15,7 +15,7 @@ setup: .venv/ready  ## the virtual environment .venv/ with everything needed
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "minivl needs Python 3.10 or newer, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e ".[dev,video]"
+	$(PY) -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e ".[dev,html,video]"
 	@touch .venv/ready
 
 demo: setup     ## a small trained model answers questions about pictures
@@ -61,6 +61,9 @@ verify: setup reference     ## minivl against transformers on both small models,
 
 notebooks: setup            ## runs every notebook and puts the outputs into the files
 	$(PY) notebooks/run.py --write
+
+html: setup     ## the notebooks as pages that need no network, in build/html/
+	$(PY) notebooks/pages.py
 
 lab: setup      ## JupyterLab on the first notebook
 	.venv/bin/jupyter lab notebooks/00_a_picture_becomes_words.ipynb

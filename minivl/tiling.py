@@ -25,9 +25,9 @@ def choose_grid(width: int, height: int, *, min_num: int = 1, max_num: int = 12,
     if not all(isinstance(n, int) for n in (min_num, max_num)) or not 1 <= min_num <= max_num:
         raise ValueError(f"min_num {min_num!r} and max_num {max_num!r} must be whole numbers with "
                          "1 <= min_num <= max_num")
-    # Of two grids with equally many tiles, the one met first wins a tie. That can happen only for min_num > 1 (with
-    # exactly 4 tiles, 5:8 lies just between 1x4 and 2x2), and the reference leaves it to the order of a Python set:
-    # the same set gives the same order here.
+    # Of two grids with equally many tiles that tie, the order decides: the first, or for a large picture the last. That
+    # can happen only for min_num > 1 (with exactly 4 tiles, 5:8 lies just between 1x4 and 2x2), and the reference
+    # leaves it to the order of a Python set: the same set gives the same order here.
     grids = {(i, j) for n in range(min_num, max_num + 1) for i in range(1, n + 1) for j in range(1, n + 1)
              if min_num <= i * j <= max_num}
     aspect = width / height

@@ -133,29 +133,41 @@ def check(name: str, got: torch.Tensor | float, want: torch.Tensor | float, tole
 
 
 def first_difference(got: object, want: object, tolerance: float) -> str | None:
-    """Find where and how two answers differ; None if they agree."""
-    if isinstance(want, torch.Tensor):
-        if not isinstance(got, torch.Tensor):
-            return f"gave a {type(got).__name__}, wanted a tensor"
+    """Find where and how two answers differ; None if they agree. A tuple may stand for a list."""
+    if isinstance(got, torch.Tensor) or isinstance(want, torch.Tensor):
+        if not (isinstance(got, torch.Tensor) and isinstance(want, torch.Tensor)):
+            return f"gave {_kind(got)}, wanted {_kind(want)}"
         if got.shape != want.shape:
             return f"shape {tuple(got.shape)}, wanted {tuple(want.shape)}"
-        largest = max(1e-30, float(want.double().abs().max()))
-        bad = ((got.double() - want.double()).abs() > tolerance * largest).nonzero()
-        if len(bad):
+        if got.dtype != want.dtype:
+            return f"gave {str(got.dtype)[6:]} numbers, wanted {str(want.dtype)[6:]}"
+        a, b = got.double(), want.double()
+        allowed = tolerance * float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0
+        same = ((a - b).abs() <= allowed) | (a == b) | (a.isnan() & b.isnan())
+        if len(bad := (~same).nonzero()):
             at = tuple(bad[0].tolist())
             return f"first difference at {list(at)}: {got[at]:.6g}, wanted {want[at]:.6g}"
         return None
     if isinstance(want, float) and isinstance(got, (int, float)):
-        same = math.isclose(got, want, rel_tol=max(tolerance, 1e-9), abs_tol=1e-12)
+        same = math.isclose(got, want, rel_tol=max(tolerance, 1e-9), abs_tol=1e-12) or got != got and want != want
     else:
-        same = got == want and type(got) is type(want)
-    return None if same else f"gave {got!r}, wanted {want!r}"
+        lists = isinstance(got, (list, tuple)) and isinstance(want, (list, tuple))
+        same = _plain(got) == _plain(want) and (lists or type(got) is type(want))
+    if same:
+        return None
+    kinds = f" ({_kind(got)}, not {_kind(want)})" if type(got) is not type(want) and _plain(got) == _plain(want) else ""
+    return f"gave {_brief(got)}, wanted {_brief(want)}{kinds}"
 
 
 def grade(attempt: Callable) -> None:
-    """Try an exercise on its cases. What it must do, the cases and the hint stand in solutions.py under its name."""
+    """Try an exercise on its cases. What it must do, the cases and the hint stand in solutions.py under its name.
+
+    An attempt must also leave what it is given as it is. From the second failure on a hint is shown: what is wrong, if
+    all answers are those of a known slip (slips.py).
+    """
     import solutions
-    exercise = solutions.EXERCISES[attempt.__name__]
+    name = attempt.__name__
+    exercise = solutions.EXERCISES[name]
     solving = bool(os.environ.get("MINIVL_SOLUTIONS"))      # the tests send our own solutions through here
     function = exercise.solution if solving else attempt
     on_a_model = callable(exercise.cases)                   # cases that need nano are made when they are asked for
@@ -163,27 +175,74 @@ def grade(attempt: Callable) -> None:
     before = solutions.fingerprint() if on_a_model else None
     for case in cases:
         want = exercise.spec(*case)
-        try:
-            got = function(*case)
-        except NotImplementedError:
+        got, spoilt = _attempt(function, case)
+        if isinstance(got, NotImplementedError):
             print("[ ] not attempted yet")
             return
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        else:
-            problem = first_difference(got, want, exercise.tolerance)
-            if not problem and on_a_model and (first_difference(solutions.fingerprint(), before, 0.0) or
-                                               first_difference(exercise.spec(*case), want, exercise.tolerance)):
-                problem = "right, but the model stays changed; put back what you replaced (try ... finally)"
+        problems = [_differs(got, want, exercise.tolerance), spoilt]
+        stays = on_a_model and solutions.changed(before)
+        if stays:
+            problems.append("the model stays changed: put back what you replaced (try ... finally)")
+            solutions.put_back()
+        problem = " and ".join(filter(None, problems))
+        if problem and solving:
+            raise AssertionError(f"the solution of {name} is wrong: {problem}")
         if problem:
-            if solving:
-                raise AssertionError(f"the solution of {attempt.__name__} is wrong: {problem}")
-            _failures[attempt.__name__] = _failures.get(attempt.__name__, 0) + 1
-            print(f"[!] {attempt.__name__}{_shown(case)}: {problem}")
-            if _failures[attempt.__name__] >= 2:
-                print(f"    Hint: {exercise.hint}")
+            print(f"[!] {name}{_shown(case)}: {problem}")
+            if _failures.get(name):                         # tries it once more, but not what leaves the model changed
+                print(f"    Hint: {exercise.hint if stays else _hint(exercise, name, function, cases)}")
+            _failures[name] = _failures.get(name, 0) + 1
             return
     print(f"[x] right in {len(cases)} of {len(cases)} cases")
+
+
+def _attempt(function: Callable, case: tuple) -> tuple:
+    """Call a function with copies: its answer, or what it raised; and what it did to them, or None."""
+    given = [_copy(value) for value in case]
+    try:
+        got = function(*given)
+    except Exception as error:
+        got = error
+    names = list(inspect.signature(function).parameters)
+    spoilt = [f"`{names[k] if k < len(names) else k}`" for k, (a, b) in enumerate(zip(given, case))
+              if isinstance(a, (list, torch.Tensor)) and first_difference(a, b, 0.0)]
+    return got, f"it changes {', '.join(spoilt)}, which it was given: work on a copy" if spoilt else None
+
+
+def _differs(got: object, want: object, tolerance: float) -> str | None:
+    """Compare what two functions gave or raised."""
+    if isinstance(got, Exception):
+        return None if repr(got) == repr(want) else f"{type(got).__name__}: {got}"
+    return first_difference(got, want, tolerance)
+
+
+def _hint(exercise: object, name: str, function: Callable, cases: tuple) -> str:
+    """Say what is wrong if every answer is that of a known slip, else what helps most people."""
+    import slips
+    answers = [_attempt(function, case)[0] for case in cases]
+    for slip, words in slips.SLIPS.get(name, ()):
+        if not any(_differs(_attempt(slip, case)[0], got, exercise.tolerance) for case, got in zip(cases, answers)):
+            return words
+    return exercise.hint
+
+
+def _copy(value: object) -> object:
+    return value.clone() if isinstance(value, torch.Tensor) else list(value) if isinstance(value, list) else value
+
+
+def _plain(value: object) -> object:
+    """Turn tuples, and tensors within lists, into lists: what == can compare."""
+    return value.tolist() if isinstance(value, torch.Tensor) else [_plain(v) for v in value] if isinstance(
+        value, (list, tuple)) else value
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else "a tensor" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 200 else f"{text[:197]}..."
 
 
 def _shown(case: tuple) -> str:

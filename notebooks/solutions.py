@@ -1,10 +1,12 @@
 """The exercises of the notebooks: what is asked (spec), the cases it is tried on, a hint, and our own solution.
 
-Try first. `lab.grade` compares an attempt with the spec and shows the hint at the second failure; the tests send each
-solution through the same checker.
+Try first. `lab.grade` compares an attempt with the spec. At the second failure it says what is wrong if it knows
+(slips.py has at least five slips of each exercise), else it shows the hint. The tests send each solution and each slip
+through it.
 """
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -65,15 +67,33 @@ def pixels_of(pipe, picture, **how):
 
 
 def fingerprint():
-    """Scores of both twins for a question about several tiles: others as soon as a model is another."""
-    rows = []
+    """Where a change shows: scores of both twins for a question about several tiles, their configs and weights."""
+    found = []
     for pipe in (nano(), nano("nano-awq")):
         pixel_values = pixels_of(pipe, SAMPLES / "wide.png")
         ids = prompt.encode(pipe.tokenizer, [("<image>\nWhat do you see?", None)], [len(pixel_values)],
                             tokens_per_tile=pipe.model.config.num_image_token)
         with torch.no_grad():
-            rows.append(pipe.model(torch.tensor([ids]), pixel_values)[0, -1])
-    return torch.stack(rows)
+            found.append(pipe.model(torch.tensor([ids]), pixel_values)[0, -1])
+        found += [pipe.model.config, *(w.detach().clone() for w in (*pipe.model.parameters(), *pipe.model.buffers()))]
+    return found
+
+
+def changed(before):
+    """Tell whether something is not as it was at an earlier `fingerprint`."""
+    return any(not torch.equal(a, b) if isinstance(a, torch.Tensor) else a != b for a, b in zip(fingerprint(), before))
+
+
+FUNCTIONS = {owner: dict(vars(owner)) for owner in (awq, qwen2, tiling, prompt, minivl.MiniVL)}
+
+
+def put_back():
+    """Undo what an attempt left changed: nano is opened anew, and modules get their functions back."""
+    nano.cache_clear()
+    for owner, kept in FUNCTIONS.items():
+        for name, value in kept.items():
+            if vars(owner).get(name) is not value:
+                setattr(owner, name, value)
 
 
 def by_hand(pipe, question, pixel_values, visual=None):
@@ -330,12 +350,56 @@ def _mixed_lessons_spec(new, old, every, n):
     return out
 
 
+def damage(model, ids, rounded):
+    def last():
+        with torch.no_grad():
+            return model(torch.tensor([ids]))[0, -1]
+    right = last()
+    weights = [linear.weight for layer in model.language_model.layers for linear in layer.linears.values()]
+    kept = [w.data for w in weights]
+    try:
+        for w in weights:
+            w.data = rounded(w.data)
+        return float(minivl.relative_error(last(), right))
+    finally:
+        for w, data in zip(weights, kept):
+            w.data = data
+
+
+def _damage_spec(model, ids, rounded):
+    with torch.no_grad():
+        right = model(torch.tensor([ids]))[0, -1]
+        other = copy.deepcopy(model)
+        for layer in other.language_model.layers:
+            for linear in layer.linears.values():
+                linear.weight.copy_(rounded(linear.weight))
+        wrong = other(torch.tensor([ids]))[0, -1]
+    return float((wrong - right).norm() / right.norm())
+
+
+def coarse(weight):
+    """Round weights to multiples of 0.05."""
+    return (weight / 0.05).round() * 0.05
+
+
+def signs(weight):
+    """Leave of each row its signs and its mean size: one bit each."""
+    return weight.sign() * weight.abs().mean(1, keepdim=True)
+
+
 # ---- 00 a picture becomes words -------------------------------------------------------------------------------------
 
 def _counting(ids):
     """A toy model: the next token is the last one plus one, modulo 7."""
     scores = torch.zeros(7)
     scores[(ids[-1] + 1) % 7] = 1.0
+    return scores
+
+
+def _summing(ids):
+    """Another: the next token is the sum of all, modulo 7."""
+    scores = torch.zeros(7)
+    scores[sum(ids) % 7] = 1.0
     return scores
 
 
@@ -370,8 +434,13 @@ def tiles_of(width, height, max_num):
     return columns * rows + (columns * rows > 1)
 
 
+@functools.cache
+def _square(side):
+    return tiles_of(side, side, 12)
+
+
 def _largest_square_spec(budget):
-    fitting = [s for s in range(1, 2001) if 256 * tiles_of(s, s, 12) <= budget]
+    fitting = [s for s in range(1, 2001) if 256 * _square(s) <= budget]
     return max(fitting, default=0)
 
 
@@ -507,19 +576,19 @@ def attention(q, k, v):
 # ---- 06 generate ----------------------------------------------------------------------------------------------------
 
 def _top_p_spec(probs, p):
-    kept, total = [], 0.0
-    for value, i in sorted(((float(v), i) for i, v in enumerate(probs)), reverse=True):
-        if total >= p:
+    kept, before = [], 0.0
+    for value, i in sorted((-float(v), i) for i, v in enumerate(probs)):
+        if before > p:
             break
         kept.append(i)
-        total += value
-    return torch.tensor([float(v) / total if i in kept else 0.0 for i, v in enumerate(probs)])
+        before -= value
+    return torch.tensor([float(v) / before if i in kept else 0.0 for i, v in enumerate(probs)])
 
 
 def top_p(probs, p):
-    ordered, index = probs.sort(descending=True)
+    ordered, index = probs.sort(descending=True, stable=True)
     before = ordered.cumsum(0) - ordered
-    out = torch.zeros_like(probs).index_copy(0, index, ordered.where(before < p, 0.0))
+    out = torch.zeros_like(probs).index_copy(0, index, ordered.where(before <= p, 0.0))
     return out / out.sum()
 
 
@@ -533,6 +602,42 @@ def repetition(scores, seen, r):
     for i in set(seen):
         out[i] = scores[i] / r if scores[i] > 0 else scores[i] * r
     return out
+
+
+# ---- 11 train it ----------------------------------------------------------------------------------------------------
+
+_NAMES = ["vision_model.embeddings.class_embedding", "vision_model.encoder.layers.0.attn.qkv.weight", "mlp1.0.weight",
+          "mlp1.3.bias", "language_model.model.embed_tokens.weight",
+          "language_model.model.layers.0.mlp.up_proj.linear.weight",
+          "language_model.model.layers.0.mlp.up_proj.A", "language_model.model.layers.0.mlp.up_proj.B",
+          "language_model.model.layers.0.self_attn.q_proj.linear.bias", "language_model.model.norm.weight",
+          "language_model.lm_head.weight"]
+
+
+def learning(names, stage):
+    parts = {"1": ("mlp1.",), "1.5": ("vision_model.", "mlp1."), "LoRA": ()}.get(stage, ("",))
+    return [name for name in names if name.endswith((".A", ".B")) == (stage == "LoRA")
+            and (stage == "LoRA" or name.startswith(parts))]
+
+
+def _learning_spec(names, stage):
+    out = []
+    for name in names:
+        part = "adapter" if name.split(".")[-1] in ("A", "B") else name.split(".")[0]
+        if part in {"1": ["mlp1"], "1.5": ["vision_model", "mlp1"], "LoRA": ["adapter"]}.get(
+                stage, ["vision_model", "mlp1", "language_model"]):
+            out.append(name)
+    return out
+
+
+def masked_loss(scores, ids, labels):
+    wanted = torch.tensor(labels[1:])
+    return float(torch.nn.functional.cross_entropy(scores[:-1], wanted))
+
+
+def _masked_loss_spec(scores, ids, labels):
+    terms = [-float(scores[t].log_softmax(0)[ids[t + 1]]) for t in range(len(ids) - 1) if labels[t + 1] != -100]
+    return sum(terms) / len(terms)
 
 
 # ---- 08 verify ------------------------------------------------------------------------------------------------------
@@ -561,6 +666,13 @@ def _damaged(*shape, tokens):
     x = _random(*shape)
     x[:, tokens] *= 1.5
     return x
+
+
+def _unequal(*shape, tolerance, seed):
+    """Tokens and tiles of very different sizes, each about 0.3 off."""
+    sizes = 10 ** torch.randint(-2, 3, (*shape[:2], 1), generator=torch.Generator().manual_seed(seed))
+    b = _random(*shape, seed=seed) * sizes
+    return b + 0.3 * b.norm(dim=2, keepdim=True) / shape[2] ** 0.5 * _random(*shape, seed=seed + 9), b, tolerance
 
 
 # ---- 09 look inside -------------------------------------------------------------------------------------------------
@@ -660,8 +772,8 @@ EXERCISES = {
     "blind": Exercise(
         spec=_blind_spec,
         cases=lambda: (
-            (nano(), "describe this image", SAMPLES / "shapes.png"),
-            (nano(), "What does it say?", SAMPLES / "wide.png"),
+            (nano(), "describe this image", SAMPLES / "tall.png"),
+            (nano(), "What shape is purple?", SAMPLES / "shapes.png"),
         ),
         hint=(
             "right = pipe.model.visual_tokens; pipe.model.visual_tokens = lambda x: "
@@ -672,7 +784,12 @@ EXERCISES = {
     "without_thumbnail": Exercise(
         spec=lambda pipe, question, picture: by_hand(pipe, question, pixels_of(pipe, picture, use_thumbnail=False)),
         cases=lambda: tuple(
-            (nano(), q, SAMPLES / p) for p in ("wide.png", "tall.png") for q in ("How many shapes are there?",)
+            (nano(), q, SAMPLES / p)
+            for q, p in (
+                ("describe this image", "wide.png"),
+                ("What is in the middle?", "small-print.png"),
+                ("What does it say?", "small-print.png"),
+            )
         ),
         hint=(
             "dataclasses.replace(pipe.model.config, use_thumbnail=False) is the other config; "
@@ -690,7 +807,8 @@ EXERCISES = {
     "averaged": Exercise(
         spec=_averaged_spec,
         cases=lambda: tuple(
-            (nano(), q, SAMPLES / "shapes.png") for q in ("What colour is the heart?", "describe this image")
+            (nano(), q, SAMPLES / p)
+            for q, p in (("describe this image", "wide.png"), ("What does it say?", "small-print.png"))
         ),
         hint="visual.mean(1, keepdim=True).expand_as(visual).",
         solution=averaged,
@@ -698,8 +816,12 @@ EXERCISES = {
     "exchanged": Exercise(
         spec=_exchanged_spec,
         cases=lambda: tuple(
-            (nano(), " red", " yellow", q, SAMPLES / "shapes.png")
-            for q in ("Where is the red star?", "What shape is purple?")
+            (nano(), a, b, q, SAMPLES / p)
+            for a, b, q, p in (
+                (" star", " heart", "What colour is the heart?", "shapes.png"),
+                (" star", " heart", "heart colour", "shapes.png"),
+                (" top", " bottom", "describe this image", "count.png"),
+            )
         ),
         hint=(
             "table = model.language_model.embeddings.weight.data; table[[a, b]] = table[[b, a]] exchanges two"
@@ -745,7 +867,7 @@ EXERCISES = {
     ),
     "patched": Exercise(
         spec=_patched_spec,
-        cases=lambda: tuple((nano(), "What colour is the heart?", *_green_heart()[::-1], k) for k in (0, 15)),
+        cases=lambda: tuple((nano(), "What colour is the heart?", *_green_heart()[::-1], k) for k in (0, 1, 15)),
         hint=(
             "Compute the other picture's visual tokens first; then let model.visual_tokens give a clone with "
             "one row replaced."
@@ -776,9 +898,52 @@ EXERCISES = {
             (100, 2000, 12, 448),
             (900, 900, 12, 448),
             (2000, 2000, 6, 448),
+            (200, 1600, 12, 448),
+            (1100, 200, 12, 448),
+            (100, 100, 12, 448),
         ),
         hint="First the number of tiles there is room for, then the nearest ratio.",
         solution=thrifty_grid,
+    ),
+    "merged": Exercise(
+        spec=lambda W, A, B, alpha: torch.stack([
+            W[o] + alpha / len(A) * sum(B[o, k] * A[k] for k in range(len(A))) for o in range(len(W))
+        ]),
+        cases=tuple(
+            (_random(O, I), _random(r, I, seed=1), _random(O, r, seed=2), alpha)
+            for O, I, r, alpha in ((5, 3, 2, 4.0), (2, 6, 1, 1.0), (4, 4, 4, 2.0), (3, 7, 3, 1.5))
+        ),
+        hint="B @ A has W's shape; alpha / r is its factor, r = len(A).",
+        solution=lambda W, A, B, alpha: W + alpha / len(A) * B @ A,
+        tolerance=1e-05,
+    ),
+    "damage": Exercise(
+        spec=_damage_spec,
+        cases=lambda: tuple(
+            (nano().model, nano().tokenizer.encode(text), rounded)
+            for text, rounded in (("Where is the star?", coarse), ("How many rings are there?", signs))
+        ),
+        hint="Every linear of every layer: layer.linears.values(); keep each weight's .data, and put it back.",
+        solution=damage,
+        tolerance=0.001,
+    ),
+    "learning": Exercise(
+        spec=_learning_spec,
+        cases=tuple((_NAMES, stage) for stage in ("1", "1.5", "2", "MPO", "LoRA")),
+        hint="Names begin with vision_model, mlp1 or language_model; an adapter's end in .A or .B.",
+        solution=learning,
+    ),
+    "masked_loss": Exercise(
+        spec=_masked_loss_spec,
+        cases=(
+            (_random(5, 7), [3, 1, 6, 0, 2], [-100, -100, 6, 0, -100]),
+            (_random(3, 4, seed=1), [0, 3, 2], [-100, 3, 2]),
+            (_random(6, 5, seed=2) * 9, [1, 1, 4, 2, 0, 3], [-100, 1, -100, -100, 0, 3]),
+            (_random(4, 9, seed=3), [8, 7, 6, 5], [8, 7, -100, -100]),
+        ),
+        hint="scores[:-1] against labels[1:], of these only where the label is not -100; the mean of -log softmax.",
+        solution=masked_loss,
+        tolerance=1e-05,
     ),
     "labels_of": Exercise(
         spec=lambda ids, answers: [i if any((a <= k < b for a, b in answers)) else -100 for k, i in enumerate(ids)],
@@ -800,7 +965,7 @@ EXERCISES = {
     ),
     "write": Exercise(
         spec=_write_spec,
-        cases=((_counting, [0, 1], 5, 20), (_counting, [2], 5, 2), (_counting, [5], 5, 9)),
+        cases=((_counting, [0, 1], 5, 20), (_counting, [2], 5, 2), (_counting, [5], 5, 9), (_summing, [1, 2], 5, 6)),
         hint="Ask the model for ids plus what is written so far; stop after the stop token or after `most`.",
         solution=write,
     ),
@@ -821,6 +986,7 @@ EXERCISES = {
             ([("a", 1e-07), ("b", 3e-05), ("c", 1.0)], 2e-05),
             ([("a", 0.0)], 2e-05),
             ([("a", 0.0), ("b", float("nan"))], 1.0),
+            ([("a", 0.001), ("b", 0.25), ("c", 0.5), ("d", 0.25)], 0.125),
             ([], 1.0),
         ),
         hint="nan > x is False. Ask for `not error <= tolerance`.",
@@ -832,6 +998,9 @@ EXERCISES = {
             (_damaged(2, 6, 4, tokens=[1, 4]), _random(2, 6, 4), 0.1),
             (_random(1, 3, 2), _random(1, 3, 2), 1e-06),
             (_damaged(3, 5, 2, tokens=[0]), _random(3, 5, 2), 0.4),
+            (torch.tensor([[[3.0, 4.0], [6.0, 8.0]]]) * 1.5, torch.tensor([[[3.0, 4.0], [6.0, 8.0]]]), 0.5),
+            _unequal(3, 12, 4, tolerance=0.3, seed=1),
+            _unequal(2, 9, 5, tolerance=0.15, seed=2),
         ),
         hint="Sum the squares over axes 0 and 2, of the difference and of b.",
         solution=wrong_tokens,
@@ -864,6 +1033,7 @@ EXERCISES = {
         cases=(
             (_random(3, 8), _random(8, seed=1), 1e-06, _random(20, 8, seed=2)),
             (_random(1, 4), torch.ones(4), 1e-06, _random(5, 4, seed=3)),
+            (_random(9, 8) * torch.tensor([[1e-25, *[1.0] * 8]]).T, _random(8, seed=1), 1e-06, _random(20, 8, seed=4)),
         ),
         hint="Norm each layer's vector, multiply by head.T, argmax.",
         solution=lens_ids,
@@ -883,8 +1053,8 @@ EXERCISES = {
     "layer_norm": Exercise(
         spec=_layer_norm_spec,
         cases=tuple(
-            (_random(*shape), _random(shape[-1], seed=1), _random(shape[-1], seed=2), 1e-06)
-            for shape in ((3, 8), (2, 3, 5), (4, 160))
+            (x, _random(x.shape[-1], seed=1), _random(x.shape[-1], seed=2), 1e-06)
+            for x in (_random(3, 8), _random(2, 3, 5), 0.001 * _random(4, 160), torch.full((2, 4), 3.0))
         ),
         hint="The variance divides by n, not by n - 1; eps goes under the root.",
         solution=layer_norm,
@@ -926,6 +1096,10 @@ EXERCISES = {
                     ("abcbc", [("b", "c"), ("a", "b")]),
                     ("xyz", [("a", "b")]),
                     ("lolol", [("o", "l"), ("l", "o")]),
+                    ("baaab", [("a", "a"), ("b", "a")]),
+                    ("abcdef", [("e", "f"), ("a", "b"), ("c", "d")]),
+                    ("ababcd", [("c", "d"), ("a", "b")]),
+                    ("banana", [("an", "a"), ("a", "n")]),
                 )
             )
         ),
@@ -934,7 +1108,7 @@ EXERCISES = {
     ),
     "user_turn": Exercise(
         spec=_user_turn_spec,
-        cases=(("Who are you?",), ("A\nB",)),
+        cases=(("Who are you?",), ("A\nB",), ("  Spaces  ",)),
         hint="Print prompt.render([(question, None)]) with repr(): each line end counts.",
         solution=lambda question: f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
     ),
@@ -979,11 +1153,13 @@ EXERCISES = {
                     ([0.5, 0.3, 0.15, 0.05], 0.7),
                     ([0.1, 0.2, 0.7], 0.5),
                     ([0.25, 0.35, 0.4], 1.0),
-                    ([0.4, 0.35, 0.25], 0.4),
+                    ([0.09375, 0.5, 0.15625, 0.25], 0.75),      # exact in binary: 0.5 + 0.25 is p
+                    ([0.25, 0.5, 0.125, 0.125], 0.5),
+                    ([0.125, 0.125, 0.25, 0.5], 0.75),
                 )
             )
         ),
-        hint="Sort, and keep a token while those before it hold less than p.",
+        hint="Sort (stable), and drop a token if those before it hold more than p; exactly p is not more.",
         solution=top_p,
         tolerance=1e-05,
     ),
@@ -1023,7 +1199,10 @@ EXERCISES = {
     ),
     "round_group": Exercise(
         spec=_round_group_spec,
-        cases=tuple(((_random(16, seed=n) * 0.1 + shift,) for n, shift in enumerate((0, 0.05, 1, -1)))),
+        cases=(
+            *((_random(16, seed=n) * 0.1 + shift,) for n, shift in enumerate((0, 0.05, 1, -1, -0.1, 0))),
+            (torch.tensor([-7.5, 2.2, 0.3, -3.9, 7.5]) / 64,),      # s is 1 / 64, z and the largest w / s round to 8
+        ),
         hint=(
             "0 must be one of the levels, also where all weights are positive: that is what the max and min "
             "with 0 are for."
@@ -1033,13 +1212,13 @@ EXERCISES = {
     ),
     "tiles_of": Exercise(
         spec=_tiles_of_spec,
-        cases=((800, 600, 12), (600, 600, 12), (448, 448, 12), (1000, 1000, 6), (30, 900, 4)),
+        cases=((800, 600, 12), (600, 600, 12), (448, 448, 12), (1000, 1000, 6), (30, 900, 4), (100, 450, 12)),
         hint="choose_grid gives (columns, rows). When is there no thumbnail?",
         solution=tiles_of,
     ),
     "largest_square": Exercise(
         spec=_largest_square_spec,
-        cases=((256,), (1280,), (3328,), (255,), (2000,)),
+        cases=((256,), (1280,), (3328,), (255,), (1024,)),
         hint=(
             "The cost does not fall when the side grows, but walk through all sides to be sure; a budget that"
             " nothing fits gives 0."

@@ -98,7 +98,8 @@ def draw() -> Svg:
     body += box(left + 234, y, 130, 74, ["scores", "one for each token", "of the vocabulary", f"{llm.vocab_size:,}"],
                 BLUE)
     body += arrow(left + 366, y + 37, left + 396, y + 37)
-    body += box(left + 398, y, 138, 74, ["a word", "the best, or drawn", "by lot; and again", "until <|im_end|>"], SAND)
+    body += box(left + 398, y, 138, 74, ["a word", "the best, or one drawn", "at random; and again",
+                                         "until <|im_end|>"], SAND)
     body += (f'<path d="M{left + 467} {y + 76} v14 H{left + 100} v-12 m-4 5 l4 -5 l4 5" fill="none" stroke="{INK}" '
              'stroke-width="1.4"/>')
     body += text(left + 284, y + 104, "one token a step; keys and values of the earlier ones are kept",

@@ -105,7 +105,7 @@ class _Painter:
     def text(self, e: ET.Element, x: float, y: float) -> None:
         at = (x + float(e.get("x"))) * UNIT, (y + float(e.get("y"))) * UNIT
         size = float(e.get("font-size")) * UNIT
-        words = "".join(map(_printable, e.text or ""))
+        words = "".join(map(printable, e.text or ""))
         how = {"font": ImageFont.load_default(size), "anchor": ANCHOR[e.get("text-anchor")],
                "stroke_width": round(size / 40) if e.get("font-weight") == "bold" else 0}
         turn = float(re.findall(NUMBER, e.get("transform", "0"))[0])
@@ -180,7 +180,7 @@ def _dashed(points: list[tuple[float, float]], dashes: list[float]) -> Iterator[
 
 
 @lru_cache(1024)
-def _printable(letter: str) -> str:
+def printable(letter: str) -> str:
     """Keep a letter that Pillow's own font has, write another one as \\u4e2d: an empty box would say nothing."""
     font = ImageFont.load_default(20)
     missing = font.getmask("\uffff")

@@ -8,6 +8,7 @@ from PIL import Image
 
 from minivl import tiling
 from minivl.limits import InputError
+from minivl.show.axes import BOLD, SMALL, breadth
 from minivl.show.svg import FAINT, INK, Svg, embedded, text
 
 
@@ -40,7 +41,8 @@ def tiles(image: Image.Image, *, max_num: int = 12, tile_size: int = 448, use_th
         right += 14 + small
         height = max(height, small + 18)
     note = f"{len(cut)} x {tokens_per_tile} = {len(cut) * tokens_per_tile} visual tokens"
-    return Svg(body + text(4, above + height + 18, note), max(right + 8, 8 + 8 * 44), above + height + 26,
+    body += text(4, above + height + 18, note)
+    return Svg(body, max(right + 8, 8 + breadth(title, BOLD), 8 + breadth(note)), above + height + 26,
                f"{title}, {note}")
 
 
@@ -58,7 +60,7 @@ def strip(stages: Iterable[tuple], *, here: str | None = None, width: float = 56
     right = 0
     for i, (name, shape) in enumerate(stages):
         now = name == here
-        box = max(60, 7 * len(name) + 14, 6 * len(shape) + 14)
+        box = round(max(60, breadth(name, BOLD) + 14, breadth(shape, SMALL) + 14))
         if i and x + box > width - 4:       # an arrow leads into each further row
             x = 4 + gap
             top += 68

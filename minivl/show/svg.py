@@ -72,6 +72,16 @@ def text(x: float, y: float, words: object, *, anchor: str = "start", size: floa
             f'fill="{colour}"{rotate}>{escape(str(words))}</text>')
 
 
+def beside_axis(x: float, y: float, words: str) -> str:
+    """Write what an axis from top to bottom counts, left of it: upwards, a single letter upright."""
+    return text(x, y, words, anchor="middle", colour=FAINT, turn=-90 if len(words) > 1 else 0) if words else ""
+
+
+def tick(x: float, y: float) -> str:
+    """Mark where a number stands below an axis."""
+    return f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y + 4:.1f}" stroke="{FAINT}"/>'
+
+
 def embedded(image: Image.Image, x: float, y: float, width: float, height: float, *, crisp: bool = False) -> str:
     """Place a picture inside a drawing, as a PNG. `crisp`: enlarged pixels stay squares."""
     data = io.BytesIO()

@@ -62,8 +62,37 @@ def test_names_along_the_axis_and_crosses():
 
 @pytest.mark.parametrize("wrong, match", [
     (lambda: show.bars([1, 2], ["a"]), "2 values and 1 names"),
+    (lambda: show.bars({"before": [1], "after": [1, 2]}, ["a"]), "2 values and 1 names in 'after'"),
+    (lambda: show.bars({str(k): [1] for k in range(5)}, ["a"]), "1 to 4 colours, these are 5"),
+    (lambda: show.bars({}, ["a"]), "1 to 4 colours, these are 0"),
+    (lambda: show.bars([float("nan")], ["a"]), "bars need finite numbers"),
     (lambda: show.curve({"a": [1, float("inf")]}), "needs finite numbers"),
     (lambda: show.curve({"a": [1, 0]}, log=True), "numbers above 0")])
 def test_charts_refuse(wrong, match):
     with pytest.raises(InputError, match=match):
         wrong()
+
+
+def test_series_have_a_colour_each_and_a_legend():
+    values = {"before": [80, -20], "after": [90, 0.5]}
+    drawing = show.bars(values, ["read words", "place"], unit="%", title="right answers")
+    boxes = [e.attrib for e in parts(drawing, "rect")[1:]]
+    legend, painted = boxes[:2], boxes[2:]
+    assert len(painted) == 4 and len({b["fill"] for b in legend}) == 2
+    assert [b["fill"] for b in painted] == [legend[0]["fill"], legend[1]["fill"]] * 2
+    for mark, name in zip(legend, ("before", "after")):         # each name right of its colour
+        word, = [e.attrib for e in parts(drawing, "text") if e.text == name]
+        assert 0 < float(word["x"]) - float(mark["x"]) < 24 and abs(float(word["y"]) - float(mark["y"])) < 12
+    tops = [float(b["y"]) for b in painted]
+    assert tops[0] < tops[1] < tops[2] < tops[3]
+    assert tops[2] - tops[1] > tops[1] - tops[0]                # those of one name are together
+    lefts = [float(b["x"]) for b in painted]
+    assert lefts[2] < lefts[0] == lefts[1] == lefts[3]
+    assert [w for w in words(drawing) if w.endswith("%")] == ["80 %", "90 %", "-20 %", "0.5 %"]
+    assert drawing.about == "right answers: before: read words 80 %, place -20 %; after: read words 90 %, place 0.5 %"
+
+
+def test_a_long_unit_is_written_once():
+    drawing = show.bars([0.9998, 4.936e-5], ["'In'", "' in'"], unit="probability")
+    assert words(drawing) == ["'In'", "0.9998", "' in'", "4.9e-5", "probability"]
+    assert drawing.about == "bars: 'In' 0.9998 probability, ' in' 4.9e-5 probability"

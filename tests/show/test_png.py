@@ -8,7 +8,7 @@ from PIL import Image, ImageChops, ImageStat
 
 from minivl import show
 from minivl.limits import InputError
-from minivl.show.png import _printable
+from minivl.show.png import printable
 
 BLUE, WHITE, RED = (0, 0, 255), (255, 255, 255), (255, 0, 0)
 EVERY = [
@@ -22,6 +22,12 @@ EVERY = [
     lambda: show.overlay(TIGER, torch.rand(4, 4), title="looks"),
     lambda: show.tiles(TIGER, max_num=6),
     lambda: show.strip([("tiles", "P"), ("words", [1, 2])], here="words"),
+    lambda: show.dials([[0.0, 7.0]], ["pair 0"], [0, 1], title="turned"),
+    lambda: show.sharing(4, 2),
+    lambda: show.look(["red", "star"], torch.ones(2), torch.eye(2), torch.eye(2), title="looks"),
+    lambda: show.stream(1.0, [("attention 0", 2.0, 2.5)]),
+    lambda: show.word(0x75316420),
+    lambda: show.rounding([1.0], {"one": ([0.0, 1.0], [1.0])}),
     lambda: show.beside(show.bars([1], ["one"]), show.bars([2], ["two"]))]
 
 
@@ -51,7 +57,7 @@ def test_every_drawing_is_a_picture_with_words(make):
 
 
 def test_the_words_hold_the_numbers():
-    bars, _, heat, *_, tiles, strip, both = (make() for make in EVERY)
+    bars, _, heat, _, _, _, tiles, strip, *_, both = (make() for make in EVERY)
     assert bars.about == "times: tower 3 s, minus -1.5 s"
     assert heat.about == "attention: 1 x 2 squares, query x key, from -2 to 1"
     assert tiles.about.endswith(f"7 x 256 = {7 * 256} visual tokens")
@@ -106,7 +112,7 @@ def test_a_letter_that_the_font_lacks_is_written_in_digits():
     assert pictures["\u4e2d"] == pictures["\\u4e2d"] != pictures["\u6587"]
     assert pictures["\u00e9"] != pictures["e"]
     for make in EVERY:          # what the drawings write themselves is in the font
-        assert all(_printable(letter) == letter for word in words(make()) if word for letter in word)
+        assert all(printable(letter) == letter for word in words(make()) if word for letter in word)
 
 
 def test_pictures_inside():
