@@ -97,7 +97,7 @@ class Writer:
         self.first = True       # no token yet since the begin, or since a special token shown
         self.after_special = False
         self.run = []           # texts of tokens whose end is waited for
-        self.untidied = ""      # the end of the text, if what follows may take a space of it
+        self.untidied = []      # the end of the text from a space on, if what follows may take one of its spaces
         self.given = False      # whether some of this text was given out
         self.empty = True       # whether it has no token
 
@@ -139,11 +139,13 @@ class Writer:
 
     def _certain(self, text: str, last: bool = False) -> str:
         """Add to the text; return it up to a space that may go yet."""
-        text = self.untidied + text
+        self.untidied.append(text)
+        if len(self.untidied) > 1 and not last and not text.strip(MIDDLE):
+            return ""           # as before, and at once: there may be thousands of spaces
+        text = "".join(self.untidied)
         end = -1 if last else text.find(" ", len(text.rstrip(MIDDLE)))
-        end = len(text) if end < 0 else end
-        self.untidied = text[end:]
-        text = text[:end]
+        self.untidied = [text[end:]] if end >= 0 else []
+        text = text[:end] if end >= 0 else text
         for old, new in TIDIED:
             text = text.replace(old, new)
         if text and not self.given:

@@ -155,11 +155,9 @@ def _fields(data: bytes, what: str) -> Iterator[tuple[int, int, int | bytes]]:
 def _varint(data: bytes, place: int, what: str) -> tuple[int, int]:
     """Read a varint: (its value, the place after it)."""
     value = 0
-    for shift in range(0, 70, 7):
-        if place + shift // 7 >= len(data):
-            raise InputError(f"is cut or damaged: {what} ends inside a number at byte {place}; download it again")
-        byte = data[place + shift // 7]
-        value |= (byte & 127) << shift
+    for i, byte in enumerate(data[place:place + 10]):
+        value |= (byte & 127) << 7 * i
         if byte < 128:
-            return value, place + shift // 7 + 1
-    raise InputError(f"is damaged: a number at byte {place} of {what} has over 10 bytes; download it again")
+            return value, place + i + 1
+    raise InputError(f"is cut or damaged: {what} ends inside a number at byte {place}, or it has over 10 bytes; download "
+                     "it again")

@@ -78,7 +78,7 @@ class Tokenizer:
         are there are read and must agree. Raises InputError.
         """
         listing = read_listing(Path(folder))
-        return cls(*_internlm2(listing, Path(folder))) if listing.model else cls(_qwen2(listing, Path(folder)))
+        return cls(*_internlm2(listing, Path(folder))) if listing.pieces else cls(_qwen2(listing, Path(folder)))
 
     @property
     def begin(self) -> list[int]:
@@ -264,7 +264,7 @@ class Listing:
     vocabulary: dict[str, int]      # token -> id, of the model
     added: dict[str, int]           # token -> id, in the order of the ids
     flags: dict[str, dict]          # added token -> {"special": bool, ...}
-    model: sentencepiece.Model | None   # of tokenizer.model
+    pieces: sentencepiece.Model | None      # of tokenizer.model
 
     @property
     def vocab_size(self) -> int:
@@ -289,8 +289,8 @@ def read_listing(folder: Path) -> Listing:
                          "read; they are not the released ones, download them again")
     files = {name: read_json(folder / name) for name in there}
     vocabularies, added, flags = {}, {}, {}
-    model = _sentencepiece(folder)
-    if model:
+    pieces = _sentencepiece(folder)
+    if pieces:
         added[MODEL_FILE] = internlm2_tokenizer.FORCED
     if "vocab.json" in files:
         vocabularies["vocab.json"] = files["vocab.json"]
@@ -321,8 +321,8 @@ def read_listing(folder: Path) -> Listing:
     tokens = _agreed(added, folder)
     _bounded("added tokens", len(tokens), MAX_ADDED, folder)
     _bounded("characters in added tokens", sum(map(len, tokens)), MAX_ADDED_CHARS, folder)
-    if model:
-        vocabularies[MODEL_FILE] = _left_over(model, tokens, folder)
+    if pieces:
+        vocabularies[MODEL_FILE] = _left_over(pieces, tokens, folder)
     vocabulary = _same_vocabulary(vocabularies, tokens, folder)
     _bounded("tokens in its vocabulary", len(vocabulary), MAX_TOKENS, folder)
     _agreed({"the added tokens": tokens, **vocabularies}, folder)
@@ -333,8 +333,8 @@ def read_listing(folder: Path) -> Listing:
                              f"{_named(token)}; they do not belong together, download them again")
     named = {text for key in NAMED for text in _texts(config.get(key))}
     return Listing(files, vocabulary, dict(sorted(tokens.items(), key=lambda item: item[1])),
-                   {token: _flags(token, flags.get(token), token in named or bool(model) and tokens[token] < 3)
-                    for token in tokens}, model)
+                   {token: _flags(token, flags.get(token), token in named or bool(pieces) and tokens[token] < 3)
+                    for token in tokens}, pieces)
 
 
 def _sentencepiece(folder: Path) -> sentencepiece.Model | None:
@@ -466,13 +466,13 @@ def _internlm2(listing: Listing, folder: Path) -> tuple[tokenizers.Tokenizer, in
         for flag in ("lstrip", "rstrip", "single_word"):
             _refuse(f"{flag} of {_named(token)}", True, not flags[flag], folder, "the added tokens", "InternLM2")
     special = {i for token, i in listing.added.items() if listing.flags[token]["special"]}
-    own = [text for text, _, kind in listing.model.pieces if kind == sentencepiece.USER_DEFINED]
+    own = [text for text, _, kind in listing.pieces.pieces if kind == sentencepiece.USER_DEFINED]
     _bounded(f"pieces in {MODEL_FILE} that are never merged", len(own), MAX_ADDED, folder)
     _bounded("characters in them", sum(map(len, own)), MAX_ADDED_CHARS, folder)
     try:
         with library_errors(f"is refused by the tokenizers library with the added tokens of {folder}; download them "
                             "again"):
-            backend, recipe = internlm2_tokenizer.build(listing.model, listing.added, special)
+            backend, recipe = internlm2_tokenizer.build(listing.pieces, listing.added, special)
     except InputError as problem:
         raise InputError(f"{MODEL_FILE} in {folder} {problem}") from None
     _check_added(backend, listing.added, folder)
