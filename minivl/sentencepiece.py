@@ -159,5 +159,5 @@ def _varint(data: bytes, place: int, what: str) -> tuple[int, int]:
         value |= (byte & 127) << 7 * i
         if byte < 128:
             return value, place + i + 1
-    raise InputError(f"is cut or damaged: {what} ends inside a number at byte {place}, or it has over 10 bytes; download "
-                     "it again")
+    raise InputError(f"is cut or damaged: {what} ends inside a number at byte {place}, or it has over 10 bytes; "
+                     "download it again")

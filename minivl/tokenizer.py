@@ -39,6 +39,7 @@ SPECIAL = {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"
            "<box>", "</box>", "<unk>", "<s>", "</s>", "<|plugin|>", "<|interpreter|>", "<|action_end|>",
            "<|action_start|>"}
 REQUIRED = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+OF_PIECES = ("<|im_start|>", "<|im_end|>")     # of these, InternLM2 has those in place of unused pieces
 QWEN2_FILES = ("vocab.json", "merges.txt")
 MODEL_FILE = "tokenizer.model"
 JSON_FILES = ("vocab.json", "added_tokens.json", "tokenizer.json", "tokenizer_config.json")
@@ -358,6 +359,11 @@ def _left_over(model: sentencepiece.Model, added: dict[str, int], folder: Path) 
         raise InputError(f"{MODEL_FILE} in {folder} has {count} pieces, and the added tokens go on with id "
                          f"{next(i for i, due in zip(beyond, range(count, 2 ** 31)) if i != due)}; "
                          "they are of different models, keep the files of one")
+    for token in REQUIRED:
+        if token in added and (added[token] < count) != (token in OF_PIECES):
+            raise InputError(f"{MODEL_FILE} in {folder} has {count} pieces and {token} has id {added[token]}, in the "
+                             f"released ones it {'is one of' if token in OF_PIECES else 'comes after'} the pieces; "
+                             "they are of different models, keep the files of one")
     for i, (text, _, kind) in enumerate(model.pieces):
         ordinary = kind in (sentencepiece.NORMAL, sentencepiece.BYTE) and not text.startswith("[UNUSED_TOKEN_")
         if ordinary and names.get(i, text) != text:

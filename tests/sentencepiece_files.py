@@ -37,7 +37,7 @@ def piece(text, score=0.0, kind=NORMAL):
 
 
 def pieces(words):
-    """[(text, score, type)] in the released order: three names, bytes, words from most to least frequent, six unused."""
+    """[(text, score, type)] in the released order: three names, bytes, words from best to worst score, six unused."""
     return [("<unk>", 0, UNKNOWN), ("<s>", 0, CONTROL), ("</s>", 0, CONTROL), *((text, 0, BYTE) for text in BYTES),
             *((text, -n, NORMAL) for n, text in enumerate(words)),
             *((f"[UNUSED_TOKEN_{n}]", 0, USER_DEFINED) for n in range(140, 146))]
