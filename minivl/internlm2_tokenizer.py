@@ -16,10 +16,9 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from minivl.limits import InputError
-from minivl.sentencepiece import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, Model
+from minivl.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNUSED, USER_DEFINED, Model
 
 FORCED = {"<unk>": 0, "<s>": 1, "</s>": 2}      # whatever the model calls its first three pieces
-SPACE = "\u2581"
 # What the original replaces in every decoded text, in this order. Only spaces go.
 TIDIED = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
           (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))

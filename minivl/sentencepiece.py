@@ -21,6 +21,7 @@ from minivl.limits import InputError, is_there, reading
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)      # types of a piece
 ALGORITHMS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
+SPACE = "\u2581"            # in the text of pieces
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]                      # the text of the BYTE pieces
 # Over twice the only one known, InternLM2's, which has 1.5 MB and 92,544 pieces.
 MAX_BYTES = 4 * 2 ** 20
@@ -28,7 +29,7 @@ MAX_PIECE = 512             # characters; the time for finding its halves grows 
 
 
 class Piece(NamedTuple):
-    """One entry of the vocabulary; its id is its place. A space is U+2581 in the text."""
+    """One entry of the vocabulary; its id is its place. A space is SPACE in the text."""
     text: str
     score: float        # the pair of neighbours is merged first whose whole has the highest
     type: int
@@ -109,8 +110,12 @@ def _check(pieces: list[Piece]):
             problem = f"piece {i}, {named}, is of type {kind}, there are {NORMAL} to {BYTE}"
         elif not math.isfinite(score):
             problem = f"piece {i}, {named}, has score {score}"
+        elif len(text) == 1 and kind in (UNKNOWN, CONTROL):
+            problem = f"piece {i}, {named}, is of type {kind}, and this character would vanish from a text"
         if problem:
             raise InputError(f"is damaged: {problem}; download it again")
+    if SPACE not in place:
+        raise InputError(f"has no piece for the space among its {len(pieces)}; download it again")
     found = {piece.text for piece in pieces if piece.type == BYTE}
     if found != set(BYTES):
         raise InputError(f"has pieces for {len(found & set(BYTES))} of the 256 bytes and {len(found - set(BYTES))} "

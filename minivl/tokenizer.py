@@ -366,7 +366,7 @@ def _left_over(model: sentencepiece.Model, added: dict[str, int], folder: Path) 
                              "they are of different models, keep the files of one")
     for i, (text, _, kind) in enumerate(model.pieces):
         ordinary = kind in (sentencepiece.NORMAL, sentencepiece.BYTE) and not text.startswith("[UNUSED_TOKEN_")
-        if ordinary and names.get(i, text) != text:
+        if ordinary and i in names:
             raise InputError(f"id {i} is {_named(text)} in {MODEL_FILE} and the added token {_named(names[i])} "
                              f"({folder}); the files are of different models, keep those of one")
     return {piece.text: i for i, piece in enumerate(model.pieces) if i not in names}

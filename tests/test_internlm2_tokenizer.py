@@ -174,7 +174,7 @@ def test_merges_follow_the_scores(tmp_path):
     for n in range(6):
         words = sorted({"".join(rng.choice("abc") for _ in range(rng.choice((2, 2, 3, 4)))) for _ in range(14)})
         rng.shuffle(words)
-        listed = pieces([*words, *"abc"])
+        listed = pieces([*words, *"abc\u2581"])
         tokenizer = Tokenizer.load(put(tmp_path / str(n), listed))
         for _ in range(60):
             text = "".join(rng.choice("abc") for _ in range(rng.randrange(1, 14)))
@@ -426,6 +426,7 @@ def test_files_of_both_families_are_refused(folder, tiny, names):
     ({"<more>": 619}, "609 pieces, and the added tokens go on with id 619;"),
     ({"<more>": 0}, "give id 0 to '<unk>' and to '<more>'"),
     ({"<img>": 607, "<|im_end|>": 609}, "609 pieces and <.im_end.> has id 609, in the released ones it is one of the"),
+    ({"\u2581a": 259}, "id 259 is '.a' in tokenizer.model and the added token '.a'"),
     ({"\u2581a": 618}, "has id 618 in .* and 259 in tokenizer.model")])
 def test_added_tokens_that_do_not_fit(folder, change, message):
     (folder / "tokenizer_config.json").unlink()

@@ -90,10 +90,12 @@ def without(text):
     ([*WORDS, ("xy", float("-inf"), NORMAL)], "'xy', has score -inf"),
     ([*WORDS, ("xy", 0, 0)], "'xy', is of type 0"), ([*WORDS, ("xy", 0, 7)], "'xy', is of type 7"),
     ([*WORDS, ("xy", 0, 2 ** 60)], "is of type 1152921504606846976"),
+    ([*WORDS, ("x", 0, 3)], "'x', is of type 3, and this character would vanish"),
+    ([*WORDS, ("x", 0, 2)], "'x', is of type 2, and"), (without("\u2581"), "has no piece for the space among its 271;"),
     (without("<0x41>"), "has pieces for 255 of the 256 bytes and 0 other"),
     ([one for one in WORDS if one[2] != BYTE], "has pieces for 0 of the 256 bytes"),
     ([*without("<0x41>"), ("<0x41>", 0, NORMAL)], "for 255 of the 256"),
-    ([*WORDS, ("<0xff>", 0, BYTE)], "256 of the 256 bytes and 1 other"), ([], "0 of the 256 bytes")])
+    ([*WORDS, ("<0xff>", 0, BYTE)], "256 of the 256 bytes and 1 other"), ([], "no piece for the space among its 0")])
 def test_pieces_that_cannot_be(read, listed, message):
     with pytest.raises(InputError, match=message) as caught:
         read(model(listed))

@@ -61,7 +61,8 @@ def pieces(rng):
         elif change == "gone":
             del listed[place:place + rng.choice((1, 1, 6, 300))]
         elif change == "new":
-            listed.insert(rng.choice((place, len(listed) - 6)), (rng.choice(TEXTS), rng.choice(SCORES), rng.randrange(1, 7)))
+            new = rng.choice(TEXTS), rng.choice(SCORES), rng.randrange(1, 7)
+            listed.insert(rng.choice((place, len(listed) - 6)), new)
         elif change == "repeat":
             listed[place:place] = listed[other:other + rng.choice((1, 2, 50))]
         elif change == "numbers":

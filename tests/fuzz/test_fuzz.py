@@ -31,7 +31,8 @@ def test_altered_files_are_refused_or_loaded_whole(modules):
 def test_the_seed_files_themselves_load(kind, tmp_path):
     files = {"safetensors": [("x", seeds.safetensors()), ("x", seeds.released())], "bin": [("bytes", seeds.bin())],
              "json": list(seeds.json_files().items()),
-             "sentencepiece": [("x", data) for data in seeds.sentencepiece()], "pictures": [("x", data) for data in seeds.pictures()],
+             "sentencepiece": [("x", data) for data in seeds.sentencepiece()],
+             "pictures": [("x", data) for data in seeds.pictures()],
              "videos": [(f"x.{suffix}", data) for suffix, data in seeds.videos()]}[kind]
     folder = tmp_path / "case"
     folder.mkdir()
