@@ -69,6 +69,8 @@ def json(name, data, folder):
 
 def sentencepiece(name, data, folder):
     """Load it as the tokenizer of an InternLM2 model, encode and decode texts."""
+    folder = folder.with_name("tokenizer")      # the other kinds' checkpoint must not have these files
+    folder.mkdir(exist_ok=True)
     for file in ("added_tokens.json", "tokenizer_config.json"):
         shutil.copyfile(seeds.sentencepiece_folder() / file, folder / file)
     (folder / "tokenizer.model").write_bytes(data)
