@@ -40,7 +40,9 @@ def render(messages: Sequence, tiles_per_image: Sequence[int] = (), system: str 
 def encode(tokenizer: Tokenizer, messages: Sequence, tiles_per_image: Sequence[int] = (), system: str | None = None, *,
            tokens_per_tile: int = 256, plain: bool = False, after: list[int] | None = None,
            most: int | None = None) -> list[int]:
-    """Write the prompt as ids. `plain`: what users wrote becomes ordinary text tokens even where it spells <|im_end|>.
+    """Write the prompt as ids, `tokenizer.begin` first.
+
+    `plain`: what users wrote becomes ordinary text tokens even where it spells <|im_end|>.
 
     `after`: the token ids of the answer that this one user message follows in a conversation. Then only what comes
     after that answer is encoded, so that a session need not read the rest again:
@@ -50,13 +52,13 @@ def encode(tokenizer: Tokenizer, messages: Sequence, tiles_per_image: Sequence[i
     where `answer` are the ids of `text`. `most`: see Tokenizer.encode; the caller still counts.
     """
     segments = _segments(messages, tiles_per_image, system, tokens_per_tile, plain)
+    ids = [] if after is not None else tokenizer.begin
     if after is not None:
         turn = segments.index((False, "user\n")) - 1
         # an empty answer is only its header, as in _segments
         segments = ([(True, "<|im_end|>"), (False, "\n")] if after else []) + segments[turn:]
     if not plain:
-        return tokenizer.encode("".join(text for _, text in segments), most=most)
-    ids = []
+        return ids + tokenizer.encode("".join(text for _, text in segments), most=most)
     run = ""
     for is_token, text in [*segments, (True, "")]:
         if is_token:        # a run of text is encoded as a whole, with its header: "user\n" + "\nHi" has one token \n\n

@@ -2,6 +2,7 @@
 
 Text -> NFC -> split by a pattern (one digit at a time) -> bytes as printable characters -> merges -> ids.
 Added tokens (<|im_start|>, <img>, ...) are cut out of the text first and get one id each.
+A folder with tokenizer.model has InternLM2's recipe instead, see internlm2_tokenizer.py.
 
 The files give a vocabulary, merges and added tokens; the recipe is ours, whichever files they come from. So nothing
 that was saved along with them (truncation, padding, a dropout) can change an id.
@@ -24,6 +25,7 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from minivl import internlm2_tokenizer, sentencepiece
 from minivl.config import read_json, read_text, renamed
 from minivl.limits import InputError, is_there
 
@@ -34,8 +36,12 @@ PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\
 SPECIAL = {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
            "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
            "<|image_pad|>", "<|video_pad|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>",
-           "<box>", "</box>"}
+           "<box>", "</box>", "<unk>", "<s>", "</s>", "<|plugin|>", "<|interpreter|>", "<|action_end|>",
+           "<|action_start|>"}
 REQUIRED = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+OF_PIECES = ("<|im_start|>", "<|im_end|>")     # of these, InternLM2 has those in place of unused pieces
+QWEN2_FILES = ("vocab.json", "merges.txt")
+MODEL_FILE = "tokenizer.model"
 JSON_FILES = ("vocab.json", "added_tokens.json", "tokenizer.json", "tokenizer_config.json")
 # What a tokenizer may hold: over twice the largest known, so that any loads in seconds and less than 1 GB.
 MAX_FILES = 24_000_000      # bytes of its JSON files together; 16 MB where a folder has both forms
@@ -49,13 +55,17 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 
 class Tokenizer:
-    """Turn text into ids and ids into text. `Tokenizer.load(folder)` reads the files of a checkpoint."""
+    """Turn text into ids and ids into text. `Tokenizer.load(folder)` reads the files of a checkpoint.
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    `recipe`: how text becomes ids and ids become text; default Qwen2's.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, recipe: internlm2_tokenizer.InternLM2 | None = None):
         self.backend = backend
         self._containing = {}       # text -> ids of the tokens that contain it
         self.added = {token.content: id for id, token in sorted(backend.get_added_tokens_decoder().items())}
         self.special_ids = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.recipe = recipe or Qwen2(backend)
         missing = [token for token in REQUIRED if token not in self.added]
         if missing:
             raise InputError(f"the tokenizer has no {', '.join(missing)}; "
@@ -63,12 +73,18 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Tokenizer:
-        """Read the tokenizer of a checkpoint folder: from tokenizer.json, or from vocab.json and merges.txt.
+        """Read the tokenizer of a checkpoint folder: tokenizer.model, tokenizer.json, or vocab.json and merges.txt.
 
         Added tokens may stand in tokenizer.json, tokenizer_config.json or added_tokens.json. All of these files that
         are there are read and must agree. Raises InputError.
         """
-        return cls(_qwen2(Path(folder)))
+        listing = read_listing(Path(folder))
+        return cls(*_internlm2(listing, Path(folder))) if listing.pieces else cls(_qwen2(listing, Path(folder)))
+
+    @property
+    def begin(self) -> list[int]:
+        """List the ids that every prompt begins with, once: [1], <s>, of InternLM2; none of Qwen2."""
+        return list(self.recipe.begin)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -93,6 +109,7 @@ class Tokenizer:
     def encode(self, text: str, *, plain: bool = False, most: int | None = None) -> list[int]:
         """Encode a text as ids. `plain`: what spells an added token (`<|im_end|>`) is encoded as its characters.
 
+        Any text, also a part of one: `begin` is not put in front of it. `minivl.prompt.encode` does so for a prompt.
         `most`: of far more ids than these only so many are made that the text can be refused: a character can become
         six ids, and each takes 250 bytes while the library works.
         """
@@ -110,27 +127,22 @@ class Tokenizer:
 
     def _ids_of(self, text: str, plain: bool) -> list[int]:
         with library_errors("the text cannot be encoded; remove what is unusual in it"):
-            if not plain:
-                return self.backend.encode(text).ids
-            pieces = self.backend.pre_tokenizer.pre_tokenize_str(self.backend.normalizer.normalize_str(text))
-            return [token.id for piece, _ in pieces for token in self.backend.model.tokenize(piece)]
+            return self.recipe.ids_of(text, plain)
 
     def decode(self, ids: Iterable[int] | torch.Tensor, *, skip_special_tokens: bool = True) -> str:
         """Decode ids (a tensor: int64[T]) into a text. Broken UTF-8 becomes U+FFFD, as everywhere."""
         ids = list(ids.tolist() if hasattr(ids, "tolist") else ids)
         if unknown := [i for i in ids if type(i) is not int]:
             raise InputError(f"id {str(unknown[0])[:30]!r} is a {type(unknown[0]).__name__}; ids are whole numbers")
-        skip = self.special_ids if skip_special_tokens else ()
-        return b"".join([self.token_bytes(i) for i in ids if i not in skip]).decode("utf-8", errors="replace")
+        stream = TextStream(self, skip_special_tokens)
+        return "".join([stream.push(i) for i in ids]) + stream.finish()
 
     def token_bytes(self, id: int) -> bytes:
         """Look up the bytes one token stands for; a character may be spread over several tokens."""
         token = self.backend.id_to_token(id) if type(id) is int and 0 <= id < 2 ** 31 else None
         if token is None:
             raise InputError(f"id {str(id)[:30]} is not in the vocabulary (0..{self.vocab_size - 1})")
-        if token in self.added or not all(c in self._byte_of for c in token):
-            return token.encode("utf-8")
-        return bytes(self._byte_of[c] for c in token)
+        return self.recipe.bytes_of(id, token)
 
     def containing(self, text: str) -> list[int]:
         """Find the ids of all tokens that contain a text, for bad_words.
@@ -143,13 +155,6 @@ class Tokenizer:
                 self._containing.pop(next(iter(self._containing), None), None)
             self._containing[text] = [i for i in self._ids if wanted in self.token_bytes(i)]
         return self._containing[text]
-
-    @cached_property
-    def _byte_of(self) -> dict[str, int]:
-        """Build GPT-2's table: printable bytes stand for themselves, the other 68 for the characters from U+0100 on."""
-        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        others = [b for b in range(256) if b not in printable]
-        return {**{chr(b): b for b in printable}, **{chr(0x100 + i): b for i, b in enumerate(others)}}
 
 
 def _utf8(text: str) -> bytes:
@@ -174,16 +179,72 @@ def library_errors(problem: str) -> Iterator[None]:
 
 
 class TextStream:
-    """Turn tokens into text while they arrive: `push` returns the characters that are complete, `finish` the rest."""
+    """Turn tokens into text while they arrive: `push` returns the characters that are certain, `finish` the rest."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
         self.tokenizer = tokenizer
         self.skip = tokenizer.special_ids if skip_special_tokens else ()
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.writer = tokenizer.recipe.writer(skip_special_tokens)
 
     def push(self, id: int) -> str:
-        """Take one token and return the characters it completes, often none or several."""
-        return "" if id in self.skip else self.decoder.decode(self.tokenizer.token_bytes(id))
+        """Take one token and return the characters it makes certain, often none or several."""
+        return "" if id in self.skip else self.writer.push(id, self.tokenizer.token_bytes(id))
+
+    @property
+    def incomplete(self) -> bool:
+        """Tell whether some text of the last tokens is not given out yet: a part of a character, most often."""
+        return self.writer.incomplete
+
+    def finish(self) -> str:
+        """Return what is left: U+FFFD for a character that never became whole, what was waited for, most often ""."""
+        return self.writer.finish()
+
+
+# ---- Qwen2's recipe: the steps --------------------------------------------------------------------------------------
+
+class Qwen2:
+    """What Qwen2's tokenizer does in its own way: a character of its vocabulary is a byte."""
+
+    begin = ()      # ids that every prompt begins with
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self.backend = backend
+        self.added = set(backend.get_added_tokens_decoder())
+
+    def ids_of(self, text: str, plain: bool) -> list[int]:
+        """Encode a text. `plain`: nothing in it becomes the id of an added token."""
+        if not plain:
+            return self.backend.encode(text).ids
+        pieces = self.backend.pre_tokenizer.pre_tokenize_str(self.backend.normalizer.normalize_str(text))
+        return [token.id for piece, _ in pieces for token in self.backend.model.tokenize(piece)]
+
+    def bytes_of(self, id: int, token: str) -> bytes:
+        """Say which bytes a token stands for."""
+        if id in self.added or not all(c in self._byte_of for c in token):
+            return token.encode("utf-8")
+        return bytes(self._byte_of[c] for c in token)
+
+    def writer(self, skip_special_tokens: bool) -> Characters:
+        """Make what turns tokens into text."""
+        return Characters()
+
+    @cached_property
+    def _byte_of(self) -> dict[str, int]:
+        """Build GPT-2's table: printable bytes stand for themselves, the other 68 for the characters from U+0100 on."""
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [b for b in range(256) if b not in printable]
+        return {**{chr(b): b for b in printable}, **{chr(0x100 + i): b for i, b in enumerate(others)}}
+
+
+class Characters:
+    """Join the bytes of tokens and give out whole characters."""
+
+    def __init__(self):
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id: int, data: bytes) -> str:
+        """Take a token and its bytes; return the characters it completes."""
+        return self.decoder.decode(data)
 
     @property
     def incomplete(self) -> bool:
@@ -204,6 +265,7 @@ class Listing:
     vocabulary: dict[str, int]      # token -> id, of the model
     added: dict[str, int]           # token -> id, in the order of the ids
     flags: dict[str, dict]          # added token -> {"special": bool, ...}
+    pieces: sentencepiece.Model | None      # of tokenizer.model
 
     @property
     def vocab_size(self) -> int:
@@ -228,6 +290,9 @@ def read_listing(folder: Path) -> Listing:
                          "read; they are not the released ones, download them again")
     files = {name: read_json(folder / name) for name in there}
     vocabularies, added, flags = {}, {}, {}
+    pieces = _sentencepiece(folder)
+    if pieces:
+        added[MODEL_FILE] = internlm2_tokenizer.FORCED
     if "vocab.json" in files:
         vocabularies["vocab.json"] = files["vocab.json"]
     if "added_tokens.json" in files:
@@ -257,6 +322,8 @@ def read_listing(folder: Path) -> Listing:
     tokens = _agreed(added, folder)
     _bounded("added tokens", len(tokens), MAX_ADDED, folder)
     _bounded("characters in added tokens", sum(map(len, tokens)), MAX_ADDED_CHARS, folder)
+    if pieces:
+        vocabularies[MODEL_FILE] = _left_over(pieces, tokens, folder)
     vocabulary = _same_vocabulary(vocabularies, tokens, folder)
     _bounded("tokens in its vocabulary", len(vocabulary), MAX_TOKENS, folder)
     _agreed({"the added tokens": tokens, **vocabularies}, folder)
@@ -267,7 +334,42 @@ def read_listing(folder: Path) -> Listing:
                              f"{_named(token)}; they do not belong together, download them again")
     named = {text for key in NAMED for text in _texts(config.get(key))}
     return Listing(files, vocabulary, dict(sorted(tokens.items(), key=lambda item: item[1])),
-                   {token: _flags(token, flags.get(token), token in named) for token in tokens})
+                   {token: _flags(token, flags.get(token), token in named or bool(pieces) and tokens[token] < 3)
+                    for token in tokens}, pieces)
+
+
+def _sentencepiece(folder: Path) -> sentencepiece.Model | None:
+    """Read tokenizer.model, where there is one."""
+    if not is_there(folder / MODEL_FILE):
+        return None
+    if other := [name for name in QWEN2_FILES if is_there(folder / name)]:
+        raise InputError(f"{folder} holds {MODEL_FILE}, of InternLM2, and {' and '.join(other)}, of Qwen2; keep the "
+                         "files of one model")
+    model = sentencepiece.read_model(folder / MODEL_FILE)
+    _bounded(f"pieces in {MODEL_FILE}", len(model.pieces), MAX_TOKENS, folder)
+    return model
+
+
+def _left_over(model: sentencepiece.Model, added: dict[str, int], folder: Path) -> dict[str, int]:
+    """List the pieces, text -> id, whose ids no added token takes. Only those that no text is made of may be taken."""
+    count = len(model.pieces)
+    names = {i: token for token, i in added.items()}
+    beyond = sorted(i for i in names if i >= count)
+    if beyond != [*range(count, count + len(beyond))]:
+        raise InputError(f"{MODEL_FILE} in {folder} has {count} pieces, and the added tokens go on with id "
+                         f"{next(i for i, due in zip(beyond, range(count, 2 ** 31)) if i != due)}; "
+                         "they are of different models, keep the files of one")
+    for token in REQUIRED:
+        if token in added and (added[token] < count) != (token in OF_PIECES):
+            raise InputError(f"{MODEL_FILE} in {folder} has {count} pieces and {token} has id {added[token]}, in the "
+                             f"released ones it {'is one of' if token in OF_PIECES else 'comes after'} the pieces; "
+                             "they are of different models, keep the files of one")
+    for i, (text, _, kind) in enumerate(model.pieces):
+        ordinary = kind in (sentencepiece.NORMAL, sentencepiece.BYTE) and not text.startswith("[UNUSED_TOKEN_")
+        if ordinary and i in names:
+            raise InputError(f"id {i} is {_named(text)} in {MODEL_FILE} and the added token {_named(names[i])} "
+                             f"({folder}); the files are of different models, keep those of one")
+    return {piece.text: i for i, piece in enumerate(model.pieces) if i not in names}
 
 
 def _bounded(what: str, count: int, most: int, folder: Path):
@@ -356,16 +458,51 @@ def _merges(listing: Listing, folder: Path) -> list[tuple[str, str]]:
     return next(iter(found.values()), [])
 
 
-# ---- Qwen2's recipe -------------------------------------------------------------------------------------------------
+# ---- InternLM2's recipe: from files ---------------------------------------------------------------------------------
 
-def _qwen2(folder: Path) -> tokenizers.Tokenizer:
+def _internlm2(listing: Listing, folder: Path) -> tuple[tokenizers.Tokenizer, internlm2_tokenizer.InternLM2]:
+    """Build the tokenizer of a folder by InternLM2's recipe. A tokenizer.json there adds nothing."""
+    config = listing.files.get("tokenizer_config.json", {})
+    for option, good in (("add_bos_token", config.get("add_bos_token", True) is True),
+                         ("add_eos_token", not config.get("add_eos_token")),
+                         ("bos_token", _texts(config.get("bos_token", "<s>")) == ["<s>"]),
+                         ("sp_model_kwargs", not config.get("sp_model_kwargs"))):
+        _refuse(option, config.get(option), good, folder, "tokenizer_config.json", "InternLM2")
+    for token, flags in listing.flags.items():
+        for flag in ("lstrip", "rstrip", "single_word"):
+            _refuse(f"{flag} of {_named(token)}", True, not flags[flag], folder, "the added tokens", "InternLM2")
+    special = {i for token, i in listing.added.items() if listing.flags[token]["special"]}
+    own = [text for text, _, kind in listing.pieces.pieces if kind == sentencepiece.USER_DEFINED]
+    _bounded(f"pieces in {MODEL_FILE} that are never merged", len(own), MAX_ADDED, folder)
+    _bounded("characters in them", sum(map(len, own)), MAX_ADDED_CHARS, folder)
+    try:
+        with library_errors(f"is refused by the tokenizers library with the added tokens of {folder}; download them "
+                            "again"):
+            backend, recipe = internlm2_tokenizer.build(listing.pieces, listing.added, special)
+    except InputError as problem:
+        raise InputError(f"{MODEL_FILE} in {folder} {problem}") from None
+    _check_added(backend, listing.added, folder)
+    return backend, recipe
+
+
+def _check_added(backend: tokenizers.Tokenizer, added: dict[str, int], folder: Path):
+    """Make sure that the library gave the added tokens their ids."""
+    for token, i in added.items():
+        if backend.token_to_id(token) != i:
+            raise InputError(f"added token {_named(token)} in {folder} got id {backend.token_to_id(token)} instead of "
+                             f"{i}; download the tokenizer files again")
+
+
+# ---- Qwen2's recipe: from files --------------------------------------------------------------------------------------
+
+def _qwen2(listing: Listing, folder: Path) -> tokenizers.Tokenizer:
     """Build the tokenizer of a folder by Qwen2's recipe. Refuses files that were written by another."""
-    listing = read_listing(folder)
     pair = is_there(folder / "vocab.json") and is_there(folder / "merges.txt")
     if not pair and "tokenizer.json" not in listing.files:
-        other = next(filter(None, (renamed(folder / n) for n in ("tokenizer.json", "vocab.json", "merges.txt")
+        other = next(filter(None, (renamed(folder / n) for n in ("tokenizer.json", *QWEN2_FILES, MODEL_FILE)
                                    if not is_there(folder / n))), "copy the tokenizer files of the model there")
-        raise InputError(f"{folder} has neither vocab.json and merges.txt nor tokenizer.json; {other}")
+        raise InputError(f"{folder} has neither vocab.json and merges.txt nor tokenizer.json nor tokenizer.model; "
+                         f"{other}")
     if not listing.added:
         raise InputError(f"{folder} lists no added tokens; copy added_tokens.json, tokenizer_config.json or "
                          "tokenizer.json of the model there")
@@ -381,10 +518,7 @@ def _qwen2(folder: Path) -> tokenizers.Tokenizer:
         vocabulary = {**vocabulary, **added}
     with library_errors(f"the tokenizers library refuses the vocabulary and merges in {folder}; download them again"):
         backend = _built(vocabulary, merges, [AddedToken(token, **listing.flags[token]) for token in added])
-    for token, i in added.items():
-        if backend.token_to_id(token) != i:
-            raise InputError(f"added token {_named(token)} in {folder} got id {backend.token_to_id(token)} instead of "
-                             f"{i}; download the tokenizer files again")
+    _check_added(backend, added, folder)
     return backend
 
 
@@ -446,7 +580,7 @@ def _adds_nothing(single: object) -> bool:
     return isinstance(single, list) and len(single) == 1 and isinstance(single[0], dict) and "Sequence" in single[0]
 
 
-def _refuse(name: str, value: object, good: bool, folder: Path, file: str = "tokenizer.json"):
+def _refuse(name: str, value: object, good: bool, folder: Path, file: str = "tokenizer.json", family: str = "Qwen2"):
     if not good:
         raise InputError(f"{name} of {file} in {folder} is {reprlib.repr(value)[:80]}, which is not the recipe of "
-                         "Qwen2 that minivl follows; take the tokenizer files of the original model")
+                         f"{family} that minivl follows; take the tokenizer files of the original model")

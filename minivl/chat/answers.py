@@ -61,18 +61,21 @@ class Answer:
 
     def push(self, token: int, logits) -> str:
         """Take the next token and the scores float32[V] it was chosen from; returns the text that is certain now."""
-        if token in self.stop_ids:
-            return self._end("stop", self.waiting + self.stream.finish())
-        text = self.waiting + self.stream.push(token)
+        stopped = token in self.stop_ids
+        last = stopped or len(self.token_ids) + 1 >= self.turn.max_new_tokens
+        text = self.waiting + ("" if stopped else self.stream.push(token))
+        if not stopped:
+            self._keep(token, logits, text)
+        if last:        # what the stream waited with may hold a stop word, too
+            text += self.stream.finish()
         self.waiting = ""
         cut = min((text.find(word) for word in self.stop_words if word in text), default=None)
         if cut is not None:     # the tokens that spell the stop word are not part of the answer
             end = self._end("stop", text[:cut])
             self._drop_tokens_after(len(self.text))
             return end
-        self._keep(token, logits, text)
-        if len(self.token_ids) >= self.turn.max_new_tokens:
-            return self._end("length", text + self.stream.finish())
+        if last:
+            return self._end("stop" if stopped else "length", text)
         certain = len(text) - self._possible_stop_word(text)
         self.waiting = text[certain:]
         self.text += text[:certain]
@@ -80,8 +83,8 @@ class Answer:
 
     def _keep(self, token: int, logits, text: str):
         self.token_ids.append(token)
-        # half a character more while the bytes of one are incomplete: such a token goes with what completes it
-        self.sizes.append(len(self.text) + len(text) + 0.5 * self.stream.incomplete)
+        # no end yet, while the bytes of a character are incomplete: such a token goes with what completes it
+        self.sizes.append(float("inf") if self.stream.incomplete else len(self.text) + len(text))
         if self.turn.config.logprobs:
             best = logits.log_softmax(-1).topk(min(self.turn.config.logprobs, len(logits)))
             # -inf: an id that no token has
@@ -110,7 +113,7 @@ class Answer:
         del self.token_ids[len(self.sizes):]
         del self.logprobs[len(self.sizes):]
         self.written = len(self.token_ids)
-        start = int(self.sizes[-1]) if self.sizes else 0
+        start = self.sizes[-1] if self.sizes else 0
         self.token_ids += self.tokenizer.encode(self.text[start:], plain=True)
 
     def response(self) -> Response:

@@ -16,7 +16,7 @@ from minivl.family import VARIANTS, hint
 from minivl.limits import InputError, first_of, in_words, offline, reading
 
 SMALL_FILES = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-               "tokenizer.json", "tokenizer_config.json"]
+               "tokenizer.json", "tokenizer_config.json", "tokenizer.model"]
 STEMS = {"safetensors": "model", "bin": "pytorch_model"}    # format, which is the suffix too -> name before the suffix
 ADAPTER = re.compile(r"adapter_(config\.json|model.*\.(safetensors|bin))")      # as PEFT names its files
 # Files beside the weights, by the programs that write them: Trainer's state, LMDeploy's statistics.

@@ -44,11 +44,11 @@ def test_a_small_file_under_a_near_name_is_named(copy, name):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json.txt", "Tokenizer.json", "vocab (1).json", "Merges.txt",
-                                  "merges.txt.txt"])
+                                  "merges.txt.txt", "tokenizer.model.txt", "tokenizer (1).model"])
 def test_a_tokenizer_under_a_near_name_is_named(tmp_path, name):
     (tmp_path / name).write_text("{}")
     (tmp_path / "added_tokens.json").write_text("{}")
-    with pytest.raises(InputError, match="nor tokenizer.json; .* is there: if it is meant, rename it to [a-z]+[.]"):
+    with pytest.raises(InputError, match="nor tokenizer.model; .* is there: if it is meant, rename it to [a-z]+[.]"):
         minivl.Tokenizer.load(tmp_path)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from fuzz import worker
 from minivl.options import Help
 
-ALL = {"safetensors": 10_000, "bin": 5_000, "json": 2_000, "pictures": 10_000, "videos": 1_000}
+ALL = {"safetensors": 10_000, "bin": 5_000, "json": 2_000, "sentencepiece": 2_000, "pictures": 10_000, "videos": 1_000}
 OUTCOMES = ("InputError", "loaded whole", "other", "hang", "crash", "over 1 GB")
 GOOD = OUTCOMES[:2]
 SAVED = Path("build/fuzz")

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from minivl import Tokenizer
+from minivl.sentencepiece import read_model
 from weights_tools.synthesize import synthesize
 
 sys.path.append(str(Path(__file__).parents[1] / "media"))       # as pytest does for the tests there
@@ -68,6 +69,24 @@ def json_files() -> dict[str, bytes]:
               "additional_special_tokens": ["<img>", "</img>"], "add_bos_token": False, "model_max_length": 8192}
     return {**files, "tokenizer.json": tokenizer.backend.to_str().encode(),
             "tokenizer_config.json": json.dumps(config).encode(), INDEX: (folder("shards") / INDEX).read_bytes()}
+
+
+@functools.lru_cache(None)
+def sentencepiece_folder() -> Path:
+    """The golden tokenizer of an InternLM2 model."""
+    return Path(__file__).parents[1] / "golden" / "internlm2-tokenizer"
+
+
+@functools.lru_cache(None)
+def sentencepiece() -> list[bytes]:
+    """tokenizer.model, without and with a dummy prefix."""
+    return [(sentencepiece_folder() / name / "tokenizer.model").read_bytes() for name in ("", "dummy-prefix")]
+
+
+@functools.lru_cache(None)
+def sentencepiece_pieces() -> list[tuple]:
+    """Its pieces: (text, score, type)."""
+    return [tuple(piece) for piece in read_model(sentencepiece_folder() / "tokenizer.model").pieces]
 
 
 def pictures() -> list[bytes]:

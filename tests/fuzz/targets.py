@@ -11,6 +11,7 @@ from PIL import Image
 import minivl
 from fuzz import seeds
 from minivl.files.formats import DTYPES, open_weights
+from minivl.internlm2_tokenizer import TIDIED
 from minivl.tokenizer import TextStream
 
 TEXTS = ("Grüße, 世界 🐅 1234 don't <img>\n\n  x<|im_end|>", "e\u0301 \ufb01", "a" * 200 + "!", " \t\r\n<box> [1]", "")
@@ -60,15 +61,43 @@ def json(name, data, folder):
         for path in folder.iterdir():       # the next case may be of another file
             if path.suffix != ".safetensors" and path.name != "form":
                 path.unlink()
-    for text in TEXTS:
-        for plain in (False, True):
-            ids = pipe.tokenizer.encode(text, plain=plain)
-            stream = TextStream(pipe.tokenizer)
-            if pipe.tokenizer.decode(ids) != "".join(map(stream.push, ids)) + stream.finish():
-                raise Wrong(f"a stream shows {text!r} differently")
+    _check_tokenizer(pipe.tokenizer)
     if "token" not in file and file not in ("merges.txt", "vocab.json"):        # those may change what is computed
         pipe(("<image>\nWhat is this?", Image.new("RGB", (90, 60))), minivl.GenerationConfig(max_new_tokens=2))
     pipe.tokenizer.containing("a")
+
+
+def sentencepiece(name, data, folder):
+    """Load it as the tokenizer of an InternLM2 model, encode and decode texts."""
+    folder = folder.with_name("tokenizer")      # the other kinds' checkpoint must not have these files
+    folder.mkdir(exist_ok=True)
+    for file in ("added_tokens.json", "tokenizer_config.json"):
+        shutil.copyfile(seeds.sentencepiece_folder() / file, folder / file)
+    (folder / "tokenizer.model").write_bytes(data)
+    tokenizer = minivl.Tokenizer.load(folder)
+    _check_tokenizer(tokenizer)
+    for text in TEXTS:
+        ids = tokenizer.encode(text, plain=True)
+        if set(ids) & set(tokenizer.added.values()):
+            raise Wrong(f"{text!r} as plain text gave an added token")
+        if _tidied(tokenizer.decode(ids)).lstrip(" ") != _tidied(text).lstrip(" "):
+            raise Wrong(f"{text!r} came back as {tokenizer.decode(ids)!r}")
+    tokenizer.containing("a")
+
+
+def _tidied(text):
+    for old, new in TIDIED:
+        text = text.replace(old, new)
+    return text
+
+
+def _check_tokenizer(tokenizer):
+    for text in TEXTS:
+        for plain in (False, True):
+            ids = tokenizer.encode(text, plain=plain)
+            stream = TextStream(tokenizer)
+            if tokenizer.decode(ids) != "".join(map(stream.push, ids)) + stream.finish():
+                raise Wrong(f"a stream shows {text!r} differently")
 
 
 def pictures(name, data, folder):

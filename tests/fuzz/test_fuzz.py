@@ -10,7 +10,7 @@ from fuzz import bytes, seeds, targets, worker
 from minivl import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore")       # Pillow's, about formats that are going to go
-FEW = {"safetensors": 300, "bin": 200, "json": 150, "pictures": 300, "videos": 100}
+FEW = {"safetensors": 300, "bin": 200, "json": 150, "sentencepiece": 100, "pictures": 300, "videos": 100}
 
 
 @pytest.fixture
@@ -24,13 +24,15 @@ def test_altered_files_are_refused_or_loaded_whole(modules):
     assert not [(kind, name, outcome, text[-300:]) for _, kind, name, outcome, text in results.failures]
     assert {kind: sum(counts.values()) for kind, counts in results.counts.items()} == FEW
     assert all(counts["InputError"] for counts in results.counts.values())
-    assert all(results.counts[kind]["loaded whole"] for kind in ("safetensors", "json", "pictures"))
+    assert all(results.counts[kind]["loaded whole"] for kind in ("safetensors", "json", "sentencepiece", "pictures"))
 
 
 @pytest.mark.parametrize("kind", runner.ALL)
 def test_the_seed_files_themselves_load(kind, tmp_path):
     files = {"safetensors": [("x", seeds.safetensors()), ("x", seeds.released())], "bin": [("bytes", seeds.bin())],
-             "json": list(seeds.json_files().items()), "pictures": [("x", data) for data in seeds.pictures()],
+             "json": list(seeds.json_files().items()),
+             "sentencepiece": [("x", data) for data in seeds.sentencepiece()],
+             "pictures": [("x", data) for data in seeds.pictures()],
              "videos": [(f"x.{suffix}", data) for suffix, data in seeds.videos()]}[kind]
     folder = tmp_path / "case"
     folder.mkdir()

@@ -176,7 +176,7 @@ def feed(engine: Engine, config: Config, tokenizer: minivl.Tokenizer, paths: lis
         if engine.name == "transformers" and has_transparency(image):
             remarks.append(f"{path}: of a file the transparency is dropped, as everywhere; a PIL image handed over is "
                            "put on white")
-    return Fed(engine.name, shown, tokenizer.encode(full), sizes, grids, counts, errors, remarks)
+    return Fed(engine.name, shown, tokenizer.begin + tokenizer.encode(full), sizes, grids, counts, errors, remarks)
 
 
 def parting(a: Sequence, b: Sequence) -> int:
