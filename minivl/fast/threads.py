@@ -28,7 +28,8 @@ from torch import nn
 
 from minivl.fast.replace import is_large
 
-SLOWER = 1.3            # a step that takes so many times as long as the latest ones took: something else wants to run
+SLOWER = 1.3            # two steps that take so many times as long as the latest ones took: something else wants to run
+MUCH_SLOWER = 3         # the same, of one step
 HOPELESS = 1.5          # a number of threads with which a step takes so many times as long is not tried twice
 LOSS = 0.01             # the part of the time that trials of fewer threads than all may cost
 LOSS_BESIDE = 0.1       # the same for trials of more threads, while fewer are in use
@@ -102,6 +103,7 @@ class Pace:
         Only the calls of the thread that asks: another one, which uses the model too, has steps of its own.
         """
         asks = threading.get_ident()
+        modules = list(modules)
         running = ExitStack()
 
         def begin(module, inputs):
@@ -111,6 +113,8 @@ class Pace:
         def end(module, inputs, output):
             if threading.get_ident() == asks:
                 running.close()
+                if module is modules[-1]:       # what follows, such as the head, by what was learned
+                    running.enter_context(at_most(self.chosen))
 
         hooks = []
         try:
@@ -135,25 +139,29 @@ class Pace:
             return
         usual = min(self.latest, default=seconds)
         self.latest = [*self.latest[-7:], seconds]
-        slow = threads > 1 and min(self.latest[-2:]) > SLOWER * usual
+        slow = threads > 1 and (seconds > MUCH_SLOWER * usual or min(self.latest[-2:]) > SLOWER * usual)
         if len(self.latest) > 1 and (slow or self.clock() >= self.next):
             self.tried = {threads: self.latest[-2:]}
             self.go_on()
 
     def go_on(self) -> None:
-        """Go on with a trial, one or two steps of each choice down to a hopeless one; then take the fastest."""
-        mean = {n: sum(times) / len(times) for n, times in self.tried.items()}
-        fastest = min(mean, key=mean.get)
+        """Go on with a trial, one or two steps of each choice down to a hopeless one; then take the fastest.
+
+        The slower of two steps counts: beside other programs many threads are fast as a rule, and now and then wait
+        for ten times as long.
+        """
+        worst = {n: max(times) for n, times in self.tried.items()}
+        fastest = min(worst, key=worst.get)
         for n in self.choices:
-            if n not in mean or len(self.tried[n]) == 1 and mean[n] < HOPELESS * mean[fastest]:
+            if n not in worst or len(self.tried[n]) == 1 and worst[n] < HOPELESS * worst[fastest]:
                 self.now = n
                 return
-            if n < fastest and mean[n] >= HOPELESS * mean[fastest]:
+            if n < fastest and worst[n] >= HOPELESS * worst[fastest]:
                 break               # still fewer would be still slower
-        if mean[fastest] < 0.95 * mean[self.chosen]:
+        if worst[fastest] < 0.95 * worst[self.chosen]:
             self.chosen = fastest
-        step = mean[self.chosen]
-        lost = sum(sum(times) - len(times) * step for times in self.tried.values())
+        step = worst[self.chosen]
+        lost = sum(max(0, seconds - step) for times in self.tried.values() for seconds in times)
         self.next = self.clock() + min(lost / (LOSS if self.chosen == self.most else LOSS_BESIDE), MOST * step)
         self.now, self.latest, self.tried = self.chosen, self.tried[self.chosen], {}
 

@@ -104,10 +104,18 @@ def test_beside_others_one_is_found_and_then_all_again():
     assert mean < 1.4
 
 
-def test_two_slow_steps_are_enough():
+def test_one_very_slow_step_is_enough_and_two_slow_ones():
+    for seconds, want in ((30, [2, 1, 1, 1, 1]), (2.2, [2, 2, 1, 1, 1])):
+        chooser = chooser_of(2)
+        run(chooser, {1: 1.7, 2: 1.0}, 20)
+        assert run(chooser, {1: 1.7, 2: seconds}, 5)[1] == want
+
+
+def test_the_slower_of_two_steps_counts():
+    """Beside others all threads are fast as a rule, and now and then very slow."""
     chooser = chooser_of(2)
-    run(chooser, {1: 1.7, 2: 1.0}, 20)
-    assert run(chooser, {1: 1.7, 2: 30}, 5)[1] == [2, 2, 1, 1, 1]
+    assert run(chooser, {1: 1.7, 2: 1.5}, 1)[1] == run(chooser, {1: 1.7, 2: 12}, 1)[1] == [2]
+    assert run(chooser, {1: 1.7, 2: 1.5}, 8)[1] == [1] * 8
 
 
 def test_after_a_trial_that_cost_much_all_are_found_again():
