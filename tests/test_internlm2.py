@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 import minivl
-from minivl import fast, internlm2, qwen2
+from minivl import fast, internlm2, prompt, qwen2, tiling
 from minivl.awq import AWQLinear, dequantize
 from minivl.cache import KVCache
 from minivl.fast import edits
@@ -281,15 +281,15 @@ def test_generate_with_cache_and_in_batches(folders):
     model = minivl.load(folders["plain"])
     prompts = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16]]
     written = minivl.generate(model, prompts, max_new_tokens=6, ignore_eos=True)
-    for prompt, answer in zip(prompts, written):
-        assert answer == minivl.generate(model, [prompt], max_new_tokens=6, ignore_eos=True)[0]
-        assert answer == minivl.generate(model, [prompt], max_new_tokens=6, ignore_eos=True,
+    for one, answer in zip(prompts, written):
+        assert answer == minivl.generate(model, [one], max_new_tokens=6, ignore_eos=True)[0]
+        assert answer == minivl.generate(model, [one], max_new_tokens=6, ignore_eos=True,
                                          config=minivl.GenerationConfig(lookup=3))[0]
-        ids = list(prompt)
+        ids = list(one)
         with torch.no_grad():       # without the cache
             for _ in range(6):
                 ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-        assert answer == ids[len(prompt):]
+        assert answer == ids[len(one):]
     with torch.no_grad():
         x = model.embed(torch.tensor([prompts[2]]))
         cache = KVCache()
@@ -336,3 +336,43 @@ def test_a_layer_tells_its_linears_and_who_feeds_them(folders):
             fed = [name for _, readers in layer.FEEDS for name in readers]
             assert set(fed) <= set(layer.linears) and len(fed) == len(set(fed))
             assert all(layer.get_submodule(before) for before, _ in layer.FEEDS)
+
+
+def encoded(pipe, message, tiles, after=None):
+    return prompt.encode(pipe.tokenizer, [(message, None)], [len(t) for t in tiles],
+                         tokens_per_tile=pipe.model.config.num_image_token, after=after)
+
+
+def by_full_forwards(pipe, ids, tiles, n):
+    """Run the whole conversation for every token: no cache, no session."""
+    assert ids.count(1) == 1 and ids[0] == 1                # <s> once, at the start
+    model, written = pipe.model, []
+    with torch.no_grad():
+        visual = model.visual_tokens(tiling.to_pixel_values([t for some in tiles for t in some])) if tiles else None
+        while len(written) < n:
+            scores = model.language_model(model.embed(torch.tensor([ids + written]), visual))[0, -1]
+            scores[list(model.unused_ids)] = float("-inf")
+            written.append(int(scores.argmax()))
+    return written
+
+
+@pytest.mark.parametrize("kind", ["plain", "awq"])
+def test_chat_batch_session_and_stream_are_the_full_forward(folders, kind):
+    pipe = minivl.pipeline(folders[kind])
+    config = minivl.GenerationConfig(max_new_tokens=6, ignore_eos=True)
+    image = minivl.load_image(TIGER)
+    picture = minivl.Picture(image, max_num=2)
+    tiles = [tiling.tile(image, max_num=2, tile_size=56)]
+    ids = encoded(pipe, "<image>\nWhat is this?", tiles)
+    first = by_full_forwards(pipe, ids, tiles, 6)
+    alone = pipe(("What is this?", picture), config)
+    assert alone.token_ids == first
+    assert "".join(pipe.stream(("What is this?", picture), config)) == alone.text
+    hello = by_full_forwards(pipe, encoded(pipe, "Hello there, you", []), [], 6)
+    both = pipe([("What is this?", picture), "Hello there, you"], config)
+    assert [answer.token_ids for answer in both] == [first, hello]
+    session = pipe.chat(("What is this?", picture), gen_config=config)
+    assert session.response.token_ids == first
+    session = pipe.chat("And where?", session=session, gen_config=config)
+    ids += first + encoded(pipe, "And where?", [], after=first)
+    assert session.response.token_ids == by_full_forwards(pipe, ids, tiles, 6)

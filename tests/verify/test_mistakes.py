@@ -10,6 +10,7 @@ from conftest import GOLDEN
 
 from minivl.files.find import SHIPPED
 from minivl.tracing import place
+from weights_tools.synthesize import synthesize
 from weights_tools.verify import compare, mistakes
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +32,12 @@ def test_every_mistake_still_fits_the_source():
 
 def test_a_precision_takes_the_mistakes_of_what_it_replaces():
     whole = mistakes.planted(mistakes.RUNS)
-    assert [mistake for mistake, _ in whole if mistake] == list(mistakes.MISTAKES)
     assert [shown for mistake, shown in whole if mistake is None] == list(mistakes.RUNS)
+    of = {name: [mistake for mistake, _ in mistakes.planted(mistakes.RUNS, None, name) if mistake]
+          for name in (mistakes.QWEN2, mistakes.INTERNLM2)}
+    assert {*of[mistakes.QWEN2], *of[mistakes.INTERNLM2]} == {*mistakes.MISTAKES}
+    assert {mistake.file for mistake in of[mistakes.QWEN2]} & {"qwen2.py", "internlm2.py"} == {"qwen2.py"}
+    assert {mistake.file for mistake in of[mistakes.INTERNLM2]} & {"qwen2.py", "internlm2.py"} == {"internlm2.py"}
     exact = mistakes.planted(["float32", "quiet"], "exact")
     assert exact[:2] == [(None, "float32"), (None, "quiet")]
     files = [mistake.file for mistake, _ in exact[2:]]
@@ -48,9 +53,13 @@ def run(*arguments, json_to) -> tuple:
 
 
 @needs_reference
-def test_mistakes_against_transformers(tiny, tmp_path):
-    done, rows = run(tiny, TIGER, json_to=tmp_path / "m.json")
-    assert done.returncode == 0 and len(rows) == len(mistakes.MISTAKES) + 3, done.stdout
+@pytest.mark.parametrize("decoder", [mistakes.QWEN2, mistakes.INTERNLM2])
+def test_mistakes_against_transformers(tiny, tmp_path, decoder):
+    folder = tiny if decoder == mistakes.QWEN2 else synthesize(tmp_path / "x", "tiny-internlm2", awq=True)
+    assert mistakes.decoder_of(folder) == decoder
+    done, rows = run(folder, TIGER, json_to=tmp_path / "m.json")
+    runs = 3 if decoder == mistakes.QWEN2 else 4
+    assert done.returncode == 0 and len(rows) == len(mistakes.planted(mistakes.RUNS, None, decoder)) - 4 + runs
 
 
 def test_no_traces_is_no_success(tiny, tmp_path, capsys):
@@ -64,7 +73,7 @@ def test_no_traces_is_no_success(tiny, tmp_path, capsys):
 def test_every_mistake_is_caught_on_the_shipped_model(tmp_path):
     """Against transformers' committed traces, in float32, bfloat16 and the quiet copy; and the page says so."""
     done, rows = run("--nano", "--page", tmp_path / "page.md", json_to=tmp_path / "m.json")
-    assert done.returncode == 0 and len(rows) == len(mistakes.MISTAKES) + 3, done.stdout
+    assert done.returncode == 0 and len(rows) == len(mistakes.planted(mistakes.RUNS[:3])), done.stdout
 
     def facts(text):    # the first five columns: errors differ a little between machines
         lines = [line for line in text.splitlines() if line.startswith("|")]

@@ -109,10 +109,12 @@ HINTS = {   # first stage that differs -> where to look
     "pixel_unshuffle": "minivl/model.py (CLS dropped?) and minivl/pixel_unshuffle.py: (dy, dx, c), ps_version",
     "projector": "minivl/projector.py: LayerNorm eps 1e-5, GELU between the two linears",
     "inputs_embeds": "minivl/model.py embed: which rows the visual tokens take, in which order",
-    "llm.layers": "minivl/qwen2.py: RoPE, biases of q, k, v, grouping of heads, mask, SwiGLU; with int4 minivl/awq.py",
-    "llm.norm": "minivl/qwen2.py RMSNorm, or the last decoder layer, which some traces do not hold",
-    "logits": "lm_head: is it that of this checkpoint, untied?",
-    "greedy_scores": "what differs between a prompt and a single token: the cache and its positions, minivl/qwen2.py",
+    "llm.layers": "minivl/qwen2.py (InternLM2: internlm2.py): RoPE, biases of q, k, v or the order in wqkv, grouping "
+                  "of heads, mask, SwiGLU; with int4 minivl/awq.py",
+    "llm.norm": "RMSNorm in minivl/qwen2.py or internlm2.py, or the last decoder layer, which some traces do not hold",
+    "logits": "the head, lm_head or output: is it that of this checkpoint, untied?",
+    "greedy_scores": "what differs between a prompt and a single token: the cache and its positions, minivl/qwen2.py "
+                     "or internlm2.py",
 }
 
 
@@ -416,12 +418,13 @@ def ids_row(config: Config, tokenizer: Tokenizer, recording: Recording, counts: 
 
 def stop_row(model: MiniVL, tokenizer: Tokenizer, stop: int) -> Row:
     """Compare the tokens that end an answer: the reference's must be one, and no other that an answer can hold."""
-    harmless = {tokenizer.id(token) for token in ("<|im_end|>", "<|im_start|>", "<|endoftext|>")}
-    ends = model.eos_token_ids
-    if stop in ends and set(ends) <= harmless:
-        return Row("stop tokens", [len(ends)])
-    return Row("stop tokens", [len(ends)], agrees=False,
-               note=f"{sorted(ends)}, the reference stops at {stop}; harmless beside it are {sorted(harmless)}")
+    ends = "<|im_end|>", "<|im_start|>", "<|endoftext|>", "</s>"      # the last two: of Qwen2, of InternLM2
+    harmless = {tokenizer.backend.token_to_id(token) for token in ends} - {None}
+    stops = model.eos_token_ids
+    if stop in stops and set(stops) <= harmless:
+        return Row("stop tokens", [len(stops)])
+    return Row("stop tokens", [len(stops)], agrees=False,
+               note=f"{sorted(stops)}, the reference stops at {stop}; harmless beside it are {sorted(harmless)}")
 
 
 # ---- one stage ------------------------------------------------------------------------------------------------------

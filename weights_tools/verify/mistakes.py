@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "minivl"
-RUNS = ("float32", "bfloat16", "quiet")
+RUNS = ("float32", "bfloat16", "quiet", "long")
 # What `minivl.fast` has versions of its own for: an edit in these files must count there too.
-PREPARED = ("vit.py", "qwen2.py", "awq.py")
+PREPARED = ("vit.py", "qwen2.py", "internlm2.py", "awq.py")
+QWEN2, INTERNLM2 = "Qwen2ForCausalLM", "InternLM2ForCausalLM"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Mistake:
     shown: str = "float32"      # by which run:
     # "bfloat16": float32 cannot show it; every stage is run on the reference's own input, where it must be equal
     # "quiet": float32, with the tower's embeddings 256 times smaller (see `quiet`): LayerNorm's eps matters only there
+    # "long": float32, with an InternLM2 decoder said to be trained for 16 tokens: RoPE is another beyond them
+    decoder: str = ""           # the only one that can show it; "": any, but for the files of one decoder
 
 
 MISTAKES = (
@@ -109,7 +112,7 @@ MISTAKES = (
     Mistake("llm.layers.0", "qwen2.py", "gate and up exchanged",
             "F.silu(gate) * up", "F.silu(up) * gate"),
     Mistake("llm.layers.0", "awq.py", "no bias on q, k, v",
-            "F.linear(x, W.T, bias)", "F.linear(x, W.T)"),
+            "F.linear(x, W.T, bias)", "F.linear(x, W.T)", decoder=QWEN2),
     Mistake("llm.layers.0", "awq.py", "nibbles in natural order",
             "PACK_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)", "PACK_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)"),
     Mistake("llm.layers.0", "awq.py", "+1 on the zero points, as GPTQ",
@@ -136,7 +139,39 @@ MISTAKES = (
             "W *= scales[:, None]", "W *= scales[:, None].to(dtype)", "bfloat16"),
     Mistake("greedy_scores", "qwen2.py", "cached steps start at position 0",
             "cache.length if cache is not None else 0", "0"),
+    Mistake("input_ids", "tokenizer.py", "InternLM2: <s> twice",
+            "return list(self.recipe.begin)", "return 2 * list(self.recipe.begin)", decoder=INTERNLM2),
+    Mistake("llm.layers.0", "internlm2.py", "wqkv: all of q before all of k and v",
+            "unflatten(-1, (self.kv_heads, -1, self.head_dim))",
+            "unflatten(-1, (-1, self.kv_heads, self.head_dim)).transpose(2, 3)"),
+    Mistake("llm.layers.0", "internlm2.py", "wqkv: key and value exchanged",
+            "k, v = x[..., -2, :], x[..., -1, :]", "k, v = x[..., -1, :], x[..., -2, :]"),
+    Mistake("llm.layers.0", "internlm2.py", "w1 and w3 exchanged",
+            "return self.w1(x), self.w3(x)", "return self.w3(x), self.w1(x)"),
+    Mistake("llm.layers.0", "internlm2.py", "InternLM2: RoPE theta",
+            "base = theta *", "base = 2 * theta *"),
+    Mistake("llm.layers.0", "internlm2.py", "InternLM2: kv heads dealt round-robin",
+            "q, k, v, attn_mask=mask",
+            "q, *(t.repeat(1, q.shape[1] // t.shape[1], 1, 1) for t in (k, v)), attn_mask=mask"),
+    Mistake("llm.layers.0", "internlm2.py", "no dynamic NTK beyond the trained length",
+            "(factor * length / trained - factor + 1).clamp(min=1)", "torch.ones_like(length)", "long"),
+    Mistake("llm.layers.0", "internlm2.py", "dynamic NTK: exponent 1 instead of E / (E - 2)",
+            "stretch ** (head_dim / (head_dim - 2))", "stretch", "long"),
+    Mistake("greedy_scores", "internlm2.py", "InternLM2: cached steps start at position 0",
+            "cache.length if cache is not None else 0", "0"),
 )
+
+
+def decoder_of(checkpoint: str | Path) -> str:
+    """Read which decoder a checkpoint in a folder has; any other is taken to be Qwen2's."""
+    path = Path(checkpoint) / "config.json"
+    return json.loads(path.read_text("utf-8-sig"))["llm_config"]["architectures"][0] if path.is_file() else QWEN2
+
+
+def can_show(mistake: Mistake, decoder: str) -> bool:
+    """Say whether a checkpoint with this decoder runs the line that the mistake is in."""
+    only = {"qwen2.py": QWEN2, "internlm2.py": INTERNLM2}.get(mistake.file, mistake.decoder)
+    return only in ("", decoder)
 
 
 @dataclass(frozen=True)
@@ -161,6 +196,16 @@ def quiet(checkpoint: str | Path, folder: str | Path) -> Path:
             tensors[name] = tensors[name] / 256
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
     save_checkpoint(tensors, folder)
+    return Path(folder)
+
+
+def long(checkpoint: str | Path, folder: str | Path) -> Path:
+    """Copy a checkpoint as if it was trained for 16 tokens: any prompt is longer."""
+    shutil.copytree(checkpoint, folder)
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text("utf-8-sig"))
+    config["llm_config"]["max_position_embeddings"] = 16
+    path.write_text(json.dumps(config), "utf-8")
     return Path(folder)
 
 
@@ -225,12 +270,13 @@ def caught(mistake: Mistake | None, run: Run) -> dict:
     os._exit(0)
 
 
-def planted(shown: Iterable[str], precision: str | None = None) -> list:
+def planted(shown: Iterable[str], precision: str | None = None, decoder: str = QWEN2) -> list:
     """List what is tried: [(mistake, or None for the package as it is, run that must show it), ...].
 
-    With a precision only the mistakes in files that it has faster versions of.
+    With a precision only the mistakes in files that it has faster versions of; always only those of the decoder.
     """
-    chosen = [m for m in MISTAKES if m.shown in shown and (precision is None or m.file in PREPARED)]
+    chosen = [m for m in MISTAKES if m.shown in shown and can_show(m, decoder)
+              and (precision is None or m.file in PREPARED)]
     return [(None, name) for name in shown] + [(mistake, mistake.shown) for mistake in chosen]
 
 
@@ -240,12 +286,14 @@ def prepare(args: argparse.Namespace, scratch: Path) -> dict:
     shown = [name for name in RUNS if not args.traces or (folder / f"{name}.safetensors").exists()]
     if args.precision:      # in half precision every model stays as released
         shown = [name for name in shown if name != "bfloat16"]
+    if decoder_of(args.checkpoint) != INTERNLM2:        # Qwen2's RoPE has one base, however long the prompt
+        shown = [name for name in shown if name != "long"]
     runs = {}
     for name in shown:
         checkpoint = args.checkpoint
-        if name == "quiet":
-            checkpoint = scratch / "quiet"
-            code = "import sys; from weights_tools.verify.mistakes import quiet; quiet(*sys.argv[1:])"
+        if name in ("quiet", "long"):
+            checkpoint = scratch / name
+            code = f"import sys; from weights_tools.verify.mistakes import {name}; {name}(*sys.argv[1:])"
             subprocess.run([sys.executable, "-c", code, args.checkpoint, checkpoint], check=True)
         runs[name] = Run(checkpoint, folder / f"{name}.safetensors", args.pictures,
                          "bfloat16" if name == "bfloat16" else "float32", args.precision)
@@ -255,11 +303,11 @@ def prepare(args: argparse.Namespace, scratch: Path) -> dict:
     return runs
 
 
-def tried(runs: dict, precision: str | None = None) -> tuple:
+def tried(runs: dict, precision: str | None, decoder: str) -> tuple:
     """Try every mistake and print a line for each: (rows, how many were not caught where they are)."""
     rows = []
     missed = 0
-    for mistake, shown in planted(runs, precision):
+    for mistake, shown in planted(runs, precision, decoder):
         found = caught(mistake, runs[shown])
         wanted = mistake.stage if mistake else None
         right = found["stage"] == wanted
@@ -355,7 +403,7 @@ def main(argv: list | None = None) -> int:
         if not runs:
             parser.error(f"{args.traces} holds no traces, nothing would be compared; record them with --record, or for "
                          "--nano with python -m weights_tools.verify --record-nano")
-        rows, missed = tried(runs, args.precision)
+        rows, missed = tried(runs, args.precision, decoder_of(args.checkpoint))
     # Late, for it imports minivl, of which every fork has a copy of its own.
     from weights_tools.files import write_text
     try:
