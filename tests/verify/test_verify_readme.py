@@ -28,6 +28,7 @@ def test_mistakes_are_counted():
     shown = [mistake.shown for mistake in mistakes.MISTAKES]
     assert f"shown by {len(shown)} planted mistakes" in README
     assert f"Float32 shows {shown.count('float32')}." in README
-    assert (shown.count("bfloat16"), shown.count("quiet")) == (5, 1)
+    assert (shown.count("bfloat16"), shown.count("quiet"), shown.count("long")) == (5, 1, 2)
+    assert f"[The {len(mistakes.planted(mistakes.RUNS)) - len(mistakes.RUNS)}\nof a Qwen2 decoder" in README
     assert "Five show only in half precision" in README and "One, the eps of LayerNorm" in README
     assert f"shown by {len(shown)} planted mistakes" in (ROOT / "README.md").read_text("utf-8")
