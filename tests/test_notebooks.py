@@ -158,6 +158,11 @@ def test_card(capsys):
         assert re.fullmatch(r"pictures exchanged[^:]*: [a-z ]+ [\d.]+ % -> [\d.]+ %", line)
 
 
+def test_open_counts_the_numbers_in_int4_words(capsys):
+    sizes = [lab.open(model).model.config and capsys.readouterr().out.split(": ")[1] for model in ("nano", "nano-awq")]
+    assert sizes[0] == sizes[1] == "4.6 million numbers, tiles of 112 pixels\n"
+
+
 def test_check(capsys):
     lab.check("equal", torch.ones(2), torch.ones(2))
     assert capsys.readouterr().out == "[x] equal: equal\n"
