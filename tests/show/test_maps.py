@@ -46,6 +46,8 @@ def test_overlay_frames_the_heaviest_squares():
     assert show.overlay(TIGER, m / 7, title="layer 0: 20.4% on the picture", width=192).width <= 200     # four beside
     pale = [e for e in parts(drawing, "rect") if e.attrib.get("fill-opacity") == "0.85"]
     assert len(pale) == 13
+    m[3, 0], m[0, 0] = 0.2, 1e-5     # a fifteenth is framed, next to nothing is not
+    assert "framed: the largest, 1 to 2" in words(show.overlay(TIGER, m))
 
 
 @pytest.mark.parametrize("wrong, match", [
