@@ -142,7 +142,8 @@ def _fitted(values: set[float], room: float) -> tuple[dict[float, str], float]:
 def overlay(image: Image.Image, weights: torch.Tensor | Sequence, *, title: str = "", width: float = 320,
             looker: int | None = None) -> Svg:
     """Draw a map [rows, columns] over a picture: what has no weight is pale, the heaviest squares are framed and
-    numbered 1, 2, 3. `looker`: the square, counted row by row, whose map it is; it gets a dot."""
+    numbered 1, 2, 3, if they are a twentieth of the first at least. `looker`: the square, counted row by row, whose
+    map it is; it gets a dot."""
     m = matrix(weights)
     R, C = m.shape
     height = width * image.height / image.width
@@ -157,7 +158,9 @@ def overlay(image: Image.Image, weights: torch.Tensor | Sequence, *, title: str 
             pale = 0.85 * (1 - max(0.0, v) / top)
             body += (f'<rect x="{4 + c * w:.1f}" y="{above + r * h:.1f}" width="{w:.2f}" height="{h:.2f}" fill="white" '
                      f'fill-opacity="{pale:.2f}"><title>[{r}, {c}] = {v:.4g}</title></rect>')
-    heaviest = [divmod(flat, C) for flat in m.flatten().topk(min(3, m.numel())).indices.tolist()]
+    best = m.flatten().topk(min(3, m.numel()))
+    # What is next to nothing beside the largest is not heavy.
+    heaviest = [divmod(k, C) for v, k in zip(best.values.tolist(), best.indices.tolist()) if v >= 0.05 * best.values[0]]
     for n, (r, c) in enumerate(heaviest, start=1):
         x = 4 + c * w
         y = above + r * h

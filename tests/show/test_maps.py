@@ -51,6 +51,8 @@ def test_overlay_frames_the_heaviest_squares():
     assert "dot: the square that looks" in words(looks) and looks.about.endswith("looks from [1, 2]")
     pale = [e for e in parts(drawing, "rect") if e.attrib.get("fill-opacity") == "0.85"]
     assert len(pale) == 13
+    m[3, 0], m[0, 0] = 0.2, 1e-5     # a fifteenth is framed, next to nothing is not
+    assert "framed: the largest, 1 to 2" in words(show.overlay(TIGER, m))
 
 
 @pytest.mark.parametrize("wrong, match", [
