@@ -20,6 +20,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # nothing here needs it
@@ -28,7 +29,9 @@ import torch  # noqa: E402
 
 import minivl  # noqa: E402
 from minivl import EngineConfig  # noqa: E402
+from minivl.config import Config  # noqa: E402
 from minivl.files.find import SHIPPED  # noqa: E402
+from minivl.files.load import WithoutNormal  # noqa: E402
 
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)
@@ -47,9 +50,16 @@ def open(model: str = "nano") -> minivl.Pipeline:
               "prompt.")
         torch.set_num_threads(THREADS)
     pipe = minivl.pipeline(model, EngineConfig(precision="exact"))
-    print(f"{model}: {sum(p.numel() for p in pipe.model.parameters()) / 1e6:,.1f} million numbers, "
-          f"tiles of {pipe.model.config.force_image_size} pixels")
+    config = pipe.model.config
+    print(f"{model}: {count(config) / 1e6:,.1f} million numbers, tiles of {config.force_image_size} pixels")
     return pipe
+
+
+def count(config: Config) -> int:
+    """Count the numbers of a model; each int32 word of an int4 checkpoint stands for eight."""
+    with torch.device("meta"), WithoutNormal():
+        model = minivl.MiniVL(replace(config, quantization_config=None))
+    return sum(p.numel() for p in model.parameters())
 
 
 class Source:

@@ -13,6 +13,7 @@ from PIL import Image
 from minivl import tiling
 from minivl.config import Config
 from minivl.show import FAINT, INK, Svg, embedded, text
+from minivl.show.axes import breadth
 from weights_tools.synthesize import config_json
 
 HERE = Path(__file__).parent
@@ -80,15 +81,24 @@ def draw() -> Svg:
     body += arrow(left + 354, 92, left + 384, 92)
     body += box(left + 386, 56, 150, 74, ["projector", "two matrices, into", "the decoder's space",
                                           f"{N} x {L} x {D:,}"], BLUE)
-    body += arrow(left + 461, 132, left + 461, 166)
 
     y = 168
     body += f'<rect x="{left}" y="{y}" width="536" height="46" rx="6" fill="{SAND}" stroke="{INK}"/>'
     body += text(left + 10, y + 19, "prompt", weight="bold")
-    body += text(left + 66, y + 19, f"<|im_start|>user  <img> [ {N * L:,} visual tokens ] </img>  describe this image",
-                 size=11)
-    body += text(left + 66, y + 36, f"words: rows of a table, {llm.vocab_size:,} x {D:,}; visual tokens: in the places "
-                 "kept for them", size=10.5, colour=DIM)
+    at = left + 66
+    seen = f"{N * L:,} visual tokens"
+    for words in ("<|im_start|>user  <img>", seen, "</img>", "describe this image"):
+        length = breadth(words, 11)
+        if words in ("describe this image", seen):
+            body += (f'<rect x="{at - 5:.1f}" y="{y + 6}" width="{length + 4:.1f}" height="18" '
+                     f'fill="{BLUE if words == seen else "white"}"/>')
+        if words == seen:
+            body += (f'<path d="M{left + 461} 132 V149 H{at + length / 2:.1f} V{y + 4} m-4 -5 l4 5 l4 -5" fill="none" '
+                     f'stroke="{INK}" stroke-width="1.4"/>')
+        body += text(at, y + 19, words, size=11)
+        at += length + 9
+    body += text(left + 66, y + 37, f"blue: the picture; white: the question; words are rows of a table, "
+                 f"{llm.vocab_size:,} x {D:,}", size=10.5, colour=DIM)
     body += arrow(left + 90, y + 48, left + 90, y + 80)
 
     y = 250

@@ -158,6 +158,12 @@ def test_card(capsys):
         assert re.fullmatch(r"pictures exchanged[^:]*: [a-z ]+ [\d.]+ % -> [\d.]+ %", line)
 
 
+def test_open_counts_the_numbers_in_int4_words(capsys):
+    for model in ("nano", "nano-awq"):
+        lab.open(model)
+        assert capsys.readouterr().out == f"{model}: 4.6 million numbers, tiles of 112 pixels\n"
+
+
 def test_check(capsys):
     lab.check("equal", torch.ones(2), torch.ones(2))
     assert capsys.readouterr().out == "[x] equal: equal\n"

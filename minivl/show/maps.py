@@ -120,7 +120,7 @@ def _squares(m: torch.Tensor, left: float, above: float, cell: float, top: float
             ink = "white" if abs(v) > 0.6 * top else INK
             if numbers:
                 body += text(x + cell / 2, y + cell / 2 + 4, written[v], anchor="middle", size=size, colour=ink)
-            elif v < -0.15 * top and cell >= 6:
+            elif v < -0.02 * top and cell >= 6:        # as soon as it is seen to be orange
                 body += (f'<path d="M{x + cell / 2 - dash / 2:.1f} {y + cell / 2:.1f} h{dash:.3g}" '
                          f'stroke="{ink}"/>')
     return body
@@ -139,9 +139,11 @@ def _fitted(values: set[float], room: float) -> tuple[dict[float, str], float]:
     return written, SMALL * min(1.0, room / widest)
 
 
-def overlay(image: Image.Image, weights: torch.Tensor | Sequence, *, title: str = "", width: float = 320) -> Svg:
+def overlay(image: Image.Image, weights: torch.Tensor | Sequence, *, title: str = "", width: float = 320,
+            looker: int | None = None) -> Svg:
     """Draw a map [rows, columns] over a picture: what has no weight is pale, the heaviest squares are framed and
-    numbered 1, 2, 3."""
+    numbered 1, 2, 3, if they are a twentieth of the first at least. `looker`: the square, counted row by row, whose
+    map it is; it gets a dot."""
     m = matrix(weights)
     R, C = m.shape
     height = width * image.height / image.width
@@ -156,7 +158,9 @@ def overlay(image: Image.Image, weights: torch.Tensor | Sequence, *, title: str 
             pale = 0.85 * (1 - max(0.0, v) / top)
             body += (f'<rect x="{4 + c * w:.1f}" y="{above + r * h:.1f}" width="{w:.2f}" height="{h:.2f}" fill="white" '
                      f'fill-opacity="{pale:.2f}"><title>[{r}, {c}] = {v:.4g}</title></rect>')
-    heaviest = [divmod(flat, C) for flat in m.flatten().topk(min(3, m.numel())).indices.tolist()]
+    best = m.flatten().topk(min(3, m.numel()))
+    # What is next to nothing beside the largest is not heavy.
+    heaviest = [divmod(k, C) for v, k in zip(best.values.tolist(), best.indices.tolist()) if v >= 0.05 * best.values[0]]
     for n, (r, c) in enumerate(heaviest, start=1):
         x = 4 + c * w
         y = above + r * h
@@ -167,6 +171,15 @@ def overlay(image: Image.Image, weights: torch.Tensor | Sequence, *, title: str 
     framed = "framed: the largest" + (f", 1 to {len(heaviest)}" if len(heaviest) > 1 else "")
     places = ", ".join(f"[{r}, {c}]" for r, c in heaviest)
     about = f"{title or 'map over a picture'}: {note}; heaviest at [row, column] {places}"
-    for i, words in enumerate((note, framed)):
+    notes = [note, framed]
+    if looker is not None:
+        r, c = divmod(looker, C)
+        for radius, colour in ((5.5, INK), (3.5, "white")):
+            body += (f'<circle cx="{4 + (c + 0.5) * w:.1f}" cy="{above + (r + 0.5) * h:.1f}" r="{radius}" '
+                     f'fill="{colour}"/>')
+        notes.append("dot: the square that looks")
+        about += f"; looks from [{r}, {c}]"
+    for i, words in enumerate(notes):
         body += text(4, above + height + 15 + 14 * i, words, size=SMALL, colour=FAINT)
-    return Svg(body, max(width + 8, 8 + breadth(note, SMALL), 8 + breadth(title, BOLD)), above + height + 36, about)
+    return Svg(body, max(width + 8, 8 + breadth(note, SMALL), 8 + breadth(title, BOLD)),
+               above + height + 8 + 14 * len(notes), about)

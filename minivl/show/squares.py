@@ -33,8 +33,9 @@ def patches(tile: Image.Image, patch: int = 14, *, width: float = 224) -> Svg:
     for n in range(P) if cell >= LEGIBLE else ():
         x = 4 + n % side * cell
         y = above + n // side * cell
-        body += f'<rect x="{x + 1:.1f}" y="{y + 1:.1f}" width="{7 * len(str(n)) + 3}" height="13" fill="white"/>'
-        body += text(x + 3, y + 11, n, size=11)
+        body += (f'<rect x="{x + 1:.1f}" y="{y + 1:.1f}" width="{5 * len(str(n)) + 2}" height="9" fill="white" '
+                 'fill-opacity="0.7"/>')
+        body += text(x + 2, y + 8.5, n, size=8)
     left = width + 44
     body += (f'<path d="M{width + 14} {above + width / 2} h20 m-5 -4 l5 4 l-5 4" fill="none" stroke="{INK}" '
              'stroke-width="1.4"/>')

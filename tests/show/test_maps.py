@@ -20,7 +20,7 @@ def test_heat_tells_every_value():
     fills = [e.attrib["fill"] for e in parts(drawing, "rect")[1:7]]
     assert fills[0] == "rgb(255,255,255)" and fills[5] == "rgb(11,83,148)" and fills[2] == "rgb(176,78,0)"
     minus = [e.attrib["d"] for e in parts(drawing, "path")]
-    assert len(minus) == 1 and minus[0].endswith("h5")          # on the large negative one, without colour
+    assert len(minus) == 2 and minus[0].endswith("h5")          # on both negative ones, without colour
     assert {"a & b", "r<0>", "x", "row", "column"} <= set(words(drawing))
     assert {"-2", "0", "2"} <= set(words(drawing))              # along the bar that explains the colours
     assert {"-2", "0.5"} <= set(words(show.heat(m, numbers=True)))
@@ -44,8 +44,15 @@ def test_overlay_frames_the_heaviest_squares():
     assert corners == pytest.approx([204, 4 + height / 4, 4, 4 + height * 3 / 4, 4, 4], abs=0.1)
     assert {"4 x 4 squares; clear 3, pale 0", "framed: the largest, 1 to 3"} <= set(words(drawing))
     assert show.overlay(TIGER, m / 7, title="layer 0: 20.4% on the picture", width=192).width <= 200     # four beside
+    assert not parts(drawing, "circle")
+    looks = show.overlay(TIGER, m, width=400, looker=6)
+    dot = parts(looks, "circle")[0].attrib
+    assert [float(dot[k]) for k in ("cx", "cy")] == pytest.approx([254, 4 + height * 3 / 8], abs=0.1)
+    assert "dot: the square that looks" in words(looks) and looks.about.endswith("looks from [1, 2]")
     pale = [e for e in parts(drawing, "rect") if e.attrib.get("fill-opacity") == "0.85"]
     assert len(pale) == 13
+    m[3, 0], m[0, 0] = 0.2, 1e-5     # a fifteenth is framed, next to nothing is not
+    assert "framed: the largest, 1 to 2" in words(show.overlay(TIGER, m))
 
 
 @pytest.mark.parametrize("wrong, match", [
