@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
@@ -71,12 +72,17 @@ def page(notebook: Path) -> str:
     return exporter.from_notebook_node(cells, about)[0]
 
 
-def main() -> None:
-    """Write build/html/*.html."""
-    parser = argparse.ArgumentParser(description="Write the notebooks as pages that need no network.")
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="notebooks/pages.py", description="Write notebooks as pages for no network.")
     parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(FOLDER.glob("[0-9]*.ipynb")))
     parser.add_argument("--out", type=Path, default=FOLDER.parent / "build" / "html")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Write build/html/*.html."""
+    args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     for notebook in args.notebooks:
         path = args.out / f"{notebook.stem}.html"

@@ -37,11 +37,16 @@ def parse_models(argv):
     chat.parser().parse_args(["models", *argv])
 
 
-def parse_notebooks(argv):
-    spec = importlib.util.spec_from_file_location("run_notebooks", ROOT / "notebooks" / "run.py")
+def parse_notebooks(argv, file="run.py"):
+    spec = importlib.util.spec_from_file_location("a_notebook_tool", ROOT / "notebooks" / file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.arguments(argv)
+
+
+def parse_pages(argv):
+    pytest.importorskip("latex2mathml", reason="the extra `html` is not installed")
+    parse_notebooks(argv, "pages.py")
 
 
 class Command:
@@ -165,6 +170,7 @@ COMMANDS = [
             {"out": "m", "quick": "--quick", "seed": "--seed 1", "workers": "--workers 0", "device": "--device cpu",
              "steps": "--steps 3"}, base="m"),
     Command("notebooks/run.py", parse_notebooks, {"notebooks": __file__, "write": "--write"}),
+    Command("notebooks/pages.py", parse_pages, {"notebooks": __file__, "out": "--out x"}),
 ]
 each = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.file)
 
@@ -196,7 +202,7 @@ def test_help_fits_the_terminal(command, columns, monkeypatch):
     formatter.add_text(parser.description)
     text = formatter.format_help()
     assert text.split() == (parser.description or "").split()
-    if command.file not in ("notebooks/run.py", "weights_tools/verify/mistakes.py"):        # which import no minivl
+    if not command.file.startswith(("notebooks/", "weights_tools/verify/mistakes.py")):     # which import no minivl
         assert all(len(line) <= columns for line in text.splitlines())
     if columns == 120:
         assert text.strip() == (parser.description or "").strip()
