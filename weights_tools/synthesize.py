@@ -26,9 +26,11 @@ from minivl import family, options
 from minivl.awq import pack
 from minivl.config import Config
 from minivl.family import TOWERS, internlm2, qwen2
+from minivl.internlm2_tokenizer import FORCED
 from minivl.limits import InputError, is_there, reading
 from minivl.model import MiniVL
 from minivl.prompt import SYSTEM
+from minivl.sentencepiece import BYTE, BYTES, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED
 from minivl.tokenizer import PATTERN, Tokenizer
 from weights_tools import run
 from weights_tools.files import check_free_of_weights, save_checkpoint
@@ -55,6 +57,10 @@ ADDED_TOKENS_INTERNLM2 = (
     "<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>",
     "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
+# What SentencePiece's messages say, number of the field -> value: BPE with byte_fallback; no add_dummy_prefix, no
+# remove_extra_whitespaces, but escape_whitespaces.
+TRAINER = {3: 2, 35: 1}
+NORMALIZER = {1: b"identity", 3: 0, 4: 0, 5: 1}
 TOKENIZER_FILES_INTERNLM2 = ("tokenizer.model", "tokenizer_config.json", "added_tokens.json")
 # The linears that add to the residual stream, by the names in the files: Qwen2's, InternLM2's, the tower's.
 BRANCH_ENDS = re.compile(r"\.(o_proj|down_proj|wo|w2|attn\.proj|fc2)\.")
@@ -240,55 +246,67 @@ def train_sentencepiece(texts: list[str], vocab_size: int) -> dict[str, str | by
     `vocab_size` counts the 15 added tokens. What the texts do not fill is filled with characters of private use.
     """
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.normalizer = normalizers.Replace(" ", "\u2581")
-    backend.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    backend.normalizer = normalizers.Replace(" ", SPACE)
+    backend.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
     added = added_tokens({"vocab_size": vocab_size, "model_type": "internlm2"})
-    room = min(added.values()) - 3 - 256
+    room = min(added.values()) - 3 - len(BYTES)
     backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=min(room, 3000), show_progress=False))
-    model = json.loads(backend.to_str())["model"]
-    merged = ["".join(merge if isinstance(merge, list) else merge.split(" ")) for merge in model["merges"]]
-    single = sorted(model["vocab"].keys() - set(merged))
+    learned_by = json.loads(backend.to_str())["model"]
+    merged = ["".join(merge if isinstance(merge, list) else merge.split(" ")) for merge in learned_by["merges"]]
+    single = sorted(learned_by["vocab"].keys() - set(merged))
     learned = [*dict.fromkeys(merged), *single]     # the earlier merged, the higher the score; characters are lowest
-    private = (chr(code) for plane in (0xE000, 0xF0000, 0x100000) for code in range(plane, plane + 6400 * 10)
-               if plane > 0xE000 or code < 0xE000 + 6400)
-    learned += itertools.islice(private, room - len(learned))
-    learned = [(piece, -float(rank), 1) for rank, piece in enumerate(learned)]
-    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), *((f"<0x{b:02X}>", 0.0, 6) for b in range(256)),
-              *learned, *((f"[UNUSED_TOKEN_{140 + i}]", 0.0, 4) for i in range(6))]
+    private = itertools.chain(range(0xE000, 0xF900), range(0xF0000, 0xFFA00), range(0x100000, 0x10FA00))
+    learned += map(chr, itertools.islice(private, room - len(learned)))
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    special = {"<unk>": 0, "<s>": 1, "</s>": 2, **added}
+    special = {**FORCED, **added}
     config = {"tokenizer_class": "InternLM2Tokenizer", "add_bos_token": True, "add_eos_token": False,
               "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>",
               "clean_up_tokenization_spaces": False, "model_max_length": 8192,
               "added_tokens_decoder": {str(i): {"content": token, **flags} for token, i in special.items()}}
-    return {"tokenizer.model": sentencepiece_model(pieces), "tokenizer_config.json": json_text(config),
+    pieces = released_pieces(learned)
+    model = sentencepiece_model(pieces, {**TRAINER, 4: len(pieces)})        # vocab_size, as SentencePiece notes it
+    return {"tokenizer.model": model, "tokenizer_config.json": json_text(config),
             "added_tokens.json": json_text(added)}
 
 
-def sentencepiece_model(pieces: list[tuple[str, float, int]]) -> bytes:
-    """Write (text, score, type) of each piece as a SentencePiece BPE model: the protobuf that tokenizer.model is.
+def released_pieces(words: list[str]) -> list[tuple[str, float, int]]:
+    """List (text, score, type) in the released order: three names, bytes, words by falling score, six unused."""
+    return [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL),
+            *((text, 0.0, BYTE) for text in BYTES), *((text, -float(n), NORMAL) for n, text in enumerate(words)),
+            *((f"[UNUSED_TOKEN_{n}]", 0.0, USER_DEFINED) for n in range(140, 146))]
 
-    Types: 1 normal, 2 unknown, 3 control, 4 user defined, 6 byte. Source: sentencepiece_model.proto of 0.2.0.
+
+def sentencepiece_model(pieces: list[tuple[str, float, int]], trainer: dict = TRAINER,
+                        normalizer: dict = NORMALIZER) -> bytes:
+    """Write (text, score, type) of each piece as tokenizer.model; see minivl/sentencepiece.py, which reads it.
+
+    trainer, normalizer: what their messages say, number of the field -> value.
     """
-    def number(value: int) -> bytes:                        # seven bits at a time, the lowest first
-        head = b""
-        while value > 127:
-            head += bytes([value & 127 | 128])
-            value >>= 7
-        return head + bytes([value])
+    listed = [field(1, message({1: text.encode("utf-8"), 2: float(score), 3: kind})) for text, score, kind in pieces]
+    return b"".join(listed) + field(2, message(trainer)) + field(3, message(normalizer))
 
-    def field(tag: int, value: bytes | int | float) -> bytes:
-        if isinstance(value, float):
-            return number(tag << 3 | 5) + struct.pack("<f", value)
-        if isinstance(value, int):
-            return number(tag << 3) + number(value)
-        return number(tag << 3 | 2) + number(len(value)) + value
 
-    listed = [field(1, field(1, text.encode("utf-8")) + field(2, score) + field(3, kind))
-              for text, score, kind in pieces]
-    trainer = field(3, 2) + field(4, len(pieces)) + field(35, True)                     # BPE, size, byte fallback
-    normalizer = field(1, b"identity") + field(3, False) + field(4, False)     # no dummy prefix, spaces stay
-    return b"".join(listed) + field(2, trainer) + field(3, normalizer)
+def message(fields: dict[int, int | float | bytes]) -> bytes:
+    """Write a message of protobuf: number -> value, in this order."""
+    return b"".join(field(number, value) for number, value in fields.items())
+
+
+def field(number: int, value: int | float | bytes) -> bytes:
+    """Write one field: an int as a varint, a float as 4 bytes, bytes with their length."""
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def varint(number: int) -> bytes:
+    """Write a number with seven bits a byte, the lowest first."""
+    data = bytearray()
+    while number > 127:
+        data.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*data, number])
 
 
 def _copied_tokenizer(size: str, folder, wanted: int, names: tuple[str, ...]) -> dict[str, bytes]:
