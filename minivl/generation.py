@@ -6,7 +6,7 @@ start at the first real token: each prompt gets what it gets alone.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -97,6 +97,13 @@ def left_pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | Non
 
 
 @torch.inference_mode()
+def visual_tokens(model: MiniVL, parts: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Look at tiles, some at a time, with as many threads as are faster now: each float[n, 3, R, R] -> [n, L, D]."""
+    with pace(model, "tiles").each(model.vision_model.encoder.layers):
+        return [model.visual_tokens(pixel_values) for pixel_values in parts]
+
+
+@torch.inference_mode()
 def generate(model: MiniVL, input_ids: torch.Tensor | list[list[int]], pixel_values: torch.Tensor | None = None, *,
              max_new_tokens: int, ignore_eos: bool = False,
              config: GenerationConfig | None = None) -> torch.Tensor | list[list[int]]:
@@ -110,8 +117,7 @@ def generate(model: MiniVL, input_ids: torch.Tensor | list[list[int]], pixel_val
     rows = checked_rows(input_ids)
     check_request(model, rows, max_new_tokens, config)
     ids, padding = left_pad([torch.tensor([row]) for row in rows])          # (B, T)
-    with pace(model, "tiles").each(model.vision_model.encoder.layers):
-        visual = None if pixel_values is None else model.visual_tokens(pixel_values)
+    visual = None if pixel_values is None else visual_tokens(model, [pixel_values])[0]
     x = model.embed(ids, visual)                                            # (B, T, D)
     padding = None if padding is None else padding.to(x.device)
     stop = {*(() if ignore_eos or config.ignore_eos else model.eos_token_ids), *(config.stop_token_ids or ())}

@@ -25,10 +25,9 @@ from minivl.cache import KVCache
 from minivl.chat.answers import Answer, Response
 from minivl.chat.requests import Turn, is_whole, read_request, warn
 from minivl.config import Config
-from minivl.fast.threads import pace
 from minivl.files.find import find
 from minivl.files.load import load
-from minivl.generation import check_ids, left_pad, steps
+from minivl.generation import check_ids, left_pad, steps, visual_tokens
 from minivl.limits import InputError, Limits
 from minivl.lmdeploy import ENGINE, takes_names_of_lmdeploy
 from minivl.model import MiniVL
@@ -347,9 +346,8 @@ def embed(model: MiniVL, turn: Turn) -> torch.Tensor:
 
     By itself, so that no other prompt of a batch can shift its visual tokens.
     """
-    parts = [turn.tiles[i:i + TILES_AT_ONCE] for i in range(0, len(turn.tiles), TILES_AT_ONCE)]
-    with pace(model, "tiles").each(model.vision_model.encoder.layers):
-        visual = [model.visual_tokens(tiling.to_pixel_values(tiles)) for tiles in parts]    # each (n, L, D)
+    starts = range(0, len(turn.tiles), TILES_AT_ONCE)
+    visual = visual_tokens(model, (tiling.to_pixel_values(turn.tiles[i:i + TILES_AT_ONCE]) for i in starts))
     return model.embed(torch.tensor([turn.ids]), torch.cat(visual) if visual else None)
 
 

@@ -15,9 +15,8 @@ import torch
 
 from minivl import load, options, pipeline
 from minivl.demo import SAMPLES
-from minivl.fast.threads import pace
 from minivl.files.find import SHIPPED, find
-from minivl.generation import steps
+from minivl.generation import steps, visual_tokens
 from minivl.limits import InputError
 from weights_tools import run
 
@@ -69,8 +68,7 @@ def tiles(model):
     side = model.config.force_image_size
     pixels = torch.rand(1, model.config.vision_config.num_channels, side, side)
     while True:
-        with torch.inference_mode(), pace(model, "tiles").each(model.vision_model.encoder.layers):
-            model.visual_tokens(pixels)
+        visual_tokens(model, [pixels])
         yield 1
 
 
