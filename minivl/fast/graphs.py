@@ -123,6 +123,28 @@ class Recording:
         return self.scores.clone()              # the next token overwrites them
 
 
+def recording_of(language: nn.Module, cache: KVCache, inputs: torch.Tensor, padding: torch.Tensor | None) -> Recording:
+    """Find the recording that a cache lives in, or move it into an idle one of the decoder's or a new one."""
+    found = vars(cache).get("recording")
+    if found and cache.layers[0] is found.layers[0] and found.fits(cache, inputs):
+        return found
+    idle = vars(language).setdefault("idle", [])
+    if found:                                           # outgrown
+        cache.leaves.detach()
+        keep(idle, found)
+    fitting = [r for r in idle if r.fits(cache, inputs) and cache.length + ROOM // 2 <= r.capacity]
+    if fitting:
+        found = min(fitting, key=lambda r: r.capacity)
+        idle.remove(found)
+    else:
+        capacity = 1 << (cache.length + ROOM - 1).bit_length()          # a power of two: few sizes
+        found = Recording(cache, inputs, capacity)
+    found.take(cache, padding)
+    cache.recording = found
+    cache.leaves = weakref.finalize(cache, keep, idle, found)   # when the cache is gone, the next may have it
+    return found
+
+
 def recorded(module: ModuleType, definition: type, body: type) -> type:
     """Make a decoder with its steps of one token per prompt recorded. Prompts are read as in the definition."""
     class Recorded(definition):
@@ -138,7 +160,7 @@ def recorded(module: ModuleType, definition: type, body: type) -> type:
             if self.seen is None:
                 return super().scores(inputs_embeds, cache, padding, last)
             with torch.inference_mode():
-                recording = self.recording_of(cache, inputs_embeds, padding)
+                recording = recording_of(self, cache, inputs_embeds, padding)
                 # At every token: the same list is not compared entry by entry.
                 if recording.graph is None or recording.of is not self.seen and recording.of != self.seen:
                     recording.inputs.copy_(inputs_embeds)
@@ -147,27 +169,6 @@ def recorded(module: ModuleType, definition: type, body: type) -> type:
                 scores = recording.replay(inputs_embeds, cache.length)
                 cache.length += 1
             return scores
-
-        def recording_of(self, cache: KVCache, inputs: torch.Tensor, padding: torch.Tensor | None) -> Recording:
-            """Find the recording that a cache lives in, or move it into an idle or a new one."""
-            found = vars(cache).get("recording")
-            if found and cache.layers[0] is found.layers[0] and found.fits(cache, inputs):
-                return found
-            idle = vars(self).setdefault("idle", [])
-            if found:                                           # outgrown
-                cache.leaves.detach()
-                keep(idle, found)
-            fitting = [r for r in idle if r.fits(cache, inputs) and cache.length + ROOM // 2 <= r.capacity]
-            if fitting:
-                found = min(fitting, key=lambda r: r.capacity)
-                idle.remove(found)
-            else:
-                capacity = 1 << (cache.length + ROOM - 1).bit_length()          # a power of two: few sizes
-                found = Recording(cache, inputs, capacity)
-            found.take(cache, padding)
-            cache.recording = found
-            cache.leaves = weakref.finalize(cache, keep, idle, found)   # when the cache is gone, the next may have it
-            return found
 
     return Recorded
 

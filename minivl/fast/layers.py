@@ -478,6 +478,10 @@ def attend_of(definition: type) -> type:
 
 FastMLP = mlp_of(qwen2.MLP, "gate_proj", "up_proj")
 FastFeedForward = mlp_of(internlm2.FeedForward, "w1", "w3")
+# Module -> its faster version, and the linears of the same input that it puts into one store. InternLM2's wqkv is one.
+SIDE_BY_SIDE = {qwen2.Attention: (FastAttention, ("q_proj", "k_proj", "v_proj")),
+                qwen2.MLP: (FastMLP, ("gate_proj", "up_proj")),
+                internlm2.FeedForward: (FastFeedForward, ("w1", "w3"))}
 NORMS = {definition: norm_of(definition) for definition in (qwen2.RMSNorm, internlm2.RMSNorm)}
 ATTENDS = {definition: attend_of(definition) for definition in (qwen2.Attend, internlm2.Attend)}
 

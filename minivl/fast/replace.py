@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from minivl import fast, internlm2, qwen2, vit
+from minivl import fast, vit
 from minivl.awq import AWQLinear
 from minivl.fast import graphs, layers, machine
 from minivl.fast.edits import INT4, changed, definitions_of, tell
@@ -134,17 +134,12 @@ def prepare_linears(model: nn.Module, rounded: bool, slow: list[str]) -> None:
 
 
 def prepare_int4(model: nn.Module, make_store: Callable, slow: list[str]) -> None:
-    """Put the int4 of each decoder layer into stores: q, k and v together, gate and up together, all others alone.
-
-    InternLM2 has q, k and v together already, in its wqkv.
-    """
+    """Put the int4 of each decoder layer into stores: q, k and v together, gate and up together, all others alone."""
     for layer in model.language_model.layers:
-        for module in exactly(layer.children(), qwen2.Attention):
-            side_by_side(module, [module.q_proj, module.k_proj, module.v_proj], layers.FastAttention, make_store, slow)
-        for module in exactly(layer.children(), qwen2.MLP):
-            side_by_side(module, [module.gate_proj, module.up_proj], layers.FastMLP, make_store, slow)
-        for module in exactly(layer.children(), internlm2.FeedForward):
-            side_by_side(module, [module.w1, module.w3], layers.FastFeedForward, make_store, slow)
+        for module in layer.children():
+            if type(module) in layers.SIDE_BY_SIDE:
+                faster, names = layers.SIDE_BY_SIDE[type(module)]
+                side_by_side(module, [getattr(module, name) for name in names], faster, make_store, slow)
     int4_by_themselves(model, make_store, slow)
 
 
