@@ -8,9 +8,7 @@ import torch
 from minivl import awq
 from minivl.limits import InputError
 from minivl.show.maps import matrix
-from minivl.show.svg import FAINT, INK, Svg, text
-
-BLUE, ORANGE = "rgb(11,83,148)", "rgb(176,78,0)"
+from minivl.show.svg import BLUE, FAINT, GREEN, INK, ORANGE, Svg, text
 
 
 def word(packed: torch.Tensor | int, *, title: str = "") -> Svg:
@@ -71,7 +69,7 @@ def rounding(w: torch.Tensor | Sequence, methods: dict[str, tuple], *, title: st
     body = text(4, 17, title, weight="bold") if title else ""
     top = 54.0 if title else 32.0
     said = []
-    for (name, (levels, rounded)), colour in zip(sets.items(), (BLUE, ORANGE, "rgb(60,110,60)")):
+    for (name, (levels, rounded)), colour in zip(sets.items(), (BLUE, ORANGE, GREEN)):
         body += text(4, top - 16, name, weight="bold", colour=colour)
         for y, words in ((top, "weights"), (top + 56, "levels")):
             body += text(left - 14, y + 4, words, anchor="end", size=11, colour=FAINT)

@@ -8,9 +8,9 @@ from itertools import cycle
 
 from minivl.limits import InputError
 from minivl.show.axes import BOLD, SMALL, around, around_log, breadth, fitting, short
-from minivl.show.svg import FAINT, INK, Svg, beside_axis, shade, text, tick
+from minivl.show.svg import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, Svg, beside_axis, shade, text, tick
 
-STYLES = (("rgb(11,83,148)", ""), ("rgb(176,78,0)", "6 4"), ("rgb(60,110,60)", "2 3"), ("rgb(120,60,120)", "8 3 2 3"))
+STYLES = ((BLUE, ""), (ORANGE, "6 4"), (GREEN, "2 3"), (PURPLE, "8 3 2 3"))
 MOST_DOTS = 60      # of one curve; where there are more, only its line is drawn
 SHORT_UNIT = 3      # letters of a unit that each bar repeats
 LINE = 14           # pixels from one line of words to the next

@@ -9,9 +9,8 @@ import torch
 
 from minivl.limits import InputError
 from minivl.show.maps import matrix
-from minivl.show.svg import FAINT, INK, Svg, text
+from minivl.show.svg import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, Svg, text
 
-BLUE, ORANGE, GREEN = "rgb(11,83,148)", "rgb(176,78,0)", "rgb(60,110,60)"
 TURN = 2 * math.pi
 
 
@@ -206,7 +205,7 @@ def stream(start: float, branches: Sequence[tuple[str, float, float]], *, title:
     floor = top + 16 + tall * max(added for _, added, _ in branches)      # where the boxes stand
     axis = floor + 82       # the middle of the stream
     kinds = list(dict.fromkeys(name.split()[0] for name, _, _ in branches))
-    colours = dict(zip(kinds, (ORANGE, GREEN, "rgb(120,60,120)", INK)))
+    colours = dict(zip(kinds, (ORANGE, GREEN, PURPLE, INK)))
     body = text(4, 17, title, weight="bold") if title else ""
     x = 8.0
     before = start

@@ -4,10 +4,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from minivl.limits import InputError
-from minivl.show.svg import FAINT, INK, Svg, text
+from minivl.show.svg import FAINT, INK, ORANGE, Svg, text
 
 KEPT = "rgb(200,216,233)"
-NEW = "rgb(176,78,0)"
+NEW = ORANGE
 
 
 def growing(lengths: Sequence[int], layers: int, box_bytes: int, *, read: Iterable[str] = (), title: str = "",

@@ -16,6 +16,8 @@ INK = "#1c2733"
 FAINT = "#65717e"       # five times as dark as the card: small words stay legible
 LOW = (11, 83, 148)     # positive values
 HIGH = (176, 78, 0)     # negative ones
+# What is told apart: two or more kinds in one drawing.
+BLUE, ORANGE, GREEN, PURPLE = (f"rgb({r},{g},{b})" for r, g, b in (LOW, HIGH, (60, 110, 60), (120, 60, 120)))
 
 
 class Svg:
