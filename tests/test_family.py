@@ -11,8 +11,9 @@ from minivl import __main__ as cli
 from minivl.family import VARIANTS, hint
 from minivl.files import find as finding
 from minivl.files.find import find, hub_id_of
-from weights_tools import download, inspect, quantize
+from weights_tools import download, inspect
 from weights_tools.bench import beside, workers
+from weights_tools.quantize import __main__ as quantize
 from weights_tools.verify import __main__ as verify
 
 SIZES = ("1b", "2b", "4b", "8b", "26b", "38b", "78b")
@@ -42,7 +43,8 @@ class Asked(Exception):
 @pytest.mark.parametrize("way", [
     find, minivl.load, minivl.pipeline, lambda name: cli.main(["chat", "-m", name, "-p", "hello"]),
     lambda name: cli.main(["demo", name]), lambda name: cli.main(["demo", "-m", name]), inspect.inspect,
-    download.download, lambda name: quantize.main([name, "out"]), lambda name: verify.main([name, "x.png"]),
+    download.download, lambda name: quantize.main([name, "out", "--method", "rtn"]),
+    lambda name: verify.main([name, "x.png"]),
     lambda name: verify.record(name, [], "hello", "trace", max_num=1),
     lambda name: workers.bench(name, ["exact"]), lambda name: beside.main([name])])
 def test_wherever_a_model_is_named(way, monkeypatch, tmp_path):

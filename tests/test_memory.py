@@ -20,7 +20,7 @@ def full(monkeypatch):
 
 
 def test_the_weights(tiny, full, monkeypatch):
-    monkeypatch.setattr("minivl.files.load._read_tensors", full)
+    monkeypatch.setattr("minivl.files.load.read_tensors", full)
     says = (r"^no memory left on cpu for 0\.0 GB of weights: 1\.5 of its 80\.0 GB are free; take a smaller or an AWQ "
             r"model, or device='cpu'$")
     with pytest.raises(minivl.InputError, match=says):

@@ -14,10 +14,11 @@ from fuzz import __main__ as fuzz
 from minivl import EngineConfig, GenerationConfig, InputError, Limits
 from minivl import __main__ as chat
 from minivl.options import given, spoken
-from weights_tools import download, inspect, quantize, synthesize
+from weights_tools import download, inspect, synthesize
 from weights_tools.bench import __main__ as bench
 from weights_tools.bench import beside
 from weights_tools.nano import evaluate, ship, train
+from weights_tools.quantize import __main__ as quantize
 from weights_tools.verify import __main__ as verify
 from weights_tools.verify import mistakes
 
@@ -148,11 +149,15 @@ COMMANDS = [
              "summary": "--summary"}, base="m"),
     Command("weights_tools/download.py", download.arguments,
             {"hub_id": "m", "revision": "--revision main", "to": "--to t", "dry_run": "--dry-run"}, base="m"),
-    Command("weights_tools/quantize.py", quantize.arguments,
-            {"checkpoint": "m out", "out": "m out", "plain": "--plain", "examples": "--examples 64",
-             "alpha": "--alpha 0.5", "group_size": "--group-size 128", "method": "--method lmdeploy",
-             "overwrite": "--overwrite"},
-            apart={"plain": "examples alpha"}, base="m out"),
+    Command("weights_tools/quantize/__main__.py", quantize.arguments,
+            {"checkpoint": "m out", "out": "m out", "method": "--method awq", "clip": "--clip", "alpha": "--alpha 0.5",
+             "group_size": "--group-size 128", "dtype": "--dtype float16", "pictures": "--pictures p",
+             "text": "--text t", "samples": "--samples 9", "length": "--length 9", "max_num": "--max-num 6",
+             "stats": "--stats s",
+             "save_stats": "--save-stats s.safetensors", "overwrite": "--overwrite"},
+            needs={"length": "text"},
+            apart={"method": "alpha stats", "stats": "pictures text samples length max_num save_stats clip"},
+            base="m out"),
     Command("weights_tools/bench/beside.py", beside.arguments, {"model": "m", "busy": "--busy 0"}),
     Command("tests/fuzz/__main__.py", fuzz.arguments,
             {"what": "bin=1", "seed": "--seed 1", "workers": "--workers 1"}),

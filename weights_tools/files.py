@@ -126,6 +126,20 @@ def dead(folder: Path, suffix: str = "") -> list[Path]:
     return found
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make a folder, if it is not there, and hold it: raises InputError where another process does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if lock is not None and not _locked(lock, or_without=True):
+            raise InputError(f"another process works in {folder}; wait for it, or choose another place")
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
 def _claim(folder: Path) -> tuple[Path, int | None]:
     """Make and lock an unfinished folder: its path, and the open lock."""
     while True:

@@ -58,10 +58,7 @@ def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: 
     dtype = _dtype(dtype, device, config, precision)
     if precision not in (None, "exact", "fast"):
         raise InputError(f"precision {precision!r} is not one of exact, fast, None")
-    with torch.device("meta"), WithoutNormal():
-        model = MiniVL(config)
-    tensors = open_weights(folder)
-    _check(model, tensors, folder)
+    model, tensors = _opened(folder, config)
     half = precision is not None and (device.type, dtype) == ("cpu", torch.float32) and fast.keeps_half(model)
     if half and fast.has_compiler() and fast.relays(model):
         fast.warm(config.quantization_config.group_size // 8, config.llm_config.hidden_size,
@@ -70,10 +67,30 @@ def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: 
     # Nothing else may hold the tensors: what `prepare` replaces must leave the memory.
     size = sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in model.state_dict().values())
     with full_memory_told(device, f"{size / 1e9:.1f} GB of weights", "take a smaller or an AWQ model, or device='cpu'"):
-        model.load_state_dict(_read_tensors(model, tensors, device, dtype, kept), strict=True, assign=True)
+        names = tqdm(model.state_dict(), desc="loading", unit="tensor", delay=2, leave=False, disable=None)
+        model.load_state_dict(read_tensors(names, tensors, device, dtype, kept), strict=True, assign=True)
         model.img_context_token_id, model.eos_token_ids, model.unused_ids = _token_ids(
             folder, config, tokenizer or read_listing(folder))
         return (fast.prepare(model, precision) if precision else model).eval()
+
+
+def opened(folder: Path) -> tuple[MiniVL, dict[str, StoredTensor]]:
+    """Open a checkpoint of any size: its model without weights, on `meta`, and its stored tensors, which fit it.
+
+    For what needs a part of the weights at a time: `read_tensors` reads the parts.
+    """
+    config = Config.load(folder)
+    model, tensors = _opened(folder, config)
+    model.img_context_token_id, model.eos_token_ids, model.unused_ids = _token_ids(folder, config, read_listing(folder))
+    return model.eval(), tensors
+
+
+def _opened(folder: Path, config: Config) -> tuple[MiniVL, dict[str, StoredTensor]]:
+    with torch.device("meta"), WithoutNormal():
+        model = MiniVL(config)
+    tensors = open_weights(folder)
+    _check(model, tensors, folder)
+    return model, tensors
 
 
 class WithoutNormal(TorchFunctionMode):
@@ -90,11 +107,11 @@ class WithoutNormal(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _read_tensors(model: MiniVL, tensors: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype,
-                  kept: tuple) -> dict[str, torch.Tensor]:
-    """Read a model's tensors, one by one, to device and dtype; those whose name ends with one of `kept` keep theirs."""
+def read_tensors(names: Iterable[str], tensors: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype,
+                 kept: tuple = KEPT) -> dict[str, torch.Tensor]:
+    """Read tensors, one by one, to device and dtype; integers, and names that end with one of `kept`, keep theirs."""
     state = {}
-    for name in tqdm(model.state_dict(), desc="loading", unit="tensor", delay=2, leave=False, disable=None):
+    for name in names:
         tensor = tensors[name].read()
         if not tensor.is_floating_point():
             state[name] = tensor.to(device)

@@ -106,9 +106,11 @@ def synthesize(scratch, form="safetensors"):
 
 
 def quantize(scratch):
-    from weights_tools import quantize, synthesize
-    source = synthesize.synthesize(scratch / "float", "tiny", seed=3)
-    return lambda folder, run: quantize.main([str(source), str(folder), "--plain"])
+    from weights_tools.quantize.__main__ import main
+    from weights_tools.synthesize import synthesize
+    source = synthesize(scratch / "float", "tiny", seed=3)
+    (scratch / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 9)
+    return lambda folder, run: main([str(source), str(folder), "--method", "awq", "--text", str(scratch / "text.txt")])
 
 
 def download(scratch):

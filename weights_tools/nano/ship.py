@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from minivl import load, options
@@ -21,7 +22,8 @@ from weights_tools import run
 from weights_tools.files import told, unfinished, write_text
 from weights_tools.nano import evaluate, recipe
 from weights_tools.nano.draw import BACKGROUNDS, Scene, Thing, draw
-from weights_tools.quantize import calibration, quantize, save_quantized
+from weights_tools.quantize import Recipe, quantize_folder
+from weights_tools.quantize.prompts import from_nano
 
 LIMIT = 16_000_000      # bytes of everything in minivl/nano
 METHOD = "lmdeploy"     # as the shipped weights were made; no group of nano's has one sign, so it hurts none
@@ -163,10 +165,9 @@ def ship(source, n: int = 500, ablation_n: int = 500, to: Path | None = None) ->
         shutil.copytree(source, new / "float16")
         shutil.rmtree(to / "float16", ignore_errors=True)
         os.replace(new / "float16", to / "float16")
-    act_absmax = calibration(model, tokenizer, evaluate.conversations(64))
-    save_quantized(source, to / "awq", quantize(model, act_absmax, method=METHOD), overwrite=True, metadata=note)
-    rounded = save_quantized(source, source.parent / f"{source.name}-rounded", quantize(model, None, method=METHOD),
-                             overwrite=True)
+    quantize_folder(source, to / "awq", Recipe(METHOD), prompts=partial(from_nano, 64, model.config, tokenizer),
+                    overwrite=True, metadata=note)
+    rounded = quantize_folder(source, source.parent / f"{source.name}-rounded", Recipe("rtn"), overwrite=True)
     samples(to / "samples")
     folders = {"float16": to / "float16", "AWQ int4": to / "awq", "rounded int4": rounded}
     scores, rows = evaluate.side_by_side(list(folders.values()), n, ablations_n=ablation_n)
