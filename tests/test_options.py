@@ -14,7 +14,7 @@ from fuzz import __main__ as fuzz
 from minivl import EngineConfig, GenerationConfig, InputError, Limits
 from minivl import __main__ as chat
 from minivl.options import given, spoken
-from weights_tools import download, inspect, quantize, synthesize
+from weights_tools import dequantize, download, inspect, quantize, synthesize
 from weights_tools.bench import __main__ as bench
 from weights_tools.bench import beside
 from weights_tools.nano import evaluate, ship, train
@@ -153,6 +153,9 @@ COMMANDS = [
              "alpha": "--alpha 0.5", "group_size": "--group-size 128", "method": "--method lmdeploy",
              "overwrite": "--overwrite"},
             apart={"plain": "examples alpha"}, base="m out"),
+    Command("weights_tools/dequantize.py", dequantize.arguments,
+            {"checkpoint": "m out", "out": "m out", "dtype": "--dtype float16", "overwrite": "--overwrite"},
+            base="m out"),
     Command("weights_tools/bench/beside.py", beside.arguments, {"model": "m", "busy": "--busy 0"}),
     Command("tests/fuzz/__main__.py", fuzz.arguments,
             {"what": "bin=1", "seed": "--seed 1", "workers": "--workers 1"}),

@@ -61,7 +61,7 @@ def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: 
     with torch.device("meta"), WithoutNormal():
         model = MiniVL(config)
     tensors = open_weights(folder)
-    _check(model, tensors, folder)
+    check(model, tensors, folder)
     half = precision is not None and (device.type, dtype) == ("cpu", torch.float32) and fast.keeps_half(model)
     if half and fast.has_compiler() and fast.relays(model):
         fast.warm(config.quantization_config.group_size // 8, config.llm_config.hidden_size,
@@ -132,7 +132,7 @@ def _dtype(dtype, device: torch.device, config: Config, precision: str | None = 
 
 # ---- against the model ----------------------------------------------------------------------------------------------
 
-def _check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
+def check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
     """Refuse tensors that do not fit the model, with one error: what kind of checkpoint it is, or what is wrong."""
     wanted = model.state_dict()
     _refuse_other_kinds(tensors, wanted, folder)
