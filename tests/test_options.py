@@ -17,6 +17,7 @@ from minivl.options import given, spoken
 from weights_tools import dequantize, download, inspect, quantize, synthesize
 from weights_tools.bench import __main__ as bench
 from weights_tools.bench import beside
+from weights_tools.convert import __main__ as convert
 from weights_tools.nano import evaluate, ship, train
 from weights_tools.verify import __main__ as verify
 from weights_tools.verify import mistakes
@@ -153,6 +154,9 @@ COMMANDS = [
              "alpha": "--alpha 0.5", "group_size": "--group-size 128", "method": "--method lmdeploy",
              "overwrite": "--overwrite"},
             apart={"plain": "examples alpha"}, base="m out"),
+    Command("weights_tools/convert/__main__.py", convert.arguments,
+            {"checkpoint": "m out", "out": "m out", "dequantize": "--dequantize float16", "overwrite": "--overwrite"},
+            base="m out"),
     Command("weights_tools/dequantize.py", dequantize.arguments,
             {"checkpoint": "m out", "out": "m out", "dtype": "--dtype float16", "overwrite": "--overwrite"},
             base="m out"),

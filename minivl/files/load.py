@@ -189,8 +189,8 @@ def _refuse_other_kinds(tensors: dict[str, StoredTensor], wanted: dict[str, torc
     renamed = [n for n in tensors if "vision_tower." in n or "multi_modal_projector." in n]
     if renamed:
         raise InputError(f"the weights in {folder} have the names of transformers' own classes ({renamed[0]}), as the "
-                         "-hf repositories; take the original release, the repository without -hf, or convert it back "
-                         "with InternVL's tools/internvl_hf2custom.py")
+                         "-hf repositories; convert them back with python -m weights_tools.convert FOLDER OUT, or take "
+                         "the original release, the repository without -hf")
     head, embedding = _one_of(HEADS, wanted), _one_of(EMBEDDINGS, wanted)
     before = {n.removesuffix(head) for n in tensors if n.endswith("." + head)}
     prefix = min(before, default="")
