@@ -246,7 +246,8 @@ OTHER_DECODERS = {
     "LlamaForCausalLM": "InternVL 1 and InternVL2-40B", "Phi3ForCausalLM": "InternVL 1.5 and InternVL2-4B"}
 OTHER_MODELS = {        # model_type: what it is; the next step
     "internvl": ("the form of InternVL that transformers converts (-hf on the hub), whose tensors have other names",
-                 "take the same model without -hf in its name"),
+                 "convert it back with python -m weights_tools.convert FOLDER OUT, or take the same model without -hf "
+                 "in its name"),
     "qwen2": ("a Qwen2 language model without a vision tower", "give the whole InternVL2.5 model it belongs to"),
     "internlm2": ("an InternLM2 language model without a vision tower", "give the whole InternVL2.5 model"),
     "intern_vit_6b": ("an InternViT vision tower without a language model", "give the whole InternVL2.5 model")}

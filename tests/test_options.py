@@ -14,9 +14,10 @@ from fuzz import __main__ as fuzz
 from minivl import EngineConfig, GenerationConfig, InputError, Limits
 from minivl import __main__ as chat
 from minivl.options import given, spoken
-from weights_tools import download, inspect, synthesize
+from weights_tools import dequantize, download, inspect, synthesize
 from weights_tools.bench import __main__ as bench
 from weights_tools.bench import beside
+from weights_tools.convert import __main__ as convert
 from weights_tools.nano import evaluate, ship, train
 from weights_tools.quantize import __main__ as quantize
 from weights_tools.verify import __main__ as verify
@@ -157,6 +158,12 @@ COMMANDS = [
              "save_stats": "--save-stats s.safetensors", "overwrite": "--overwrite"},
             needs={"length": "text"},
             apart={"method": "alpha stats", "stats": "pictures text samples length max_num save_stats clip"},
+            base="m out"),
+    Command("weights_tools/convert/__main__.py", convert.arguments,
+            {"checkpoint": "m out", "out": "m out", "dequantize": "--dequantize float16", "overwrite": "--overwrite"},
+            base="m out"),
+    Command("weights_tools/dequantize.py", dequantize.arguments,
+            {"checkpoint": "m out", "out": "m out", "dtype": "--dtype float16", "overwrite": "--overwrite"},
             base="m out"),
     Command("weights_tools/bench/beside.py", beside.arguments, {"model": "m", "busy": "--busy 0"}),
     Command("tests/fuzz/__main__.py", fuzz.arguments,

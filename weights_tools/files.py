@@ -26,8 +26,9 @@ from typing import BinaryIO
 import torch
 from tqdm import tqdm
 
+from minivl.files.find import SMALL_FILES
 from minivl.files.formats import DIGESTS, DTYPES, digest_of
-from minivl.limits import InputError, in_words, reading
+from minivl.limits import InputError, in_words, is_there, reading
 
 try:
     import fcntl
@@ -195,16 +196,14 @@ def save_checkpoint(tensors: dict[str, torch.Tensor], folder: str | Path, *,
     check_free_of_weights(folder, overwrite)
     shards = plan_shards({name: tensor.nbytes for name, tensor in tensors.items()}, shard_bytes)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    with told(folder, "nothing is changed there"):
-        kept = "the weights there before are left as they were" if weight_files(folder) else "no weights are left there"
-        folder.mkdir(parents=True, exist_ok=True)
+    kept = "the weights there before are left as they were" if weight_files(folder) else "no weights are left there"
     stem = STEM[format]
     names = ([f"{stem}-{k:05d}-of-{len(shards):05d}.{format}" for k in range(1, len(shards) + 1)]
              if len(shards) > 1 else [f"{stem}.{format}"])
     index = {"metadata": {"total_size": total},
              "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
     small = small or {}
-    with unfinished(folder, kept) as new, \
+    with _made(folder), unfinished(folder, kept) as new, \
             tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {folder.name}", disable=None) as bar:
         free = shutil.disk_usage(folder).free
         if total > free:
@@ -233,6 +232,21 @@ def save_checkpoint(tensors: dict[str, torch.Tensor], folder: str | Path, *,
         with told(folder, "the new files are not all in place: run again, which replaces them"):
             _move_into_place(new, folder, list(small), names)
     return [folder / file for file in names]
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder that may be there already. If the block fails, what was made here and is empty goes again."""
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    with told(folder, "nothing is changed there"):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):      # something lies there
+            for one in new:
+                one.rmdir()
+        raise
 
 
 def plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
@@ -272,6 +286,24 @@ def check_free_of_weights(folder: str | Path, overwrite: bool):
     if found:
         raise InputError(f"{folder} already holds weights ({found[0].name}, {len(found)} files); choose another folder "
                          "or pass overwrite (--overwrite)")
+
+
+def check_apart(folder: str | Path, out: str | Path):
+    """Refuse to write a changed copy of a checkpoint into its own folder, or below it."""
+    source = Path(folder).resolve()
+    if source in (Path(out).resolve(), *Path(out).resolve().parents):
+        raise InputError(f"{out} lies in {folder}, whose files it is made from; choose a folder elsewhere")
+
+
+def small_files(folder: str | Path) -> dict[str, bytes]:
+    """Read what lies beside a checkpoint's weights and belongs to it: config.json, the tokenizer's files and the like.
+
+    name -> content, of those that are there; no code. The name of a chat template is that of transformers.
+    """
+    folder = Path(folder)
+    names = (*SMALL_FILES, "preprocessor_config.json", "special_tokens_map.json", "chat_template.jinja")
+    with reading(folder):
+        return {name: (folder / name).read_bytes() for name in names if is_there(folder / name)}
 
 
 def raw_bytes(tensor: torch.Tensor):

@@ -162,14 +162,17 @@ def generation_and_preprocessor(size: str, config: dict) -> dict[str, str]:
     # The released 38B file does not list <|endoftext|>; InternLM2 has none.
     ends = sorted(ids[token] for token in ("<|im_start|>", "<|im_end|>"))
     ends += [ids["<|endoftext|>"]] if "<|endoftext|>" in ids and size != "38B" else []
-    side = config["force_image_size"]
     return {
         "generation_config.json": json_text({"_from_model_config": True, "eos_token_id": ends,
                                          "transformers_version": "4.45.1"}),
-        "preprocessor_config.json": json_text({
-            "crop_size": side, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+        "preprocessor_config.json": json_text(preprocessor_config(config["force_image_size"]))}
+
+
+def preprocessor_config(side: int) -> dict:
+    """Make preprocessor_config.json of the released files, for tiles of `side` pixels."""
+    return {"crop_size": side, "do_center_crop": True, "do_normalize": True, "do_resize": True,
             "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.485, 0.456, 0.406],
-            "image_std": [0.229, 0.224, 0.225], "resample": 3, "size": side})}
+            "image_std": [0.229, 0.224, 0.225], "resample": 3, "size": side}
 
 
 def quantization_block(group_size: int) -> dict:

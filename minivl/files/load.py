@@ -89,7 +89,7 @@ def _opened(folder: Path, config: Config) -> tuple[MiniVL, dict[str, StoredTenso
     with torch.device("meta"), WithoutNormal():
         model = MiniVL(config)
     tensors = open_weights(folder)
-    _check(model, tensors, folder)
+    check(model, tensors, folder)
     return model, tensors
 
 
@@ -149,7 +149,7 @@ def _dtype(dtype, device: torch.device, config: Config, precision: str | None = 
 
 # ---- against the model ----------------------------------------------------------------------------------------------
 
-def _check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
+def check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
     """Refuse tensors that do not fit the model, with one error: what kind of checkpoint it is, or what is wrong."""
     wanted = model.state_dict()
     _refuse_other_kinds(tensors, wanted, folder)
@@ -206,8 +206,8 @@ def _refuse_other_kinds(tensors: dict[str, StoredTensor], wanted: dict[str, torc
     renamed = [n for n in tensors if "vision_tower." in n or "multi_modal_projector." in n]
     if renamed:
         raise InputError(f"the weights in {folder} have the names of transformers' own classes ({renamed[0]}), as the "
-                         "-hf repositories; take the original release, the repository without -hf, or convert it back "
-                         "with InternVL's tools/internvl_hf2custom.py")
+                         "-hf repositories; convert them back with python -m weights_tools.convert FOLDER OUT, or take "
+                         "the original release, the repository without -hf")
     head, embedding = _one_of(HEADS, wanted), _one_of(EMBEDDINGS, wanted)
     before = {n.removesuffix(head) for n in tensors if n.endswith("." + head)}
     prefix = min(before, default="")

@@ -170,8 +170,8 @@ def test_what_else_is_refused(source, rows, tmp_path, capsys):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9" * 99)
     with pytest.raises(InputError, match="UTF-8|utf-8"):
         main([str(source), str(out), "--group-size", "32", "--text", str(tmp_path / "latin.txt")])
-    for place in (source, source / "inside", source.parent):
-        with pytest.raises(InputError, match="lie one in the other"):
+    for place in (source, source / "inside"):
+        with pytest.raises(InputError, match="whose files it is made from"):
             main([str(source), str(place), "--method", "rtn", "--group-size", "32"])
     assert not out.exists() and not (source / "inside").exists()
     assert main([str(source), str(out), "--method", "rtn", "--group-size", "32"]) == 0

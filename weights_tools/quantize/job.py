@@ -26,15 +26,16 @@ from tqdm import tqdm
 
 from minivl.config import read_json
 from minivl.fast.threads import threads_that_help
-from minivl.files.find import SMALL_FILES
 from minivl.files.formats import open_safetensors, safetensors_header
 from minivl.limits import InputError, is_there, reading, sentence
 from weights_tools.files import (
+    check_apart,
     check_free_of_weights,
     held,
     raw_bytes,
     save_checkpoint,
     save_safetensors,
+    small_files,
     told,
     write_text,
 )
@@ -60,7 +61,7 @@ def quantize_folder(source: Path, out: str | os.PathLike, recipe: Recipe, *,
     statistics to. metadata: into the header of the files.
     """
     out = Path(out)
-    _refuse_nested(source, out)
+    check_apart(source, out)
     stream = Stream(source, recipe.dtype)
     _refuse_unfit(stream, recipe)
     if recipe.needs_prompts and prompts is None or recipe.needs_inputs and prompts is None and statistics is None:
@@ -85,13 +86,6 @@ def quantize_folder(source: Path, out: str | os.PathLike, recipe: Recipe, *,
 
 
 # ---- before the work ------------------------------------------------------------------------------------------------
-
-def _refuse_nested(source: Path, out: Path):
-    source = source.resolve()
-    place = out.resolve()
-    if place == source or source in place.parents or place in source.parents:
-        raise InputError(f"{out} and the checkpoint {source} lie one in the other; write to a folder beside it")
-
 
 def _refuse_unfit(stream: Stream, recipe: Recipe):
     """Refuse what cannot be made int4, before the work, which may take hours."""
@@ -301,7 +295,7 @@ def _assemble(stream: Stream, work: Path, out: Path, recipe: Recipe, overwrite: 
         return made[name].read() if name in made else in_half(name, stream.stored[name].read(), recipe.stored)
 
     save_checkpoint(announced(stream, recipe), out, make=make, overwrite=overwrite, metadata=metadata,
-                    small=small_files(stream.folder, recipe))
+                    small=beside(stream.folder, recipe))
     warn_of_hurt(off, recipe.method)
 
 
@@ -309,14 +303,11 @@ def _off(path: Path) -> dict[str, tuple]:
     return {name: tuple(found) for name, found in json.loads(safetensors_header(path)[1]["off"]).items()}
 
 
-def small_files(source: Path, recipe: Recipe) -> dict[str, bytes]:
-    """Write config.json of the result and copy the tokenizer and the other small files of the float checkpoint."""
+def beside(source: Path, recipe: Recipe) -> dict[str, bytes]:
+    """Write config.json of the result, and copy what else lies beside the weights of the float checkpoint."""
     config = read_json(source / "config.json")
     config["llm_config"]["quantization_config"] = quantization_block(recipe.group_size)
     for part in (config, config["llm_config"], config["vision_config"]):
         part.pop("dtype", None)     # transformers 5's name, which would win
         part["torch_dtype"] = str(recipe.stored)[6:]
-    with reading(source):
-        small = {name: (source / name).read_bytes() for name in (*SMALL_FILES, "preprocessor_config.json")
-                 if is_there(source / name)}
-    return {**small, "config.json": json_text(config).encode("utf-8")}
+    return {**small_files(source), "config.json": json_text(config).encode("utf-8")}
