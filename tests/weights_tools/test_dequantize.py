@@ -79,7 +79,7 @@ def test_a_checkpoint_quantised_again_is_the_same_but_for_few_groups(tmp_path):
     assert first.keys() == again.keys()
     for name in first:
         if name.endswith("qweight"):
-            assert (awq.unpack(first[name]) != awq.unpack(again[name])).float().mean() < 0.006, name
+            assert (awq.unpack(first[name]) != awq.unpack(again[name])).float().mean() < 0.01, name
 
 
 def words(weight, group_size, rounding):
