@@ -208,10 +208,8 @@ def _all_layers(stream: Stream, work: Path, recipe: Recipe, lengths: list[int], 
               bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:
         for i in range(done, count):
             bar.set_postfix_str(f" layer {i + 1} of {count}")
-            with stream.filled(stream.layers[i]):
-                seen = _inputs(stream, work, i, recipe, lengths, bar) if lengths else _told(statistics, i)
-                tensors = {name: t.detach() for name, t in stream.layers[i].state_dict().items()}
-                _make_layer(stream, work, i, recipe, tensors, seen)
+            seen = _inputs(stream, work, i, recipe, lengths, bar) if lengths else _told(statistics, i)
+            _make_layer(stream, work, i, recipe, seen)
             if not lengths:
                 bar.update()
 
@@ -221,7 +219,8 @@ def _inputs(stream: Stream, work: Path, i: int, recipe: Recipe, lengths: list[in
     width = stream.model.config.llm_config.hidden_size
     before, after = (mapped(work / f"activations-{k % 2}", sum(lengths), width) for k in (i, i + 1))
     every = max(1, sum(lengths) // ROWS) if recipe.method == "awq" else None
-    with watched(stream.layers[i], recipe.group_size if recipe.clip else None, every) as seen:
+    layer = stream.layers[i]
+    with stream.filled(layer), watched(layer, recipe.group_size if recipe.clip else None, every) as seen:
         pass_layer(stream, i, before, after, lengths, bar)
     return seen
 
@@ -230,10 +229,11 @@ def _told(statistics: list[dict] | None, i: int) -> dict[str, Inputs] | None:
     return statistics and {name: Inputs(absmax=one["absmax"]) for name, one in statistics[i].items()}
 
 
-def _make_layer(stream: Stream, work: Path, i: int, recipe: Recipe, tensors: dict, seen: dict[str, Inputs] | None):
+def _make_layer(stream: Stream, work: Path, i: int, recipe: Recipe, seen: dict[str, Inputs] | None):
     """Quantise a layer and write it, with what was seen and what rounding hurt."""
     layer = stream.layers[i]
     where = f"{stream.names[layer]}."
+    tensors = {name: stream.stored[where + name].read() for name in layer.state_dict()}
     made, off = quantize_layer(tensors, list(layer.linears), layer.FEEDS, recipe, seen, where)
     if seen is not None:
         for name, one in seen.items():
