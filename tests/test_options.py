@@ -18,6 +18,8 @@ from weights_tools import dequantize, download, inspect, synthesize
 from weights_tools.bench import __main__ as bench
 from weights_tools.bench import beside
 from weights_tools.convert import __main__ as convert
+from weights_tools.language import __main__ as language
+from weights_tools.language import cut
 from weights_tools.nano import evaluate, ship, train
 from weights_tools.quantize import __main__ as quantize
 from weights_tools.quantize import rederive
@@ -168,6 +170,10 @@ COMMANDS = [
     Command("weights_tools/dequantize.py", dequantize.arguments,
             {"checkpoint": "m out", "out": "m out", "dtype": "--dtype float16", "overwrite": "--overwrite"},
             base="m out"),
+    Command("weights_tools/language/__main__.py", language.arguments,
+            {"file": "m", "methods": "--methods rtn", "groups": "--groups 64", "held_out": "--held-out t",
+             "calibration": "--calibration t", "json": "--json j"}, base="m"),
+    Command("weights_tools/language/cut.py", cut.arguments, {"file": "m out", "out": "m out"}, base="m out"),
     Command("weights_tools/bench/beside.py", beside.arguments, {"model": "m", "busy": "--busy 0"}),
     Command("tests/fuzz/__main__.py", fuzz.arguments,
             {"what": "bin=1", "seed": "--seed 1", "workers": "--workers 1"}),
