@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from statistics import mode
 
 import torch
 from tqdm import tqdm
@@ -75,6 +76,7 @@ def quantize_folder(source: Path, out: str | os.PathLike, recipe: Recipe, *,
     with _left_clean(out, work), told(out, ""), held(work):
         _begin(stream, work, job)
         with _threads(job):
+            _check_space(stream, recipe, out)
             lengths = _calibrate(stream, work, prompts) if wanted else []
             _check_space(stream, recipe, out, sum(lengths))
             _all_layers(stream, work, recipe, lengths, statistics)
@@ -161,11 +163,12 @@ def _threads(job: dict) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check_space(stream: Stream, recipe: Recipe, out: Path, tokens: int):
+def _check_space(stream: Stream, recipe: Recipe, out: Path, tokens: int = 0):
     """Refuse a disk that cannot hold what is still to be written."""
     work = out / WORK
     result = sum(t.nbytes for t in announced(stream, recipe).values())
-    layers = sum(t.nbytes for name, t in announced(stream, recipe).items() if "layers." in name)
+    inside = tuple(f"{stream.names[layer]}." for layer in stream.layers)
+    layers = sum(t.nbytes for name, t in announced(stream, recipe).items() if name.startswith(inside))
     activations = 2 * 4 * tokens * stream.model.config.llm_config.hidden_size
     there = sum(file.stat().st_blocks * 512 for file in work.iterdir())
     needed = result + layers + activations - there
@@ -218,11 +221,23 @@ def _inputs(stream: Stream, work: Path, i: int, recipe: Recipe, lengths: list[in
     """Run a layer on all prompts, noting what its linears are given."""
     width = stream.model.config.llm_config.hidden_size
     before, after = (mapped(work / f"activations-{k % 2}", sum(lengths), width) for k in (i, i + 1))
-    every = max(1, sum(lengths) // ROWS) if recipe.method == "awq" else None
+    every = kept_of(lengths) if recipe.method == "awq" else None
     layer = stream.layers[i]
     with stream.filled(layer), watched(layer, recipe.group_size if recipe.clip else None, every) as seen:
         pass_layer(stream, i, before, after, lengths, bar)
     return seen
+
+
+def kept_of(lengths: list[int]) -> int:
+    """Choose of how many tokens one is kept for the search: about ROWS of all.
+
+    It shares no factor with the usual length of a prompt: else the first tokens of many, whose inputs may be a thousand
+    times as large as all others, would be kept too often.
+    """
+    every = max(1, sum(lengths) // ROWS)
+    while math.gcd(every, mode(lengths)) > 1:
+        every += 1
+    return every
 
 
 def _told(statistics: list[dict] | None, i: int) -> dict[str, Inputs] | None:
