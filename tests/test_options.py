@@ -20,7 +20,7 @@ from weights_tools.bench import beside
 from weights_tools.convert import __main__ as convert
 from weights_tools.language import __main__ as language
 from weights_tools.language import cut
-from weights_tools.nano import evaluate, ship, train
+from weights_tools.nano import evaluate, int4, ship, train
 from weights_tools.quantize import __main__ as quantize
 from weights_tools.quantize import rederive
 from weights_tools.verify import __main__ as verify
@@ -186,6 +186,7 @@ COMMANDS = [
             {"checkpoints": "m", "n": "-n 500", "tasks": "--tasks colour", "precision": "--precision exact",
              "ablations": "--ablations", "wrong": "--wrong 0", "json": "--json j"},
             apart={"ablations": "tasks precision"}),
+    Command("weights_tools/nano/int4.py", int4.arguments, {"out": "m", "n": "-n 5", "json": "--json j"}, base="m"),
     Command("weights_tools/nano/ship.py", ship.arguments, {"checkpoint": "m", "n": "-n 5"}, base="m"),
     Command("weights_tools/nano/train.py", train.arguments,
             {"out": "m", "quick": "--quick", "seed": "--seed 1", "workers": "--workers 0", "device": "--device cpu",
