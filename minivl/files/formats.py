@@ -82,7 +82,7 @@ def choose_set(folder: str | os.PathLike) -> WeightSet:
 
 def _open_set(folder: Path, one: WeightSet, verify: bool = True) -> dict[str, StoredTensor]:
     """Open the files of a set. `verify`: check the sums of the tensors too, where the files carry any."""
-    open_file = _open_pickle if ".bin" in one.name else _open_safetensors
+    open_file = _open_pickle if ".bin" in one.name else open_safetensors
     for file in one.files:
         if len(file) > 200 or not is_there(folder / file):
             raise InputError(f"{folder} lacks the shard {file} that {one.name} names; "
@@ -222,7 +222,8 @@ def _without_repetition(pairs: list) -> dict:
     return dict(pairs)
 
 
-def _open_safetensors(path: Path, verify: bool) -> dict[str, StoredTensor]:
+def open_safetensors(path: Path, verify: bool = True) -> dict[str, StoredTensor]:
+    """Open one safetensors file: name -> StoredTensor. `verify`: check the sums of its tensors, if it has any."""
     entries, metadata, start = safetensors_header(path)
     if verify:
         _verify_sha256(path, entries, metadata, start)
