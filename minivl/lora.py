@@ -9,8 +9,6 @@ it to x. B begins at zero, so at first nothing changes. alpha / r keeps what is 
 is tried. Multiplied out, the correction is a matrix of rank r, which can be added to the weight: `LoRA.correction`.
 Source: arXiv:2106.09685 section 4.1.
 """
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
@@ -40,7 +38,7 @@ def linears(model: nn.Module) -> list[str]:
     return [names[linear] for layer in model.language_model.layers for linear in layer.linears.values()]
 
 
-def add(model: nn.Module, names: Iterable[str], rank: int, alpha: float) -> None:
+def add(model: nn.Module, names: list[str], rank: int, alpha: float) -> None:
     """Put a LoRA in the place of each linear of a MiniVL that is named, with random A, in the model's dtype."""
     for name in names:
         base = model.get_submodule(name)

@@ -14,10 +14,10 @@ from fuzz import __main__ as fuzz
 from minivl import EngineConfig, GenerationConfig, InputError, Limits
 from minivl import __main__ as chat
 from minivl.options import given, spoken
-from weights_tools import download, inspect, quantize, synthesize
+from weights_tools import download, inspect, lora, merge, quantize, rows, synthesize
 from weights_tools.bench import __main__ as bench
 from weights_tools.bench import beside
-from weights_tools.nano import evaluate, ship, train
+from weights_tools.nano import evaluate, lesson, ship, train
 from weights_tools.verify import __main__ as verify
 from weights_tools.verify import mistakes
 
@@ -99,7 +99,7 @@ COMMANDS = [
     Command(
         "minivl/__main__.py", parse_chat,
         {"pictures": "x.png", "prompt": "-p q", "system": "--system s", "json": "--json", "model": "-m a/b",
-         "revision": "--revision main", "device": "--device cpu", "dtype": "--dtype float32",
+         "revision": "--revision main", "lora": "--lora l", "device": "--device cpu", "dtype": "--dtype float32",
          "precision": "--precision exact", "session_len": "--session-len 99", "max_tiles": "--max-tiles 2",
          "video": "--video v.gif", "segments": "--segments 4", "bound": "--bound 0 1", "fps": "--fps 5",
          "allow_host": "--allow-host h", "plain_text": "--plain-text", "max_new_tokens": "--max-new-tokens 9",
@@ -153,6 +153,15 @@ COMMANDS = [
              "alpha": "--alpha 0.5", "group_size": "--group-size 128", "method": "--method lmdeploy",
              "overwrite": "--overwrite"},
             apart={"plain": "examples alpha"}, base="m out"),
+    Command("weights_tools/lora.py", lora.arguments,
+            {"checkpoint": "m data out", "data": "m data out", "out": "m data out", "rank": "--rank 4",
+             "alpha": "--alpha 8", "only": "--only q_proj", "steps": "--steps 9", "batch": "--batch 2",
+             "lr": "--lr 1e-3", "seed": "--seed 1", "check": "--check c", "device": "--device cpu"}, base="m data out"),
+    Command("weights_tools/merge.py", merge.arguments,
+            {"checkpoint": "m lora out", "lora": "m lora out", "out": "m lora out", "dtype": "--dtype float32",
+             "overwrite": "--overwrite"}, base="m lora out"),
+    Command("weights_tools/rows.py", rows.arguments,
+            {"checkpoint": "m data", "data": "m data", "lora": "--lora l", "device": "--device cpu"}, base="m data"),
     Command("weights_tools/bench/beside.py", beside.arguments, {"model": "m", "busy": "--busy 0"}),
     Command("tests/fuzz/__main__.py", fuzz.arguments,
             {"what": "bin=1", "seed": "--seed 1", "workers": "--workers 1"}),
@@ -165,6 +174,8 @@ COMMANDS = [
             {"checkpoints": "m", "n": "-n 500", "tasks": "--tasks colour", "precision": "--precision exact",
              "ablations": "--ablations", "wrong": "--wrong 0", "json": "--json j"},
             apart={"ablations": "tasks precision"}),
+    Command("weights_tools/nano/lesson.py", lesson.arguments,
+            {"out": "out", "train": "--train 9", "asked": "--asked 9", "old": "--old 9"}, base="out"),
     Command("weights_tools/nano/ship.py", ship.arguments, {"checkpoint": "m", "n": "-n 5"}, base="m"),
     Command("weights_tools/nano/train.py", train.arguments,
             {"out": "m", "quick": "--quick", "seed": "--seed 1", "workers": "--workers 0", "device": "--device cpu",

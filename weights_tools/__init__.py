@@ -4,6 +4,9 @@
     python -m weights_tools.inspect FOLDER_OR_HUB_ID        every tensor, who takes it, sums, and whether they fit
     python -m weights_tools.download HUB_ID                 the files that minivl reads, compared with the hub's sha256
     python -m weights_tools.quantize FOLDER OUT             AWQ int4 from a float checkpoint
+    python -m weights_tools.lora FOLDER DATA OUT            teach a model, float or int4, something new
+    python -m weights_tools.merge FOLDER LORA OUT           what it learned added to its weights
+    python -m weights_tools.rows FOLDER DATA                right answers in a file of questions, by task
     python -m weights_tools.verify CHECKPOINT PICTURE       does minivl compute what transformers computes? where not?
     python -m weights_tools.verify.mistakes --nano          planted mistakes: does verify catch each at its stage?
     python -m weights_tools.bench CHECKPOINT                how fast, beside what the machine could do

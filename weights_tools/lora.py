@@ -134,7 +134,7 @@ def recomputed(model: MiniVL):
 
 def useful_threads(model: MiniVL, batch: list[tuple]) -> int:
     """Tell how many threads to train with: measured on a few rows, all for a large model."""
-    if is_large(model):
+    if is_large(model) or torch.get_num_threads() == 1:
         return torch.get_num_threads()
 
     def work():

@@ -2,8 +2,8 @@
 
     W + alpha / r B A of each linear that LORA corrects, one tensor at a time -> a float checkpoint without LoRA
 
-OUT is float, also where FOLDER is int4: python -m weights_tools.quantize makes it int4 again. Rounding may lose a little
-of what was learned, so count right answers once more, by python -m weights_tools.rows.
+OUT is float, also where FOLDER is int4: python -m weights_tools.quantize makes it int4 again. Rounding may lose a
+little of what was learned, so count right answers once more, by python -m weights_tools.rows.
 Source: arXiv:2106.09685 section 4.1.
 """
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Read conversations for fine-tuning, and count right answers: python -m weights_tools.rows FOLDER DATA
 
-DATA is a JSONL file, one conversation a line, in either form:
+DATA is a JSONL file, one conversation a line (broken here to be read), in either form:
 
     {"image": "a.png", "question": "What is it?", "answer": "A star."}
-    {"image": ["a.png", "b.png"], "conversations": [{"from": "human", "value": "<image>\\n<image>\\nWhat changed?"},
-                                                    {"from": "gpt", "value": "Nothing."}]}
+    {"image": ["a.png", "b.png"], "conversations": [
+        {"from": "human", "value": "<image> <image> What changed?"}, {"from": "gpt", "value": "Nothing."}]}
 
 Paths of pictures count from DATA's folder. "image" may be missing, and of one picture so may the mark <image>. Two more
 keys may be there: "task", a word to count by, and "max_num", the most tiles of each picture.
