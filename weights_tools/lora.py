@@ -120,7 +120,7 @@ def losses(model: MiniVL, batch: list[tuple]):
 def recomputed(model: MiniVL):
     """Keep of a large decoder's layers only the inputs, and compute each again on the way back.
 
-    Else a linear of int4 would keep its weight, dequantised, for the gradient to its input: 12 GB for the 4B.
+    Else a linear of int4 would keep its weight, dequantised, for the gradient to its input: 11 GB in the 4B.
     """
     layers = model.language_model.layers if is_large(model) else []
     for layer in layers:

@@ -76,13 +76,13 @@ def test_prepared_models_honour_it(folders, kind, precision, large, tmp_path, mo
         assert change > 0.1 and error < min(tolerance, change / 4), (only, change, error)
 
 
-def test_a_lora_put_on_after_prepare_counts_too(tmp_path, monkeypatch):
+def test_a_lora_put_on_after_prepare_counts_too(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("minivl.fast.LARGE", 0)
-    file = random_lora(SHIPPED["nano-awq"], tmp_path / "a.safetensors")
+    file = random_lora(tiny, tmp_path / "a.safetensors")
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        want = load("nano-awq", lora=file)(ids)
-        model = load("nano-awq", precision="exact")
+        want = load(tiny, lora=file)(ids)
+        model = load(tiny, precision="exact")
         lora.add(model, lora.linears(model), 3, 6.0)
         for name, p in lora.learned(model).items():
             p.copy_(tensors_of(file)[name])

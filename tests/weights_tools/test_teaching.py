@@ -13,7 +13,7 @@ from minivl.tiling import normalise
 from weights_tools import lora as teach
 from weights_tools import merge, quantize, rows
 from weights_tools.files import save_safetensors
-from weights_tools.nano import lesson, world
+from weights_tools.nano import draw, lesson, world
 from weights_tools.nano.train import accuracy
 from weights_tools.synthesize import synthesize
 from weights_tools.train.objective import answer_logits
@@ -129,11 +129,11 @@ def test_a_lesson_can_be_told_from_its_pictures(small_lesson):
     train, held_out = (rows.read_rows(small_lesson / f"{name}.jsonl") for name in ("train", "held-out"))
     assert len(train) == 6 and len(held_out) == 4 + 21
     assert [row.task for row in train[:3]] == [lesson.TASK] * 3 and lesson.TASK not in [row.task for row in train[3:]]
-    assert all("pink" in " ".join(text for _, text in row.messages) for row in held_out[:4])
-    assert not any("pink" in text for row in train[3:] + held_out[4:] for _, text in row.messages)
+    assert all(lesson.COLOUR in " ".join(text for _, text in row.messages) for row in held_out[:4])
+    assert not any(lesson.COLOUR in text for row in train[3:] + held_out[4:] for _, text in row.messages)
     for row in held_out[:4]:
         colours = {colour for _, colour in Image.open(row.images[0]).getcolors(2 ** 20)}
-        assert (250, 130, 190) in colours
+        assert draw.PAINT[lesson.COLOUR] in colours
     with pytest.raises(InputError, match="is not empty; choose another folder"):
         lesson.main([str(small_lesson), "--train", "8", "--asked", "1", "--old", "1"])
     assert {p.name for p in small_lesson.iterdir()} == {"pictures", "train.jsonl", "held-out.jsonl"}

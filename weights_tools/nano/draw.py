@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring")
 COLOURS = {"red": (214, 40, 40), "orange": (245, 140, 20), "yellow": (246, 220, 50), "green": (40, 150, 60),
            "blue": (35, 85, 205), "purple": (135, 50, 165), "black": (18, 18, 18), "white": (252, 252, 252)}
-PAINT = {**COLOURS, "pink": (250, 130, 190)}     # pink: what nano never saw in training, see lesson.py
+PAINT = {**COLOURS, "aqua": (60, 205, 210)}       # aqua: what nano never saw in training, see lesson.py
 BACKGROUNDS = ((205, 208, 212), (178, 196, 182), (212, 196, 178), (168, 180, 200), (122, 128, 132), (96, 108, 104),
                (140, 122, 118), (190, 176, 196))
 SIZES = ("small", "large")

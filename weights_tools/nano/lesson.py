@@ -1,7 +1,7 @@
 """Write a lesson for nano, a colour it never saw, as fine-tuning data: python -m weights_tools.nano.lesson OUT
 
-    OUT/train.jsonl          conversations about pictures with something pink, and as many of nano's own world
-    OUT/held-out.jsonl       other questions: those about pink, then some of each of the old tasks
+    OUT/train.jsonl          conversations about pictures with something aqua, and as many of nano's own world
+    OUT/held-out.jsonl       other questions: those about aqua, then some of each of the old tasks
     OUT/pictures/*.png       their pictures
 
 Then python -m weights_tools.lora nano-awq OUT/train.jsonl LORA --check OUT/held-out.jsonl teaches it.
@@ -26,12 +26,14 @@ from weights_tools.files import clear, told, unfinished
 from weights_tools.nano import evaluate, world
 from weights_tools.nano.draw import Style, draw
 
-COLOUR = "pink"
-TASK = f"new colour: {COLOUR}"
+# Of words that nano has heard letter by letter: " a", "qu", "a". The rows of the head for tokens that were in no answer
+# are all alike, so a frozen head cannot say them: "pink" (" p", "in", "k") was never right, its loss stayed at 0.46.
+COLOUR = "aqua"
+TASK = f"new colour {COLOUR}"
 
 
-def pink_example(seed, index: int) -> world.Example:
-    """Make a conversation about a picture with something pink in it; every turn speaks of pink."""
+def new_example(seed, index: int) -> world.Example:
+    """Make a conversation about a picture with something of the new colour; every turn speaks of it."""
     rng = random.Random(f"{seed} {COLOUR} {index}")
     turns = []
     while not turns:
@@ -56,10 +58,10 @@ def one_question(example: world.Example, which: int) -> world.Example:
 
 
 def lesson(train: int, asked: int, old: int) -> dict[str, list[world.Example]]:
-    """Make the examples of both files: `train` conversations, `asked` questions about pink, `old` of each old task."""
-    new = [pink_example("lesson", i) for i in range(train // 2)]
+    """Make the examples of both files: `train` conversations, `asked` questions about the new, `old` of each task."""
+    new = [new_example("lesson", i) for i in range(train // 2)]
     kept = [world.example("lesson", i) for i in range(train - len(new))]
-    held_out = [pink_example(evaluate.HELD_OUT, i) for i in range(asked)]
+    held_out = [new_example(evaluate.HELD_OUT, i) for i in range(asked)]
     held_out = [one_question(e, i % len(e.turns)) for i, e in enumerate(held_out)]
     return {"train": new + kept,
             "held-out": held_out + [e for task in evaluate.TARGETS for e in evaluate.items(task, old)]}
