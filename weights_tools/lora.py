@@ -68,8 +68,9 @@ def train(folder: str | Path, rows: list[Row], out: str | Path, plan: Plan, *, c
     tokenizer = Tokenizer.load(folder)
     model = load(folder, device=device, dtype="float32", tokenizer=tokenizer).requires_grad_(False)
     about = about_lora(folder, model, plan.rank, plan.alpha)
-    loop = Loop(out, recipe(plan, rows, about), device, save_every=save_every, watch_every=plan.steps, stop_at=stop_at)
-    before = loop.keep("before", lambda: count_right(model, tokenizer, check))
+    recipe = sha256_of([asdict(plan), about], rows)
+    loop = Loop(out, recipe, device, save_every=save_every, watch_every=plan.steps, stop_at=stop_at)
+    before = loop.keep(f"right before, of {sha256_of([], check)}", lambda: count_right(model, tokenizer, check))
     torch.manual_seed(plan.seed)
     lora.add(model, chosen(model, plan.only), plan.rank, plan.alpha)
     learned = torch.nn.ParameterDict({name.replace(".", "/"): p for name, p in lora.learned(model).items()})
@@ -167,9 +168,9 @@ def _order(seed: int, epoch: int, rows: int) -> list[int]:
     return random.Random(f"{seed} {epoch}").sample(range(rows), rows)
 
 
-def recipe(plan: Plan, rows: list[Row], about: dict[str, str]) -> str:
-    """Sum up, as a sha256, what decides the result: the plan, the checkpoint, what the rows say and their pictures."""
-    digest = hashlib.sha256(json.dumps([asdict(plan), about]).encode())
+def sha256_of(first: list, rows: list[Row]) -> str:
+    """Sum up what JSON can hold and what rows say: their texts, and the names and sizes of their pictures."""
+    digest = hashlib.sha256(json.dumps(first).encode())
     for row in rows:
         digest.update(json.dumps([row.messages, row.max_num, [image.name for image in row.images]]).encode())
         for image in row.images:
