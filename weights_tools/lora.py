@@ -49,7 +49,7 @@ class Plan:
     rank: int = 8
     alpha: float = 16.0         # of the factor alpha / rank on what is learned
     only: tuple = ()            # last parts of the linears' names, ("q_proj", "v_proj"); (): all of the decoder's
-    steps: int = 300
+    steps: int = 200
     batch: int = 16             # rows of a step
     lr: float = 2e-3
     seed: int = 0
