@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
                             "default nano, the small model inside the package, which knows shapes, words and numbers; "
                             "nano-awq is its int4 twin")
     model.add_argument("--revision", help="branch, tag or commit of a hub id")
+    model.add_argument("--lora", metavar="FILE", help="what python -m weights_tools.lora learned on this model")
     model.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps (untested)")
     model.add_argument("--dtype", choices=["float32", "float16", "bfloat16"],
                        help="of the computation; default float32 on cpu, elsewhere float16 for AWQ, else bfloat16")
@@ -147,7 +148,7 @@ def chat(args) -> int:
                                                        # Ctrl-C stops it
                                                        limits=Limits(decoding_work=10**12, video_work=10**12))
     engine = EngineConfig(session_len=args.session_len, device=args.device, dtype=args.dtype, precision=args.precision,
-                          revision=args.revision, plain_text=args.plain_text)
+                          revision=args.revision, plain_text=args.plain_text, lora=args.lora)
     pipe = pipeline(args.model, engine)
     if args.prompt is None and sys.stdin.isatty():
         return Conversation(pipe, args, gen_config, pictures, video).run()

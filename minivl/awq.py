@@ -87,6 +87,8 @@ class AWQLinear(nn.Module):
         if in_features % group_size or out_features % 8:
             raise ValueError(f"AWQ linear {in_features} -> {out_features}: group size {group_size} must divide the in "
                              "features and 8 the out features")
+        self.in_features = in_features
+        self.out_features = out_features
         groups = in_features // group_size
         self.register_buffer("qweight", torch.empty(in_features, out_features // 8, dtype=torch.int32))
         self.register_buffer("qzeros", torch.empty(groups, out_features // 8, dtype=torch.int32))

@@ -43,7 +43,8 @@ GENERATION = {
 REFUSED = {
     "rope_scaling_factor": (0.0, "positions beyond the trained ones are not supported, leave it out"),
     "use_logn_attn": (False, "the released models are not trained with it, leave it out"),
-    "adapters": (None, "merge a LoRA adapter into its checkpoint first (in PEFT: merge_and_unload)"),
+    "adapters": (None, "lora=FILE takes one of weights_tools.lora; merge others into their checkpoint first (in PEFT: "
+                 "merge_and_unload)"),
     "custom_module_map": (None, "change the modules of pipeline(...).model"),
     "device_type": (None, "give device='cuda' or 'cpu'"),
     "download_dir": (None, "set HF_HOME, or fetch the files with python -m weights_tools.download --to FOLDER"),

@@ -14,13 +14,13 @@ from fuzz import __main__ as fuzz
 from minivl import EngineConfig, GenerationConfig, InputError, Limits
 from minivl import __main__ as chat
 from minivl.options import given, spoken
-from weights_tools import dequantize, download, inspect, synthesize
+from weights_tools import dequantize, download, inspect, lora, merge, rows, synthesize
 from weights_tools.bench import __main__ as bench
 from weights_tools.bench import beside
 from weights_tools.convert import __main__ as convert
 from weights_tools.language import __main__ as language
 from weights_tools.language import cut
-from weights_tools.nano import evaluate, int4, ship, train
+from weights_tools.nano import evaluate, int4, lesson, ship, train
 from weights_tools.quantize import __main__ as quantize
 from weights_tools.quantize import rederive
 from weights_tools.verify import __main__ as verify
@@ -104,7 +104,7 @@ COMMANDS = [
     Command(
         "minivl/__main__.py", parse_chat,
         {"pictures": "x.png", "prompt": "-p q", "system": "--system s", "json": "--json", "model": "-m a/b",
-         "revision": "--revision main", "device": "--device cpu", "dtype": "--dtype float32",
+         "revision": "--revision main", "lora": "--lora l", "device": "--device cpu", "dtype": "--dtype float32",
          "precision": "--precision exact", "session_len": "--session-len 99", "max_tiles": "--max-tiles 2",
          "video": "--video v.gif", "segments": "--segments 4", "bound": "--bound 0 1", "fps": "--fps 5",
          "allow_host": "--allow-host h", "plain_text": "--plain-text", "max_new_tokens": "--max-new-tokens 9",
@@ -174,6 +174,15 @@ COMMANDS = [
             {"file": "m", "methods": "--methods rtn", "groups": "--groups 64", "held_out": "--held-out t",
              "calibration": "--calibration t", "json": "--json j"}, base="m"),
     Command("weights_tools/language/cut.py", cut.arguments, {"file": "m out", "out": "m out"}, base="m out"),
+    Command("weights_tools/lora.py", lora.arguments,
+            {"checkpoint": "m data out", "data": "m data out", "out": "m data out", "rank": "--rank 4",
+             "alpha": "--alpha 8", "only": "--only q_proj", "steps": "--steps 9", "batch": "--batch 2",
+             "lr": "--lr 1e-3", "seed": "--seed 1", "check": "--check c", "device": "--device cpu"}, base="m data out"),
+    Command("weights_tools/merge.py", merge.arguments,
+            {"checkpoint": "m lora out", "lora": "m lora out", "out": "m lora out", "dtype": "--dtype float32",
+             "overwrite": "--overwrite"}, base="m lora out"),
+    Command("weights_tools/rows.py", rows.arguments,
+            {"checkpoint": "m data", "data": "m data", "lora": "--lora l", "device": "--device cpu"}, base="m data"),
     Command("weights_tools/bench/beside.py", beside.arguments, {"model": "m", "busy": "--busy 0"}),
     Command("tests/fuzz/__main__.py", fuzz.arguments,
             {"what": "bin=1", "seed": "--seed 1", "workers": "--workers 1"}),
@@ -187,6 +196,8 @@ COMMANDS = [
              "ablations": "--ablations", "wrong": "--wrong 0", "json": "--json j"},
             apart={"ablations": "tasks precision"}),
     Command("weights_tools/nano/int4.py", int4.arguments, {"out": "m", "n": "-n 5", "json": "--json j"}, base="m"),
+    Command("weights_tools/nano/lesson.py", lesson.arguments,
+            {"out": "out", "train": "--train 9", "asked": "--asked 9", "old": "--old 9"}, base="out"),
     Command("weights_tools/nano/ship.py", ship.arguments, {"checkpoint": "m", "n": "-n 5"}, base="m"),
     Command("weights_tools/nano/train.py", train.arguments,
             {"out": "m", "quick": "--quick", "seed": "--seed 1", "workers": "--workers 0", "device": "--device cpu",

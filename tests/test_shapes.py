@@ -142,7 +142,7 @@ def test_model_refuses_what_does_not_fit():
         model(ids, torch.zeros(1, 3, 28, 28))
 
 
-IDEAS = ["tiling", "vit", "pixel_unshuffle", "projector", "qwen2", "internlm2", "awq"]
+IDEAS = ["tiling", "vit", "pixel_unshuffle", "projector", "qwen2", "internlm2", "awq", "lora"]
 
 
 @pytest.mark.parametrize("name", IDEAS)

@@ -7,6 +7,9 @@
     python -m weights_tools.quantize.rederive PARENT OUT    were these integers made from that model?
     python -m weights_tools.dequantize FOLDER OUT           a float checkpoint from an AWQ one
     python -m weights_tools.convert FOLDER OUT              the original layout <-> transformers' own (-hf)
+    python -m weights_tools.lora FOLDER DATA OUT            teach a model, float or int4, something new
+    python -m weights_tools.merge FOLDER LORA OUT           what it learned added to its weights
+    python -m weights_tools.rows FOLDER DATA                right answers in a file of questions, by task
     python -m weights_tools.verify CHECKPOINT PICTURE       does minivl compute what transformers computes? where not?
     python -m weights_tools.verify.mistakes --nano          planted mistakes: does verify catch each at its stage?
     python -m weights_tools.bench CHECKPOINT                how fast, beside what the machine could do

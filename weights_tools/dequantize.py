@@ -29,7 +29,7 @@ from minivl.awq import dequantize as weight_of
 from minivl.config import Config, read_json
 from minivl.files.find import find
 from minivl.files.formats import StoredTensor, open_weights
-from minivl.files.load import WithoutNormal, check
+from minivl.files.load import WithoutNormal, check_weights
 from minivl.limits import InputError
 from minivl.model import MiniVL
 from weights_tools import run
@@ -70,7 +70,7 @@ def float_checkpoint(folder: Path, dtype: str) -> tuple[dict, dict[str, StoredTe
     with torch.device("meta"), WithoutNormal():
         int4 = MiniVL(config)
         wanted = MiniVL(replace(config, quantization_config=None)).state_dict()
-    check(int4, stored, folder)
+    check_weights(int4, stored, folder)
     tensors = {}
     for name, like in wanted.items():
         read = partial(_read, stored, name, DTYPES[dtype])

@@ -9,6 +9,7 @@ Source of the behaviour: LMDeploy v0.6.4 serve/vl_async_engine.py, serve/async_e
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import warnings
 import weakref
@@ -51,6 +52,7 @@ class EngineConfig:
     allow_paths: bool = True            # pictures may be local paths
     allow_hosts: tuple = ()             # names of hosts whose pictures may be fetched from non-global addresses
     limits: Limits = Limits()
+    lora: str | os.PathLike | None = None   # what weights_tools.lora learned on this checkpoint
 
     def __post_init__(self):
         for name in ("session_len", "max_batch_size"):
@@ -60,6 +62,8 @@ class EngineConfig:
         for name, kind in (("limits", Limits), ("plain_text", bool), ("allow_paths", bool)):
             if not isinstance(getattr(self, name), kind):
                 raise InputError(f"EngineConfig.{name} is {getattr(self, name)!r}; it must be a {kind.__name__}")
+        if not isinstance(self.lora, (str, os.PathLike, type(None))):
+            raise InputError(f"EngineConfig.lora is {self.lora!r}; it must be the path of a LoRA file")
         if not isinstance(self.allow_hosts, (tuple, list)):
             raise InputError(f"EngineConfig.allow_hosts is {self.allow_hosts!r}; it must be a tuple of host names")
 
@@ -154,7 +158,8 @@ def pipeline(model_path="nano", backend_config: EngineConfig | None = None) -> P
     folder = find(model_path, revision=config.revision)
     Config.load(folder)     # before the tokenizer: the better message for a folder that is no checkpoint
     tokenizer = Tokenizer.load(folder)
-    model = load(folder, device=config.device, dtype=config.dtype, precision=config.precision, tokenizer=tokenizer)
+    model = load(folder, device=config.device, dtype=config.dtype, precision=config.precision, tokenizer=tokenizer,
+                 lora=config.lora)
     return Pipeline(model, tokenizer, config, name=str(model_path))
 
 

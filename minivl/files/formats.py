@@ -223,7 +223,7 @@ def _without_repetition(pairs: list) -> dict:
 
 
 def open_safetensors(path: Path, verify: bool = True) -> dict[str, StoredTensor]:
-    """Open one safetensors file: name -> StoredTensor."""
+    """Open one safetensors file: name -> StoredTensor. `verify`: check the sums of its tensors, if it has any."""
     entries, metadata, start = safetensors_header(path)
     if verify:
         _verify_sha256(path, entries, metadata, start)

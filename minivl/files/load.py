@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from minivl import fast
 from minivl.config import Config, left_out, read_json
+from minivl.files.adapters import put_on, read_adapter
 from minivl.files.find import find
 from minivl.files.formats import DTYPES, StoredTensor, open_weights
 from minivl.forks import check_process
@@ -38,7 +39,7 @@ TABLE = re.compile(rf"{FREQUENCIES}|(?:vision_model|language_model)\.(?:.+\.)?po
 
 def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: str | torch.device | None = None,
          dtype: str | torch.dtype | None = None, precision: str | None = None,
-         tokenizer: Tokenizer | None = None) -> MiniVL:
+         tokenizer: Tokenizer | None = None, lora: str | os.PathLike | None = None) -> MiniVL:
     """Load a released checkpoint as a model in eval mode.
 
     path_or_id: local folder, or hub id such as "OpenGVLab/InternVL2_5-4B-MPO-AWQ", or short "4b-mpo-awq" (downloaded,
@@ -47,6 +48,7 @@ def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: 
     bfloat16 otherwise. AWQ words and scales stay as released whatever the dtype.
     precision: None: modules as released, to be read, verified and changed. "exact" or "fast": see minivl.fast.
     tokenizer: of this checkpoint, if it is read already; else its files are read for the ids that the model needs.
+    lora: file, or folder, of what weights_tools.lora learned on this checkpoint; see minivl/lora.py.
     """
     if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 6):
         raise InputError(f"torch {torch.__version__} is too old: before 2.6 a pickle could run code even with "
@@ -59,6 +61,7 @@ def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: 
     if precision not in (None, "exact", "fast"):
         raise InputError(f"precision {precision!r} is not one of exact, fast, None")
     model, tensors = _opened(folder, config)
+    adapter = None if lora is None else read_adapter(lora, model, tensors)
     half = precision is not None and (device.type, dtype) == ("cpu", torch.float32) and fast.keeps_half(model)
     if half and fast.has_compiler() and fast.relays(model):
         fast.warm(config.quantization_config.group_size // 8, config.llm_config.hidden_size,
@@ -71,6 +74,8 @@ def load(path_or_id: str | os.PathLike, *, revision: str | None = None, device: 
         model.load_state_dict(read_tensors(names, tensors, device, dtype, kept), strict=True, assign=True)
         model.img_context_token_id, model.eos_token_ids, model.unused_ids = _token_ids(
             folder, config, tokenizer or read_listing(folder))
+        if adapter:
+            put_on(model, adapter)
         return (fast.prepare(model, precision) if precision else model).eval()
 
 
@@ -89,7 +94,7 @@ def _opened(folder: Path, config: Config) -> tuple[MiniVL, dict[str, StoredTenso
     with torch.device("meta"), WithoutNormal():
         model = MiniVL(config)
     tensors = open_weights(folder)
-    check(model, tensors, folder)
+    check_weights(model, tensors, folder)
     return model, tensors
 
 
@@ -149,7 +154,7 @@ def _dtype(dtype, device: torch.device, config: Config, precision: str | None = 
 
 # ---- against the model ----------------------------------------------------------------------------------------------
 
-def check(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
+def check_weights(model: MiniVL, tensors: dict[str, StoredTensor], folder: Path):
     """Refuse tensors that do not fit the model, with one error: what kind of checkpoint it is, or what is wrong."""
     wanted = model.state_dict()
     _refuse_other_kinds(tensors, wanted, folder)

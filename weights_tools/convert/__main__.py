@@ -24,7 +24,7 @@ from minivl import options
 from minivl.config import Config, read_json
 from minivl.files.find import find
 from minivl.files.formats import StoredTensor, open_weights
-from minivl.files.load import HEADS, WithoutNormal, check
+from minivl.files.load import HEADS, WithoutNormal, check_weights
 from minivl.limits import InputError, first_of, is_there
 from minivl.model import MiniVL
 from weights_tools import run
@@ -79,7 +79,7 @@ def to_hf(folder: Path, stored: dict[str, StoredTensor], dequantize: str | None)
         data, stored = float_checkpoint(folder, dequantize)
         config = Config.from_json(data)
     model = empty_model(config)
-    check(model, stored, folder)
+    check_weights(model, stored, folder)
     image_token_id, small = hf_files(folder, config)
     tensors = {}
     for name, like in model.state_dict().items():

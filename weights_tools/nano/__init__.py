@@ -6,5 +6,6 @@
                                  python -m weights_tools.nano.train OUT [--quick], by the core in weights_tools/train
     evaluate.py                  python -m weights_tools.nano.evaluate
     int4.py                      python -m weights_tools.nano.int4 OUT
+    lesson.py                    python -m weights_tools.nano.lesson OUT, something new to learn by weights_tools.lora
     ship.py                      python -m weights_tools.nano.ship FOLDER
 """

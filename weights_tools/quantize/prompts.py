@@ -5,54 +5,29 @@ Each prompt is what the decoder reads of it: (token ids, tiles of its pictures i
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from minivl.chat.requests import Picture, read_request
+from minivl.chat.requests import read_request
 from minivl.config import Config
 from minivl.files.find import SHIPPED
 from minivl.limits import InputError, is_there, reading
 from minivl.tokenizer import Tokenizer
+from weights_tools.rows import encoded, read_rows
 
 LEAST = 128             # tokens that say anything about the inputs
 
 
 def from_rows(path: str | os.PathLike, config: Config, tokenizer: Tokenizer, most: int | None = None,
               max_num: int | None = None) -> Iterator[tuple[list[int], list]]:
-    """Yield prompts from JSON lines as MMPR has them: {"image": a path or several or none, "question", "answer"}.
+    """Yield prompts from JSON lines of pictures, questions and answers, see `weights_tools.rows`.
 
-    Paths are read from the folder of the file on. In place of "answer" stands "chosen" in MMPR. `most`: no more rows
-    than so many; max_num: no more tiles of a picture. What is wrong with a row is told with its line.
+    `most`: no more rows than so many; max_num: no more tiles of a picture, where a row does not say so itself.
     """
-    path = Path(path)
-    lines = enumerate(_text_of(path).splitlines(), start=1)
-    rows = [(number, line) for number, line in lines if line.strip()][:most]
-    if not rows:
-        raise InputError(f"{path} holds no rows; it must hold a line of JSON for each question")
-    for number, line in rows:
-        try:
-            yield read_request(_conversation(json.loads(line), path.parent, max_num), config, tokenizer)
-        except (ValueError, InputError) as error:
-            raise InputError(f"{path}, line {number}: {error}; calibration needs whole rows, correct it or take it "
-                             "out") from None
-
-
-def _conversation(row, folder: Path, max_num: int | None) -> list[dict]:
-    """Write a row as messages: question, its answer, and one more turn, which nobody answers."""
-    if not isinstance(row, dict):
-        raise ValueError("a row must be an object with image, question and answer")
-    images = row.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    answer = row.get("answer", row.get("chosen"))
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images) or not all(
-            isinstance(text, str) for text in (row.get("question"), answer)):
-        raise ValueError("image must be a path or a list of paths, question and answer (or chosen) must be texts")
-    pictures = [{"type": "image_data", "image_data": {"data": Picture(str(folder / image), max_num)}}
-                for image in images]
-    return [{"role": "user", "content": [{"type": "text", "text": row["question"]}, *pictures]},
-            {"role": "assistant", "content": answer}, {"role": "user", "content": "Thank you!"}]
+    for row in read_rows(path)[:most]:
+        yield encoded(row if row.max_num else replace(row, max_num=max_num), config, tokenizer)
 
 
 def from_text(path: str | os.PathLike, tokenizer: Tokenizer, most: int | None = None,
