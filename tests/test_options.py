@@ -20,6 +20,7 @@ from weights_tools.bench import beside
 from weights_tools.convert import __main__ as convert
 from weights_tools.nano import evaluate, ship, train
 from weights_tools.quantize import __main__ as quantize
+from weights_tools.quantize.hurts import __main__ as hurts
 from weights_tools.verify import __main__ as verify
 from weights_tools.verify import mistakes
 
@@ -159,6 +160,10 @@ COMMANDS = [
             needs={"length": "text"},
             apart={"method": "alpha stats", "stats": "pictures text samples length max_num save_stats clip"},
             base="m out"),
+    Command("weights_tools/quantize/hurts/__main__.py", hurts.arguments,
+            {"parent": "m q", "twins": "m q", "pictures": "--pictures p", "text": "--text t", "samples": "--samples 9",
+             "length": "--length 9", "max_num": "--max-num 6", "json": "--json j", "html": "--html h"},
+            needs={"length": "text"}, base="m q"),
     Command("weights_tools/convert/__main__.py", convert.arguments,
             {"checkpoint": "m out", "out": "m out", "dequantize": "--dequantize float16", "overwrite": "--overwrite"},
             base="m out"),
