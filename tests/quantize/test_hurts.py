@@ -97,9 +97,10 @@ def test_smoothing_alone_is_no_error(source, shown, tmp_path):
 
 
 def test_a_damaged_linear_is_hurt_most(smoothed, shown, tmp_path):
-    """Each linear of layer 1, beside a parent that the undamaged twin equals."""
+    """Linears of layer 1, beside a parent that the undamaged twin equals: both ends, and the one into the last."""
     awq, exact = smoothed
     names = list(minivl.load(awq).language_model.layers[1].linears)
+    names = [names[0], *names[-4:]]
     folders = []
     for name in names:
         def noise(tensors, name=name):
@@ -208,11 +209,17 @@ def test_nano_as_a_command(tmp_path, capsys):
     other = tmp_path / "nano-rtn"
     q.quantize_folder(find("nano"), other, q.Recipe("rtn", 32))
     files = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
-    assert main(["nano", "nano-awq", str(other), "--samples", "2", *files]) == 0
+    assert main(["nano", "nano-awq", str(other), "--samples", "1", *files]) == 0
     out = capsys.readouterr().out
     assert "nano-awq: the linears hurt most" in out and re.search(r"nano-rtn +\d\.\d\d MB", out) and "layer 3" in out
     found = json.loads((tmp_path / "r.json").read_text())
-    assert [twin["group_size"] for twin in found["twins"]] == [128, 32] and found["prompts"] == 4
+    assert [twin["group_size"] for twin in found["twins"]] == [128, 32] and found["prompts"] == 2
+    asked = [list(prompts.from_nano(2, Config.load(find("nano")), Tokenizer.load(find("nano")), seed))
+             for seed in ("held out", "calibration")]
+    ids = [id for prompt, _ in asked[0] for id in prompt]
+    image = Tokenizer.load(find("nano")).added["<IMG_CONTEXT>"]
+    assert found["tokens"] == len(ids) != sum(len(prompt) for prompt, _ in asked[1])     # others than in calibration
+    assert found["scored"] == min(512, sum(id != image for id in ids)) < len(ids)
     for twin in found["twins"]:
         assert 0.001 < twin["kl"] < twin["kl_99"] < 3 and 0.8 < twin["same"] < 1 and twin["start"] == 0
         assert len(twin["linears"]) == 28 and len(twin["growth"]) == 4 and len(twin["most hurt"]) == 10

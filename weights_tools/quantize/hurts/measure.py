@@ -214,20 +214,27 @@ def measure(parent: str | os.PathLike, twins: list[str | os.PathLike], prompts: 
         size = whole.model.config.llm_config.hidden_size
         for k, twin in enumerate(found, start=1):
             twin.start = float(apart(mapped(work / f"{k}-0", N, size), mapped(work / "0-0", N, size)).mean())
-        with tqdm(total=len(whole.layers) * len(twins) * N, desc="comparing", disable=None,
-                  bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:
-            for i, layer in enumerate(whole.layers):
-                bar.set_postfix_str(f" layer {i + 1} of {len(whole.layers)}")
-                with whole.filled(layer):
-                    for k, (stream, twin) in enumerate(zip(streams, found), start=1):
-                        files = [mapped(work / f"{m}-{turn % 2}", N, size) for m in (0, k) for turn in (i, i + 1)]
-                        with stream.filled(stream.layers[i]):
-                            _compare_layer(whole, stream, i, [file.split(lengths) for file in files], twin, bar)
+        _compare_layers(whole, streams, work, lengths, found)
         tokens = _scored(ids, whole.model.img_context_token_id)
         last = [mapped(work / f"{k}-{len(whole.layers) % 2}", N, size)[tokens] for k in range(len(twins) + 1)]
         for stream, twin, x in zip(streams, found, last[1:]):
             _compare_scores(whole, stream, last[0], x, twin)
     return Report(str(parent), weight_bytes(whole), len(lengths), N, len(tokens), found)
+
+
+def _compare_layers(whole: Stream, streams: list[Stream], work: Path, lengths: list[int], found: list[Twin]):
+    """Run all layers of the parent and of the twins, and note what they do. Afterwards no file is mapped any more."""
+    N = sum(lengths)
+    size = whole.model.config.llm_config.hidden_size
+    with tqdm(total=len(whole.layers) * len(streams) * N, desc="comparing", disable=None,
+              bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:
+        for i, layer in enumerate(whole.layers):
+            bar.set_postfix_str(f" layer {i + 1} of {len(whole.layers)}")
+            with whole.filled(layer):
+                for k, (stream, twin) in enumerate(zip(streams, found), start=1):
+                    files = [mapped(work / f"{m}-{turn % 2}", N, size) for m in (0, k) for turn in (i, i + 1)]
+                    with stream.filled(stream.layers[i]):
+                        _compare_layer(whole, stream, i, [file.split(lengths) for file in files], twin, bar)
 
 
 def _noted(prompts: Iterable, ids: list[int]) -> Iterator:
