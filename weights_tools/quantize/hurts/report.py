@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minivl import show
-from weights_tools.quantize.hurts.measure import Linear, Report, Twin
+from weights_tools.quantize.hurts.measure import OUTLIERS, Linear, Report, Twin
 from weights_tools.verify.report import STYLE, cell, wide
 
 CARD = 300              # pixels of a drawing's width: fits a phone
@@ -25,8 +25,8 @@ def names(report: Report) -> list[str]:
 
 
 def number(x: float) -> str:
-    """Write an error with two digits."""
-    return f"{x:.2g}"
+    """Write an error with three digits."""
+    return f"{x:.3g}"
 
 
 def share(x: float) -> str:
@@ -66,11 +66,9 @@ def text(report: Report) -> str:
         lines.append(f"{name:<{column}}{megabytes(twin.bytes):>12}{number(twin.kl):>11}{number(twin.kl_99):>11}"
                      f"{share(twin.same):>12}{number(twin.growth[-1].own):>12}")
     for name, twin in zip(called, report.twins):
-        width = max(len(linear.at) for linear in twin.worst())
-        lines += ["", f"{name}: the linears hurt most, relative errors",
-                  f"    {'':<{width}}{'output':>10}{'weight':>10}"]
-        lines += [f"    {linear.at:<{width}}{number(linear.output):>10}{number(linear.weight):>10}  {outliers(linear)}"
-                  for linear in twin.worst()]
+        lines += ["", f"{name}: the linears hurt most", *most_hurt_rows(twin)]
+    lines += ["output, weight: relative errors; channel: the one with the largest input, that, and the median",
+              f"channel's; {OUTLIERS} hold: what the {OUTLIERS} channels with the largest inputs hold of the squared error"]
     lines += ["", "residual stream, relative error of a token: this layer alone, and all so far",
               f"{'':<{len(BEFORE) + 2}}" + "".join(f"{name:>{column + 4}}" for name in called),
               f"{BEFORE:<{len(BEFORE) + 2}}" + "".join(f"{number(twin.start):>{column + 4}}" for twin in report.twins)]
@@ -78,6 +76,18 @@ def text(report: Report) -> str:
         pairs = [f"{number(twin.growth[i].alone):>9}{number(twin.growth[i].own):>9}" for twin in report.twins]
         lines.append(f"{f'layer {i}':<{len(BEFORE) + 2}}" + "".join(f"{pair:>{column + 4}}" for pair in pairs))
     return "\n".join(lines)
+
+
+def most_hurt_rows(twin: Twin) -> list[str]:
+    """Write the table of the linears that are hurt most."""
+    width = max(len(linear.at) for linear in twin.worst())
+    rows = [f"{'':<{width}}{'output':>9}{'weight':>9}{'channel':>9}{'input':>9}{'median':>9}{f'{OUTLIERS} hold':>9}"]
+    for linear in twin.worst():
+        first = linear.outliers()[0]
+        rows.append(f"{linear.at:<{width}}{number(linear.output):>9}{number(linear.weight):>9}{first['channel']:>9}"
+                    f"{first['largest']:>9.3g}{float(linear.largest.median()):>9.3g}"
+                    f"{share(sum(one['part'] for one in linear.outliers())):>9}")
+    return rows
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
