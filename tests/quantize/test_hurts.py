@@ -19,6 +19,8 @@ from weights_tools.quantize import prompts
 from weights_tools.quantize.hurts import measure
 from weights_tools.quantize.hurts.__main__ import main
 from weights_tools.quantize.hurts.measure import OUTLIERS, Linear, Watched
+from weights_tools.quantize.hurts.report import html
+from weights_tools.quantize.hurts.report import text as text_of
 from weights_tools.synthesize import synthesize
 
 SIZES = ("tiny", "tiny-internlm2")
@@ -71,6 +73,14 @@ def test_nothing_lost_is_no_error(smoothed, shown):
     layers = minivl.load(awq).language_model.layers
     assert [one.at for one in twin.linears] == [f"layers.{i}.{name}" for i, layer in enumerate(layers)
                                                 for name in layer.linears]
+
+
+def test_a_report_of_no_error_at_all(source, shown):
+    report = measure(source, [source, source], shown)
+    assert all(one.output == one.weight == 0 for twin in report.twins for one in twin.linears)
+    assert all(twin.kl == 0 and twin.same == 1 and twin.growth[-1].own == 0 for twin in report.twins)
+    assert "<svg" in html(report) and text_of(report).count("hurt most") == 2
+    json.dumps(report.json(), allow_nan=False)
 
 
 def test_smoothing_alone_is_no_error(source, shown, tmp_path):

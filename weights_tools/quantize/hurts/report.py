@@ -67,8 +67,8 @@ def text(report: Report) -> str:
                      f"{share(twin.same):>12}{number(twin.growth[-1].own):>12}")
     for name, twin in zip(called, report.twins):
         lines += ["", f"{name}: the linears hurt most", *most_hurt_rows(twin)]
-    lines += ["output, weight: relative errors; channel: the one with the largest input, that, and the median",
-              f"channel's; {OUTLIERS} hold: what the {OUTLIERS} channels with the largest inputs hold of the squared error"]
+    lines += ["output, weight: relative errors; channel: the one with the largest input, that, and the median channel's;",
+              f"{OUTLIERS} hold: the part of the squared error in the {OUTLIERS} channels with the largest inputs"]
     lines += ["", "residual stream, relative error of a token: this layer alone, and all so far",
               f"{'':<{len(BEFORE) + 2}}" + "".join(f"{name:>{column + 4}}" for name in called),
               f"{BEFORE:<{len(BEFORE) + 2}}" + "".join(f"{number(twin.start):>{column + 4}}" for twin in report.twins)]
@@ -140,7 +140,7 @@ def growth(report: Report, marks: list[str]) -> str:
     own = {mark: [one.own for one in twin.growth] for mark, twin in zip(marks, report.twins)}
     drawn = []
     for title, lines in (("one layer alone", alone), ("all layers so far", own)):
-        foot = FLOOR * max(map(max, lines.values())) or 1.0
+        foot = FLOOR * max(map(max, lines.values())) or 1e-9
         lines = {mark: [max(value, foot) for value in line] for mark, line in lines.items()}
         drawn.append(str(show.curve(lines, log=True, x="layer", title=title, width=CARD, height=220)))
     start = ", ".join(number(twin.start) for twin in report.twins)
