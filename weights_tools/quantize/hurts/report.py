@@ -67,7 +67,7 @@ def text(report: Report) -> str:
                      f"{share(twin.same):>12}{number(twin.growth[-1].own):>12}")
     for name, twin in zip(called, report.twins):
         lines += ["", f"{name}: the linears hurt most", *most_hurt_rows(twin)]
-    lines += ["output, weight: relative errors; channel: the one with the largest input, that, and the median channel's;",
+    lines += ["output, weight: relative errors; channel: that with the largest input, its input, the median channel's;",
               f"{OUTLIERS} hold: the part of the squared error in the {OUTLIERS} channels with the largest inputs"]
     lines += ["", "residual stream, relative error of a token: this layer alone, and all so far",
               f"{'':<{len(BEFORE) + 2}}" + "".join(f"{name:>{column + 4}}" for name in called),
