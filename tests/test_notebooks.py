@@ -185,6 +185,22 @@ def test_the_recorded_layer_has_sinks():
     assert (3 * v[:, 0].norm(dim=-1) < v.norm(dim=-1).median(1).values).all()
 
 
+def test_the_recorded_layer_has_outliers():
+    """What a notebook about int4 shows of it: channels that are large for all tokens, and a token that is."""
+    path = lab.PICTURES / "real-layer.safetensors"
+    with safe_open(path, "pt") as file:
+        facts, tensors = file.metadata(), {name: file.get_tensor(name).float() for name in file.keys()}    # noqa: SIM118
+    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
+        "input_layernorm.weight": [576], "self_attn.q_proj.input": [128, 576], "mlp.down_proj.input": [128, 1536],
+        "mlp.down_proj.weight": [192, 1536], **{f"self_attn.{name}_proj.weight": [192, 576] for name in "qkv"}}
+    assert len(json.loads(facts["tokens"])) == 128 and "Apache" in facts["model"] and "rows" in facts["changed"]
+    assert path.stat().st_size < 2_000_000
+    x = tensors["self_attn.q_proj.input"].abs()
+    assert x.amax(0).argmax() == 247 and x[:, 247].median() > 20 * x.median()
+    x = tensors["mlp.down_proj.input"].abs()
+    assert x[0, 1229] > 3000 and x[1:].max() < 10 and x.median() < 0.1
+
+
 def test_changed_numbers_are_noticed():
     import run
     assert run.same("3328", "3328") and run.same("0.5001", "0.5")

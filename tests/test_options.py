@@ -18,8 +18,11 @@ from weights_tools import dequantize, download, inspect, synthesize
 from weights_tools.bench import __main__ as bench
 from weights_tools.bench import beside
 from weights_tools.convert import __main__ as convert
-from weights_tools.nano import evaluate, ship, train
+from weights_tools.language import __main__ as language
+from weights_tools.language import cut
+from weights_tools.nano import evaluate, int4, ship, train
 from weights_tools.quantize import __main__ as quantize
+from weights_tools.quantize import rederive
 from weights_tools.quantize.hurts import __main__ as hurts
 from weights_tools.verify import __main__ as verify
 from weights_tools.verify import mistakes
@@ -160,6 +163,8 @@ COMMANDS = [
             needs={"length": "text"},
             apart={"method": "alpha stats", "stats": "pictures text samples length max_num save_stats clip"},
             base="m out"),
+    Command("weights_tools/quantize/rederive.py", rederive.arguments,
+            {"parent": "m out", "released": "m out", "stats": "--stats s", "json": "--json j"}, base="m out"),
     Command("weights_tools/quantize/hurts/__main__.py", hurts.arguments,
             {"parent": "m q", "twins": "m q", "pictures": "--pictures p", "text": "--text t", "samples": "--samples 9",
              "length": "--length 9", "max_num": "--max-num 6", "json": "--json j", "html": "--html h"},
@@ -170,6 +175,10 @@ COMMANDS = [
     Command("weights_tools/dequantize.py", dequantize.arguments,
             {"checkpoint": "m out", "out": "m out", "dtype": "--dtype float16", "overwrite": "--overwrite"},
             base="m out"),
+    Command("weights_tools/language/__main__.py", language.arguments,
+            {"file": "m", "methods": "--methods rtn", "groups": "--groups 64", "held_out": "--held-out t",
+             "calibration": "--calibration t", "json": "--json j"}, base="m"),
+    Command("weights_tools/language/cut.py", cut.arguments, {"file": "m out", "out": "m out"}, base="m out"),
     Command("weights_tools/bench/beside.py", beside.arguments, {"model": "m", "busy": "--busy 0"}),
     Command("tests/fuzz/__main__.py", fuzz.arguments,
             {"what": "bin=1", "seed": "--seed 1", "workers": "--workers 1"}),
@@ -182,6 +191,7 @@ COMMANDS = [
             {"checkpoints": "m", "n": "-n 500", "tasks": "--tasks colour", "precision": "--precision exact",
              "ablations": "--ablations", "wrong": "--wrong 0", "json": "--json j"},
             apart={"ablations": "tasks precision"}),
+    Command("weights_tools/nano/int4.py", int4.arguments, {"out": "m", "n": "-n 5", "json": "--json j"}, base="m"),
     Command("weights_tools/nano/ship.py", ship.arguments, {"checkpoint": "m", "n": "-n 5"}, base="m"),
     Command("weights_tools/nano/train.py", train.arguments,
             {"out": "m", "quick": "--quick", "seed": "--seed 1", "workers": "--workers 0", "device": "--device cpu",

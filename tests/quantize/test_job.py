@@ -16,7 +16,8 @@ from weights_tools import quantize as q
 from weights_tools.files import save_checkpoint
 from weights_tools.quantize import prompts
 from weights_tools.quantize.__main__ import main
-from weights_tools.quantize.job import WORK
+from weights_tools.quantize.job import WORK, kept_of
+from weights_tools.quantize.stream import Stream
 from weights_tools.synthesize import synthesize
 
 SIZES = ("tiny", "tiny-internlm2")
@@ -65,7 +66,7 @@ def test_as_the_whole_model_would_give_it(source, rows, recipe, tmp_path):
     made = {name: stored.read() for name, stored in open_weights(out).items()}
     model = minivl.load(source, dtype=recipe.dtype)
     layers = model.language_model.layers
-    every = max(1, sum(len(ids) for ids, _ in found) // 512)
+    every = kept_of([len(ids) for ids, _ in found])
     watches = [q.watched(layer, 32, every) for layer in layers]
     seen = [watch.__enter__() for watch in watches]
     with torch.no_grad():
@@ -94,6 +95,15 @@ def test_as_the_whole_model_would_give_it(source, rows, recipe, tmp_path):
     few = minivl.GenerationConfig(max_new_tokens=4)
     assert minivl.pipeline(out)(("What?", str(rows / "a.png")), few).token_ids
     assert not (out / WORK).exists()
+
+
+def test_first_tokens_are_not_kept_more_often():
+    """In 40 pieces of 512 tokens one of 40 would be every first token of a piece, were it one of 32 or 64."""
+    for pieces, length in ((32, 512), (40, 512), (64, 512), (50, 300), (3, 7), (1, 5)):
+        every = kept_of([length] * pieces)
+        kept = range(0, pieces * length, every)
+        first = sum(i % length == 0 for i in kept)
+        assert first <= 1 + pieces // every and len(kept) >= min(pieces * length, 300)
 
 
 def test_statistics_are_kept_and_read(source, rows, tmp_path):
@@ -184,6 +194,21 @@ def test_what_else_is_refused(source, rows, tmp_path, capsys):
     assert files_of(out) == before and not (tmp_path / "again").exists()
     assert main([str(source), str(out), "--method", "rtn", "--group-size", "64", "--overwrite"]) == 0
     assert files_of(out) != before
+
+
+def test_a_disk_that_is_too_small(source, rows, tmp_path, monkeypatch):
+    """Before the prompts are read, and again when it is known how many tokens they are."""
+    from types import SimpleNamespace
+
+    from weights_tools.quantize import job
+    out = tmp_path / "out"
+    result = job.announced(Stream(source), q.Recipe("smooth", 32))
+    needed = sum(t.nbytes * (1 + ("language_model.model.layers" in name)) for name, t in result.items()) + 1000
+    for free in (1000, needed):
+        monkeypatch.setattr(job.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with pytest.raises(InputError, match="free some space, choose another disk, or calibrate on fewer tokens"):
+            main(args_of(source, out, rows, "--length", "20"))
+        assert not out.exists()
 
 
 def test_a_layer_that_overflows_is_named(rows, tmp_path):

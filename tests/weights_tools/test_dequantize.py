@@ -78,7 +78,8 @@ def test_a_checkpoint_quantised_again_is_the_same_but_for_few_groups(tmp_path):
     again = stored(q.quantize_folder(d.dequantize(tmp_path / "awq", tmp_path / "float"), tmp_path / "again", rtn))
     assert first.keys() == again.keys()
     for name in first:
-        assert (first[name] != again[name]).float().mean() < 0.04, name     # a word has eight groups' numbers
+        if name.endswith("qweight"):
+            assert (awq.unpack(first[name]) != awq.unpack(again[name])).float().mean() < 0.01, name
 
 
 def words(weight, group_size, rounding):

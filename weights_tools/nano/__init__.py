@@ -5,5 +5,6 @@
     warmup.py, differences.py, data.py, train.py
                                  python -m weights_tools.nano.train OUT [--quick], by the core in weights_tools/train
     evaluate.py                  python -m weights_tools.nano.evaluate
+    int4.py                      python -m weights_tools.nano.int4 OUT
     ship.py                      python -m weights_tools.nano.ship FOLDER
 """

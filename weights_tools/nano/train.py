@@ -102,6 +102,18 @@ def watch(model: MiniVL, tokenizer: Tokenizer, stage: recipe.Stage, head: nn.Mod
     return accuracy(model, tokenizer, n=n, mix=stage.mix, style=Style(world.TRAINED, wide=stage.wide))
 
 
+def turns_right(examples: list, learned: torch.Tensor, hits: torch.Tensor) -> Iterator[tuple[str, bool]]:
+    """Yield of each turn its task, and whether all tokens of its answer are right.
+
+    learned: bool[B, T-1], see `supervised`; hits: bool[n], of the n tokens that are learned, one after the other.
+    """
+    hits = hits.tolist()
+    for example, row in zip(examples, learned.tolist()):
+        for turn, answer in zip(example.turns, "".join("01"[v] for v in row).replace("0", " ").split()):
+            yield turn.task, all(hits[:len(answer)])
+            del hits[:len(answer)]
+
+
 @torch.no_grad()
 def accuracy(model: MiniVL, tokenizer: Tokenizer, seed="watch", n: int = 192, **how) -> dict:
     """Count answers that are exactly right on n held-out conversations, teacher forced: task -> share.
@@ -117,12 +129,9 @@ def accuracy(model: MiniVL, tokenizer: Tokenizer, seed="watch", n: int = 192, **
         rows = [ids_of(e, t, tokenizer) for e, t in zip(examples, tiles)]
         ids, labels, x = (t.to(model.device) for t in collate(rows, tiles, tokenizer))
         logits, wanted = answer_logits(model, ids, labels, normalise(x))
-        hits = (logits.argmax(-1) == wanted).tolist()
-        for example, row in zip(examples, supervised(labels).tolist()):
-            for turn, answer in zip(example.turns, "".join("01"[v] for v in row).replace("0", " ").split()):
-                seen[turn.task] += 1
-                right[turn.task] += all(hits[:len(answer)])
-                del hits[:len(answer)]
+        for task, is_right in turns_right(examples, supervised(labels), logits.argmax(-1) == wanted):
+            seen[task] += 1
+            right[task] += is_right
     return {task: right[task] / seen[task] for task in sorted(seen)}
 
 

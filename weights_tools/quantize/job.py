@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from statistics import mode
 
 import torch
 from tqdm import tqdm
@@ -73,6 +74,7 @@ def quantize_folder(source: Path, out: str | os.PathLike, recipe: Recipe, *,
     with _left_clean(out, work), told(out, ""), held(work):
         _begin(stream, work, job)
         with _threads(job):
+            _check_space(stream, recipe, out)
             lengths = _calibrate(stream, work, prompts) if wanted else []
             _check_space(stream, recipe, out, sum(lengths))
             _all_layers(stream, work, recipe, lengths, statistics)
@@ -159,11 +161,12 @@ def _threads(job: dict) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check_space(stream: Stream, recipe: Recipe, out: Path, tokens: int):
+def _check_space(stream: Stream, recipe: Recipe, out: Path, tokens: int = 0):
     """Refuse a disk that cannot hold what is still to be written."""
     work = out / WORK
     result = sum(t.nbytes for t in announced(stream, recipe).values())
-    layers = sum(t.nbytes for name, t in announced(stream, recipe).items() if "layers." in name)
+    inside = tuple(f"{stream.names[layer]}." for layer in stream.layers)
+    layers = sum(t.nbytes for name, t in announced(stream, recipe).items() if name.startswith(inside))
     activations = 2 * 4 * tokens * stream.model.config.llm_config.hidden_size
     there = sum(file.stat().st_blocks * 512 for file in work.iterdir())
     needed = result + layers + activations - there
@@ -197,10 +200,8 @@ def _all_layers(stream: Stream, work: Path, recipe: Recipe, lengths: list[int], 
               bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:
         for i in range(done, count):
             bar.set_postfix_str(f" layer {i + 1} of {count}")
-            with stream.filled(stream.layers[i]):
-                seen = _inputs(stream, work, i, recipe, lengths, bar) if lengths else _told(statistics, i)
-                tensors = {name: t.detach() for name, t in stream.layers[i].state_dict().items()}
-                _make_layer(stream, work, i, recipe, tensors, seen)
+            seen = _inputs(stream, work, i, recipe, lengths, bar) if lengths else _told(statistics, i)
+            _make_layer(stream, work, i, recipe, seen)
             if not lengths:
                 bar.update()
 
@@ -209,20 +210,34 @@ def _inputs(stream: Stream, work: Path, i: int, recipe: Recipe, lengths: list[in
     """Run a layer on all prompts, noting what its linears are given."""
     width = stream.model.config.llm_config.hidden_size
     before, after = (mapped(work / f"activations-{k % 2}", sum(lengths), width) for k in (i, i + 1))
-    every = max(1, sum(lengths) // ROWS) if recipe.method == "awq" else None
-    with watched(stream.layers[i], recipe.group_size if recipe.clip else None, every) as seen:
+    every = kept_of(lengths) if recipe.method == "awq" else None
+    layer = stream.layers[i]
+    with stream.filled(layer), watched(layer, recipe.group_size if recipe.clip else None, every) as seen:
         pass_layer(stream, i, before, after, lengths, bar)
     return seen
+
+
+def kept_of(lengths: list[int]) -> int:
+    """Choose of how many tokens one is kept for the search: about ROWS of all.
+
+    It shares no factor with the usual length of a prompt: else the first tokens of many, whose inputs may be a thousand
+    times as large as all others, would be kept too often.
+    """
+    every = max(1, sum(lengths) // ROWS)
+    while math.gcd(every, mode(lengths)) > 1:
+        every += 1
+    return every
 
 
 def _told(statistics: list[dict] | None, i: int) -> dict[str, Inputs] | None:
     return statistics and {name: Inputs(absmax=one["absmax"]) for name, one in statistics[i].items()}
 
 
-def _make_layer(stream: Stream, work: Path, i: int, recipe: Recipe, tensors: dict, seen: dict[str, Inputs] | None):
+def _make_layer(stream: Stream, work: Path, i: int, recipe: Recipe, seen: dict[str, Inputs] | None):
     """Quantise a layer and write it, with what was seen and what rounding hurt."""
     layer = stream.layers[i]
     where = f"{stream.names[layer]}."
+    tensors = {name: stream.stored[where + name].read() for name in layer.state_dict()}
     made, off = quantize_layer(tensors, list(layer.linears), layer.FEEDS, recipe, seen, where)
     if seen is not None:
         for name, one in seen.items():
