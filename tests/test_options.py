@@ -23,6 +23,7 @@ from weights_tools.language import cut
 from weights_tools.nano import evaluate, int4, lesson, ship, train
 from weights_tools.quantize import __main__ as quantize
 from weights_tools.quantize import rederive
+from weights_tools.quantize.hurts import __main__ as hurts
 from weights_tools.verify import __main__ as verify
 from weights_tools.verify import mistakes
 
@@ -164,6 +165,10 @@ COMMANDS = [
             base="m out"),
     Command("weights_tools/quantize/rederive.py", rederive.arguments,
             {"parent": "m out", "released": "m out", "stats": "--stats s", "json": "--json j"}, base="m out"),
+    Command("weights_tools/quantize/hurts/__main__.py", hurts.arguments,
+            {"parent": "m q", "twins": "m q", "pictures": "--pictures p", "text": "--text t", "samples": "--samples 9",
+             "length": "--length 9", "max_num": "--max-num 6", "json": "--json j", "html": "--html h"},
+            needs={"length": "text"}, base="m q"),
     Command("weights_tools/convert/__main__.py", convert.arguments,
             {"checkpoint": "m out", "out": "m out", "dequantize": "--dequantize float16", "overwrite": "--overwrite"},
             base="m out"),

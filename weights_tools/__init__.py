@@ -5,6 +5,7 @@
     python -m weights_tools.download HUB_ID                 the files that minivl reads, compared with the hub's sha256
     python -m weights_tools.quantize FOLDER OUT             AWQ int4 from a float checkpoint
     python -m weights_tools.quantize.rederive PARENT OUT    were these integers made from that model?
+    python -m weights_tools.quantize.hurts FLOAT INT4       what that did: to each linear, layer by layer, to the answer
     python -m weights_tools.dequantize FOLDER OUT           a float checkpoint from an AWQ one
     python -m weights_tools.convert FOLDER OUT              the original layout <-> transformers' own (-hf)
     python -m weights_tools.lora FOLDER DATA OUT            teach a model, float or int4, something new

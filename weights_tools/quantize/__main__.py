@@ -51,6 +51,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="of the arithmetic while calibrating, and with the method lmdeploy also of smoothing and "
                              "rounding (default %(default)s); with bfloat16 scales and norms are stored so too, for "
                              "weights that exceed float16")
+    add_shown(parser)
+    parser.add_argument("--stats", metavar="FILE", help="what --save-stats wrote, or LMDeploy's inputs_stats.pth")
+    parser.add_argument("--save-stats", metavar="FILE.safetensors", help="keep what was seen of the inputs")
+    parser.add_argument("--overwrite", action="store_true", help="replace the weights that OUT already holds")
+    args = parser.parse_args(argv)
+    _check(args, options.given(parser, argv))
+    return args
+
+
+def add_shown(parser: argparse.ArgumentParser):
+    """Add the options that say what a model is shown, see `shown`."""
     parser.add_argument("--pictures", metavar="FILE.jsonl",
                         help='rows such as {"image": "a.jpg", "question": "...", "answer": "..."}, as MMPR has them')
     parser.add_argument("--text", metavar="FILE.txt", help="a text")
@@ -60,15 +71,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="tokens of a piece of the text (default %(default)s)")
     parser.add_argument("--max-num", type=int, metavar="N",
                         help="most tiles of a picture (default: the checkpoint's own)")
-    parser.add_argument("--stats", metavar="FILE", help="what --save-stats wrote, or LMDeploy's inputs_stats.pth")
-    parser.add_argument("--save-stats", metavar="FILE.safetensors", help="keep what was seen of the inputs")
-    parser.add_argument("--overwrite", action="store_true", help="replace the weights that OUT already holds")
-    args = parser.parse_args(argv)
-    _check(args, options.given(parser, argv))
-    return args
 
 
-def _check(args: argparse.Namespace, given: list[str]):
+def check_shown(args: argparse.Namespace, given: dict[str, str]):
+    """Refuse numbers that cannot be, and an option that would have no effect."""
+    if args.text is None:
+        options.refuse(given, ("length",), "without --text")
+    if args.samples < 1 or args.length < 2:
+        raise InputError(f"--samples {args.samples} must be 1 or more, --length {args.length} 2 or more")
+
+
+def _check(args: argparse.Namespace, given: dict[str, str]):
     if args.method != "smooth":
         options.refuse(given, ("alpha",), f"with --method {args.method}, which takes no other one")
     if args.method == "rtn" and not args.clip and args.save_stats is None:
@@ -79,17 +92,18 @@ def _check(args: argparse.Namespace, given: list[str]):
             which = "--clip" if args.clip else "--method awq"
             raise InputError(f"--stats holds the largest and mean inputs, but {which} must see inputs; give --pictures "
                              "or --text")
-    if args.text is None:
-        options.refuse(given, ("length",), "without --text")
-    if args.samples < 1 or args.length < 2 or not 0 <= args.alpha <= 1:
-        raise InputError(f"--samples {args.samples} must be 1 or more, --length {args.length} 2 or more and --alpha "
-                         f"{args.alpha} in 0..1")
+    check_shown(args, given)
+    if not 0 <= args.alpha <= 1:
+        raise InputError(f"--alpha {args.alpha} must be in 0..1")
     if args.save_stats is not None and not args.save_stats.endswith(".safetensors"):
         raise InputError(f"--save-stats {args.save_stats} must end with .safetensors, which it will be")
 
 
-def shown(args: argparse.Namespace, folder: Path):
-    """Find what to calibrate on: (a function that gives the prompts or None, by what they are known)."""
+def shown(args: argparse.Namespace, folder: Path, seed: str = "calibration"):
+    """Find what a model is shown: (a function that gives the prompts or None, by what they are known).
+
+    seed: of nano's drawings, where nothing else is given.
+    """
     config = Config.load(folder)
     parts = []
     if args.pictures is not None:
@@ -97,7 +111,7 @@ def shown(args: argparse.Namespace, folder: Path):
     if args.text is not None:
         parts.append(partial(prompts.from_text, args.text, most=args.samples, length=args.length))
     if not parts and prompts.is_nano(folder):
-        parts.append(partial(prompts.from_nano, 2 * args.samples, config=config))
+        parts.append(partial(prompts.from_nano, 2 * args.samples, config=config, seed=seed))
     if not parts:
         return None, ""
     tokenizer = Tokenizer.load(folder)

@@ -33,7 +33,6 @@ from weights_tools.files import (
     check_apart,
     check_free_of_weights,
     held,
-    raw_bytes,
     save_checkpoint,
     save_safetensors,
     small_files,
@@ -42,9 +41,8 @@ from weights_tools.files import (
 )
 from weights_tools.quantize.inputs import ROWS, Inputs, watched
 from weights_tools.quantize.layer import PARTS, Recipe, in_half, quantize_layer, warn_of_hurt
-from weights_tools.quantize.prompts import counted
 from weights_tools.quantize.rounding import check_size
-from weights_tools.quantize.stream import Stream, mapped, pass_layer
+from weights_tools.quantize.stream import Stream, mapped, pass_layer, write_embedded
 from weights_tools.synthesize import json_text, quantization_block
 
 WORK = ".quantizing"
@@ -186,16 +184,7 @@ def _calibrate(stream: Stream, work: Path, prompts: Callable[[], Iterable]) -> l
     told_lengths = work / "lengths.json"
     if is_there(told_lengths):
         return read_json(told_lengths)["lengths"]
-    lengths = []
-    with open(work / "activations-0", "wb") as file, torch.no_grad():
-        read = tqdm(stream.embedded(counted(prompts())), desc="reading prompts", unit="prompt", disable=None)
-        for x in read:
-            if not x.isfinite().all():
-                raise InputError(f"what the decoder reads of prompt {len(lengths) + 1} holds numbers that are NaN or "
-                                 f"infinite: the tower exceeds {str(stream.dtype)[6:]}; compute in bfloat16 or float32")
-            wide = x.float().contiguous()       # its memory is written: it must have a name
-            file.write(raw_bytes(wide))
-            lengths.append(len(x))
+    lengths = write_embedded(stream, prompts(), work / "activations-0")
     write_text(told_lengths, json.dumps({"lengths": lengths}) + "\n")
     return lengths
 

@@ -46,10 +46,11 @@ def _text_of(path: Path) -> str:
         raise InputError(f"{path} is not a text in UTF-8 (byte {error.start}); save it as UTF-8") from None
 
 
-def from_nano(n: int, config: Config, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list]]:
-    """Yield conversations of nano's world: at hand, endless, and what nano was trained on."""
+def from_nano(n: int, config: Config, tokenizer: Tokenizer,
+              seed: str = "calibration") -> Iterator[tuple[list[int], list]]:
+    """Yield conversations of nano's world: at hand, endless, and what nano was trained on. Another seed, others."""
     from weights_tools.nano.evaluate import conversations
-    for conversation in conversations(n):
+    for conversation in conversations(n, seed):
         yield read_request(conversation, config, tokenizer)
 
 
@@ -77,5 +78,5 @@ def counted(prompts: Iterable[tuple[list[int], list]]) -> Iterator[tuple[list[in
         tokens += len(ids)
         yield ids, tiles
     if tokens < LEAST:
-        raise InputError(f"the calibration set has {tokens} tokens, which say nothing about the inputs of a layer; "
+        raise InputError(f"the prompts have {tokens} tokens together, which say nothing about the inputs of a layer; "
                          f"give at least {LEAST}")

@@ -19,6 +19,8 @@ from tqdm import tqdm
 from minivl import tiling
 from minivl.files.load import opened, read_tensors
 from minivl.limits import InputError
+from weights_tools.files import raw_bytes
+from weights_tools.quantize.prompts import counted
 
 TILES = 8               # looked at together
 CPU = torch.device("cpu")
@@ -98,6 +100,20 @@ class Stream:
 
     def _empty(self, module: nn.Module, args, out):
         module.to("meta")
+
+
+def write_embedded(stream: Stream, prompts: Iterable[tuple[list[int], list]], path: Path) -> list[int]:
+    """Write what the decoder reads of all prompts to a file, float32[N, D]; return the tokens of each prompt."""
+    lengths = []
+    with open(path, "wb") as file, torch.no_grad():
+        for x in tqdm(stream.embedded(counted(prompts)), desc="reading prompts", unit="prompt", disable=None):
+            if not x.isfinite().all():
+                raise InputError(f"what the decoder reads of prompt {len(lengths) + 1} holds numbers that are NaN or "
+                                 f"infinite: the tower exceeds {str(stream.dtype)[6:]}; compute in bfloat16 or float32")
+            wide = x.float().contiguous()       # its memory is written: it must have a name
+            file.write(raw_bytes(wide))
+            lengths.append(len(x))
+    return lengths
 
 
 def mapped(path: Path, tokens: int, width: int) -> torch.Tensor:

@@ -1,0 +1,4 @@
+"""Where quantisation hurts: python -m weights_tools.quantize.hurts PARENT QUANTISED [QUANTISED ...]"""
+from weights_tools.quantize.hurts.measure import Report, measure
+
+__all__ = ["Report", "measure"]
