@@ -1172,3 +1172,123 @@ SLIPS["mixed_lessons"] = (
      "The first index is 0."),
     (lambda new, old, every, n: [new(i) for i in range(n)], "No old ones are among them."),
 )
+
+
+# ---- 12 make int4 ---------------------------------------------------------------------------------------------------
+
+def _middle(f):
+    return f / (f.max() * f.min()).sqrt()
+
+
+SLIPS["smoothing_factors"] = (
+    (lambda mean, alpha: mean ** alpha, "Scaled, too: the largest times the smallest is 1."),
+    (lambda mean, alpha: _middle(mean * alpha), "To the power alpha, not times it."),
+    (lambda mean, alpha: _middle(mean ** -alpha), "Loud channels get large factors: their weights grow."),
+    (lambda mean, alpha: _middle(mean ** (1 - alpha)), "To the power alpha, not 1 - alpha."),
+    (lambda mean, alpha: (f := mean ** alpha) / (f.max() * f.min()), "The root of the product is missing."),
+    (lambda mean, alpha: (f := mean ** alpha) / f.max(), "Not the largest is 1 but the largest times the smallest."),
+    (lambda mean, alpha: (f := mean ** alpha) / f.mean(), "Not the mean is 1 but the largest times the smallest."),
+    (lambda mean, alpha: mean, "Those are the means: to the power alpha, then scaled."),
+)
+
+
+def _lost(X, W, f, rounded, *, inputs=lambda X, f: X / f, weights=lambda W, f: W * f, size=lambda e: e.pow(2).sum(),
+          of=lambda right, wrong: right):
+    right = X @ W.T
+    wrong = inputs(X, f) @ rounded(weights(W, f)).T
+    return float(size(wrong - right) / size(of(right, wrong)))
+
+
+SLIPS["output_error"] = (
+    (lambda X, W, f, rounded: _lost(X, W, f, rounded, inputs=lambda X, f: X), "The inputs are divided by f."),
+    (lambda X, W, f, rounded: _lost(X, W, 1, rounded), "Rounded is W * f, not W; else f changes nothing."),
+    (lambda X, W, f, rounded: _lost(X, W, 1 / f, rounded), "The other way round: X / f and W * f."),
+    (lambda X, W, f, rounded: float((rounded(W * f) / f - W).pow(2).sum() / W.pow(2).sum()),
+     "That is the weights' error; the outputs' is asked."),
+    (lambda X, W, f, rounded: _lost(X, W, f, rounded) ** 0.5, "Squares over squares, without a root."),
+    (lambda X, W, f, rounded: _lost(X, W, f, rounded, of=lambda right, wrong: torch.ones(1)),
+     "Divided by the outputs' square."),
+    (lambda X, W, f, rounded: _lost(X, W, f, rounded, of=lambda right, wrong: wrong),
+     "Divided by the square of the right outputs, not of the wrong ones."),
+    (lambda X, W, f, rounded: _lost(X, W, f, rounded, size=lambda e: e.abs().sum()), "Squares, not absolute values."),
+    (lambda X, W, f, rounded: _lost(X, W, f, rounded, size=lambda e: e.pow(2).sum(1)[0]),
+     "All tokens, not only the first."),
+    (lambda X, W, f, rounded: float(((X / f @ rounded(W * f).T - X @ W.T).pow(2).sum(1)
+                                     / (X @ W.T).pow(2).sum(1)).mean()),
+     "One quotient of two sums over all tokens, not the mean of one for each."),
+    (lambda X, W, f, rounded: 100 * _lost(X, W, f, rounded), "A share, not per cent."),
+)
+
+
+def _share(w, X, shares, rounded, *, most=lambda w: w.abs().max(), cut=lambda w, most: w.clamp(-most, most),
+           then=lambda rounded, w, most, cut: rounded(cut(w, most)), beside=lambda w, cut: w,
+           error=lambda X, off: (X @ off).pow(2).sum(), pick=min):
+    errors = []
+    for share in shares:
+        level = share * most(w)
+        off = then(rounded, w, level, cut) - beside(w, cut(w, level))
+        errors.append(float(error(X, off)))
+    return shares[errors.index(pick(errors))]
+
+
+SLIPS["best_share"] = (
+    (lambda w, X, shares, f: _share(w, X, shares, f, beside=lambda w, cut: cut),
+     "Wrong is what differs from w as it was, not from what was cut."),
+    (lambda w, X, shares, f: _share(w, X, shares, f, error=lambda X, off: off.pow(2).sum()),
+     "That is the weights' error; the output's counts, so X is needed."),
+    (lambda w, X, shares, f: _share(w, X, shares, f, cut=lambda w, most: w.clamp(max=most)),
+     "Negative weights are cut as well: clamp(-most, most)."),
+    (lambda w, X, shares, f: _share(w, X, shares, f, most=torch.max), "The largest |w|, not the largest w."),
+    (lambda w, X, shares, f: _share(w, X, shares, f, pick=max), "The least error, not the largest."),
+    (lambda w, X, shares, f: _share(w, X, shares, f, then=lambda rounded, w, most, cut: cut(rounded(w), most)),
+     "First cut, then round: the steps must become finer."),
+    (lambda w, X, shares, f: _share(w, X, shares, f, error=lambda X, off: (X @ off).sum().abs()),
+     "Each token's error is squared by itself before the sum."),
+    (lambda w, X, shares, f: _share(w, X, shares, f, error=lambda X, off: (X @ off)[0] ** 2),
+     "All tokens, not only the first."),
+    (lambda w, X, shares, f: shares[0], "No other share is tried: each gives an error."),
+    (lambda w, X, shares, f: shares.index(_share(w, X, shares, f)), "The share itself, not its place in the list."),
+)
+
+
+def _mlp_error(model, ids, i, f, rounded, *, norm=lambda n, f: n / f, weights=lambda rounded, w, f: rounded(w * f),
+               before="post_attention_layernorm", chosen=("gate_proj", "up_proj"), error=_relative,
+               rows=lambda scores: scores[-1]):
+    layer = model.language_model.layers[i]
+    norm_weight = getattr(layer, before).weight
+    linears = [getattr(layer.mlp, name).weight for name in chosen]
+
+    def run():
+        with torch.no_grad():
+            return rows(model(torch.tensor([ids]))[0])
+    right = run()
+    kept = [w.data for w in (norm_weight, *linears)]
+    try:
+        norm_weight.data = norm(norm_weight.data, f)
+        for w in linears:
+            w.data = weights(rounded, w.data, f)
+        return float(error(run(), right))
+    finally:
+        for w, data in zip((norm_weight, *linears), kept):
+            w.data = data
+
+
+SLIPS["smoothed_error"] = (
+    (lambda *case: _mlp_error(*case, norm=lambda n, f: n), "The norm's weight is divided by f."),
+    (lambda *case: _mlp_error(*case, norm=lambda n, f: n * f, weights=lambda rounded, w, f: rounded(w / f)),
+     "The other way round: the norm is divided, the channels are multiplied."),
+    (lambda *case: _mlp_error(*case, weights=lambda rounded, w, f: w * f), "The two weights are rounded, too."),
+    (lambda *case: _mlp_error(*case, weights=lambda rounded, w, f: rounded(w) * f),
+     "Times f first, then rounded; else f changes nothing."),
+    (lambda *case: _mlp_error(*case, chosen=("gate_proj",)), "Both read the norm: up_proj, too."),
+    (lambda *case: _mlp_error(*case, chosen=("up_proj",)), "Both read the norm: gate_proj, too."),
+    (lambda *case: _mlp_error(*case, before="input_layernorm"),
+     "The norm before gate and up is post_attention_layernorm; input_layernorm feeds q, k and v."),
+    (lambda model, ids, i, f, rounded: _mlp_error(model, ids, 0, f, rounded), "Layer i, counted from 0."),
+    (lambda *case: _mlp_error(*case, error=lambda a, b: (a - b).norm()), "Relative: divided by |right|."),
+    (lambda *case: _mlp_error(*case, error=lambda a, b: _relative(b, a)), "Relative to what is right."),
+    (lambda *case: _mlp_error(*case, error=lambda a, b: (a - b).abs().max() / b.abs().max()),
+     "|x| is the norm, the root of the summed squares, not the largest number."),
+    (lambda *case: _mlp_error(*case, rows=lambda scores: scores), "The scores at the last token alone, [-1]."),
+    (lambda *case: 0.0, "Both runs are the same: one of them must be of the changed layer."),
+)

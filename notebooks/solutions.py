@@ -377,6 +377,37 @@ def _damage_spec(model, ids, rounded):
     return float((wrong - right).norm() / right.norm())
 
 
+def smoothed_error(model, ids, i, f, rounded):
+    layer = model.language_model.layers[i]
+    weights = [layer.post_attention_layernorm.weight, layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]
+
+    def last():
+        with torch.no_grad():
+            return model(torch.tensor([ids]))[0, -1]
+    right = last()
+    kept = [w.data for w in weights]
+    try:
+        weights[0].data = kept[0] / f
+        for w in weights[1:]:
+            w.data = rounded(w.data * f)
+        return float(minivl.relative_error(last(), right))
+    finally:
+        for w, data in zip(weights, kept):
+            w.data = data
+
+
+def _smoothed_error_spec(model, ids, i, f, rounded):
+    """Smooths nothing: rounds f W and divides by f again."""
+    with torch.no_grad():
+        right = model(torch.tensor([ids]))[0, -1]
+        other = copy.deepcopy(model)
+        mlp = other.language_model.layers[i].mlp
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            linear.weight.copy_(rounded(linear.weight * f) / f)
+        wrong = other(torch.tensor([ids]))[0, -1]
+    return float((wrong - right).norm() / right.norm())
+
+
 def coarse(weight):
     """Round weights to multiples of 0.05."""
     return (weight / 0.05).round() * 0.05
@@ -768,6 +799,58 @@ def labels_of(ids, answers):
     return labels
 
 
+# ---- 12 make int4 ---------------------------------------------------------------------------------------------------
+
+def _smoothing_factors_spec(mean, alpha):
+    factors = [float(m) ** alpha for m in mean]
+    middle = (max(factors) * min(factors)) ** 0.5
+    return torch.tensor([f / middle for f in factors])
+
+
+def smoothing_factors(mean, alpha):
+    f = mean ** alpha
+    return f / (f.max() * f.min()).sqrt()
+
+
+def _output_error_spec(X, W, f, rounded):
+    right = X.double() @ W.double().T
+    wrong = X.double() @ (rounded(W * f) / f).double().T
+    return float(sum((a - b) ** 2 for a, b in zip(wrong.flatten(), right.flatten())) / right.pow(2).sum())
+
+
+def output_error(X, W, f, rounded):
+    right = X @ W.T
+    return float((X / f @ rounded(W * f).T - right).pow(2).sum() / right.pow(2).sum())
+
+
+def _best_share_spec(w, X, shares, rounded):
+    best = None
+    for share in shares:
+        most = share * max(abs(v) for v in w.tolist())
+        cut = torch.tensor([min(most, max(-most, v)) for v in w.tolist()])
+        off = rounded(cut) - w
+        error = sum(float(x @ off) ** 2 for x in X)
+        if best is None or error < best[0]:
+            best = error, share
+    return best[1]
+
+
+def best_share(w, X, shares, rounded):
+    most = w.abs().max()
+    errors = [float((X @ (rounded(w.clamp(-s * most, s * most)) - w)).pow(2).sum()) for s in shares]
+    return shares[errors.index(min(errors))]
+
+
+def _group(seed, largest, loud):
+    """A group of 16 weights of which two are set, and its inputs, one of which is loud."""
+    w = 0.1 * _random(16, seed=seed)
+    w[3] = largest
+    w[11] = -0.47 * largest
+    X = _random(12, 16, seed=seed + 100)
+    X[:, loud] *= 10
+    return w, X
+
+
 EXERCISES = {
     "blind": Exercise(
         spec=_blind_spec,
@@ -926,6 +1009,44 @@ EXERCISES = {
         hint="Every linear of every layer: layer.linears.values(); keep each weight's .data, and put it back.",
         solution=damage,
         tolerance=0.001,
+    ),
+    "smoothed_error": Exercise(
+        spec=_smoothed_error_spec,
+        cases=lambda: tuple(
+            (nano().model, nano().tokenizer.encode(text), i, 0.5 + _random(256, seed=i).abs(), rounded)
+            for text, i, rounded in (("Where is the star?", 1, coarse), ("How many rings are there?", 3, signs))
+        ),
+        hint="W * f multiplies channels: [O, I] by [I]. Keep the three weights' .data first, and put it back.",
+        solution=smoothed_error,
+        tolerance=0.001,
+    ),
+    "smoothing_factors": Exercise(
+        spec=_smoothing_factors_spec,
+        cases=tuple(
+            (_random(I, seed=I).abs() + 0.01, alpha) for I, alpha in ((6, 0.5), (9, 0.3), (4, 0.0), (7, 0.95), (1, 0.4))
+        ),
+        hint="mean ** alpha, divided by the root of (its largest times its smallest).",
+        solution=smoothing_factors,
+        tolerance=1e-05,
+    ),
+    "output_error": Exercise(
+        spec=_output_error_spec,
+        cases=tuple(
+            (_random(T, I), 0.2 * _random(O, I, seed=1), 0.5 + _random(I, seed=2).abs(), rounded)
+            for T, I, O, rounded in ((5, 6, 4, coarse), (3, 9, 2, signs), (8, 4, 4, coarse))
+        ),
+        hint="W * f multiplies channels, X / f divides them; both sums of squares go over all tokens and outputs.",
+        solution=output_error,
+        tolerance=0.001,
+    ),
+    "best_share": Exercise(
+        spec=_best_share_spec,
+        cases=tuple(
+            (*_group(seed, largest, loud), [1 - k / 20 for k in range(10)], round_group)
+            for seed, largest, loud in ((0, -0.5, 1), (18, 0.4, 1), (1, 0.4, 8), (59, 0.4, 1))  # no near ties
+        ),
+        hint="For each share: cut, round, compare with w as it was; X @ (what changed) is the output's error.",
+        solution=best_share,
     ),
     "learning": Exercise(
         spec=_learning_spec,

@@ -197,6 +197,7 @@ LEFT = {
     "fewer_bits": lambda *_: setattr(awq, "unpack", lambda packed, unpack=awq.unpack: unpack(packed) // 2 * 2),
     "caught_at": lambda name, wrong: setattr(minivl.MiniVL, name, wrong),
     "patched": other_tokens,
+    "smoothed_error": lambda model, ids, i, *_: model.language_model.layers[i].mlp.up_proj.weight.data.mul_(2),
 }
 
 
@@ -290,6 +291,16 @@ def thrifty_grid(width, height, max_num, R):
                 if best is None or difference < best[0]:
                     best = difference, [c, tiles // c]
     return best[1]
+
+
+def best_share(w, X, shares, rounded):
+    gram = X.T @ X
+    errors = {}
+    for share in reversed(shares):
+        level = share * max(w.max(), -w.min())
+        off = rounded(torch.where(w.abs() > level, level * w.sign(), w)) - w
+        errors[share] = float(off @ gram @ off)
+    return min(shares, key=errors.get)
 
 
 def labels_of(ids, answers):
@@ -415,6 +426,10 @@ RIGHT = {
     "exchanged": lambda pipe, a, b, q, picture: slips._new_rows(pipe, (b, a), q, picture, slips._swap),
     "patched": lambda pipe, q, a, b, k: slips._grafted(pipe, q, a, b, lambda x, y: slips._row(x, y, k)),
     "without_thumbnail": lambda pipe, q, picture: slips._other_config(pipe, q, picture, use_thumbnail=False),
+    "smoothing_factors": lambda mean, alpha: torch.exp(alpha * (mean.log() - (mean.max() * mean.min()).log() / 2)),
+    "output_error": lambda X, W, f, rounded: minivl.relative_error(X @ (rounded(W * f) / f).T, X @ W.T) ** 2,
+    "best_share": best_share,
+    "smoothed_error": slips._mlp_error,
 }
 
 
