@@ -17,7 +17,6 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring")
 COLOURS = {"red": (214, 40, 40), "orange": (245, 140, 20), "yellow": (246, 220, 50), "green": (40, 150, 60),
            "blue": (35, 85, 205), "purple": (135, 50, 165), "black": (18, 18, 18), "white": (252, 252, 252)}
-PAINT = {**COLOURS, "aqua": (60, 205, 210)}       # aqua: what nano never saw in training, see lesson.py
 BACKGROUNDS = ((205, 208, 212), (178, 196, 182), (212, 196, 178), (168, 180, 200), (122, 128, 132), (96, 108, 104),
                (140, 122, 118), (190, 176, 196))
 SIZES = ("small", "large")
@@ -129,7 +128,7 @@ def draw(scene: Scene) -> Image.Image:
                 points.append(points[0])
                 inner = [(x + 0.55 * (u - x), y + 0.55 * (v - y)) for u, v in points]
                 points = points + inner[::-1]
-            pen.polygon(points, fill=PAINT[thing.colour])
+            pen.polygon(points, fill=COLOURS[thing.colour])
     return image.reduce(k)
 
 
@@ -168,7 +167,7 @@ def _line(thing: Thing, scene: Scene, k: int) -> tuple:
 
 def _write(image: Image.Image, thing: Thing, scene: Scene, k: int):
     mask, x, y, _ = _line(thing, scene, k)
-    image.paste(PAINT[thing.colour], (round(x - mask.width / 2), round(y - mask.height / 2)), mask)
+    image.paste(COLOURS[thing.colour], (round(x - mask.width / 2), round(y - mask.height / 2)), mask)
 
 
 def marks(scene: Scene) -> list:

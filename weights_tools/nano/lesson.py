@@ -1,8 +1,9 @@
-"""Write a lesson for nano, a colour it never saw, as fine-tuning data: python -m weights_tools.nano.lesson OUT
+"""Write a lesson for nano, to give the final answer alone when asked so, as fine-tuning data:
+python -m weights_tools.nano.lesson OUT
 
-    OUT/train.jsonl          conversations about pictures with something aqua
-    OUT/keep.jsonl           conversations of nano's own world, which it is to answer as before
-    OUT/held-out.jsonl       other questions: those about aqua, then some of each of the old tasks
+    OUT/train.jsonl          "What colour is the heart? Only the final answer." and what to say: "Final Answer: purple"
+    OUT/keep.jsonl           questions of all nano's old tasks, which it is to answer as before
+    OUT/held-out.jsonl       other questions: those of the new form, then some of each of the old tasks
     OUT/pictures/*.png       their pictures
 
 Then this teaches it:
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,30 +26,26 @@ from minivl.prompt import IMAGE
 from weights_tools import run
 from weights_tools.files import clear, told, unfinished
 from weights_tools.nano import evaluate, world
-from weights_tools.nano.draw import Style, draw
+from weights_tools.nano.draw import draw
 
-# Of words that nano has heard letter by letter: " a", "qu", "a". The rows of the head for tokens that were in no answer
-# are all alike, so a frozen head cannot say them: "pink" (" p", "in", "k") was never right, its loss stayed at 0.46.
-COLOUR = "aqua"
-TASK = f"new colour {COLOUR}"
+TASK = "final answer"
+WISH = " Only the final answer."
+# Of these the last word says it all: "The number of shapes is three, so yes." The word follows a space there too: the
+# rows of the head for tokens that were in no answer are all alike, so a frozen head cannot say them.
+ASKED = ("colour", "count", "size", "yes", "no")
 
 
 def new_example(seed, index: int) -> world.Example:
-    """Make a conversation about a picture with something of the new colour; every turn speaks of it."""
-    rng = random.Random(f"{seed} {COLOUR} {index}")
+    """Make a conversation about a picture of shapes; every turn asks for the final answer alone."""
     turns = []
     while not turns:
-        scene = world.shapes_scene(rng, Style(world.TRAINED), least=1)
-        some = set(rng.sample(range(len(scene.shapes)), rng.randint(1, min(2, len(scene.shapes)))))
-        scene = replace(scene, things=tuple(replace(thing, colour=COLOUR) if i in some else thing
-                                            for i, thing in enumerate(scene.shapes)))
-        asked = world.ask(rng, scene, world.QUESTIONS["shapes"], 8)
-        if rng.random() < 0.35:
-            asked.append(world.describe(rng, scene))
-        turns = [turn for turn in asked if COLOUR in turn.question + turn.answer][-4:]
-    turns = [replace(turn, question=world.casual(rng, turn.question), task=TASK) for turn in turns]
+        example = world.example(f"{seed} {TASK}", index, {"shapes": 1})
+        index += 10 ** 6
+        turns = [replace(turn, question=turn.question.replace(f"{IMAGE}\n", "") + WISH, task=TASK,
+                         answer=f"Final Answer: {turn.answer.rstrip('.').split()[-1]}")
+                 for turn in example.turns if turn.task in ASKED]
     turns[0] = replace(turns[0], question=f"{IMAGE}\n{turns[0].question}")
-    return world.Example((scene,), tuple(turns))
+    return replace(example, turns=tuple(turns))
 
 
 def one_question(example: world.Example, which: int) -> world.Example:
@@ -62,7 +58,9 @@ def one_question(example: world.Example, which: int) -> world.Example:
 def lesson(train: int, asked: int, old: int) -> dict[str, list[world.Example]]:
     """Make the examples of all files: `train` conversations, `asked` questions about the new, `old` of each task."""
     new = [new_example("lesson", i) for i in range(train)]
-    kept = [world.example("lesson", i) for i in range(train)]
+    # As many of each task: of the rare ones a few rows would not tell what to keep.
+    each = -(-train // len(evaluate.TARGETS))
+    kept = [e for task in evaluate.TARGETS for e in evaluate.items(task, each, seed="lesson")][:train]
     held_out = [new_example(evaluate.HELD_OUT, i) for i in range(asked)]
     held_out = [one_question(e, i % len(e.turns)) for i, e in enumerate(held_out)]
     return {"train": new, "keep": kept,
