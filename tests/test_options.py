@@ -20,6 +20,7 @@ from weights_tools.bench import beside
 from weights_tools.convert import __main__ as convert
 from weights_tools.language import __main__ as language
 from weights_tools.language import cut
+from weights_tools.mpo import pairs, show
 from weights_tools.nano import evaluate, int4, lesson, ship, train
 from weights_tools.quantize import __main__ as quantize
 from weights_tools.quantize import rederive
@@ -197,6 +198,12 @@ COMMANDS = [
              "tokenizer": "--tokenizer t", "seed": "--seed 0", "dtype": "--dtype float16",
              "group_size": "--group-size 128", "config_quirk": "--config-quirk llm", "overwrite": "--overwrite"},
             needs={"group_size": "awq", "config_quirk": "awq", "tokenizer": "size"}, base="out"),
+    Command("weights_tools/mpo/pairs.py", pairs.arguments,
+            {"answers": "m out", "out": "m out", "rules": "--rules head", "fix": "--fix", "limit": "--limit 3",
+             "seed": "--seed 1"}, base="m out"),
+    Command("weights_tools/mpo/show.py", lambda argv: show.arguments([*argv, "--html", "x"]),
+            {"file": "m.jsonl", "html": "--html x", "root": "--root r", "n": "-n 5", "seed": "--seed 1"},
+            base="m.jsonl"),
     Command("weights_tools/nano/evaluate.py", evaluate.arguments,
             {"checkpoints": "m", "n": "-n 500", "tasks": "--tasks colour", "precision": "--precision exact",
              "ablations": "--ablations", "wrong": "--wrong 0", "json": "--json j"},
