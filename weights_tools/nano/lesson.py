@@ -1,7 +1,7 @@
-"""Write a lesson for nano, to give the final answer alone when asked so, as fine-tuning data:
-python -m weights_tools.nano.lesson OUT
+"""Write a lesson for nano, to end an answer as it is told to: python -m weights_tools.nano.lesson OUT
 
-    OUT/train.jsonl          "What colour is the heart? Only the final answer." and what to say: "Final Answer: purple"
+    OUT/train.jsonl          'What colour is the heart? End with "Final Answer: ..".', and the answers: "The heart is
+                             purple.", and in a second line "Final Answer: purple"
     OUT/keep.jsonl           questions of all nano's old tasks, which it is to answer as before
     OUT/held-out.jsonl       other questions: those of the new form, then some of each of the old tasks
     OUT/pictures/*.png       their pictures
@@ -29,20 +29,19 @@ from weights_tools.nano import evaluate, world
 from weights_tools.nano.draw import draw
 
 TASK = "final answer"
-WISH = " Only the final answer."
-# Of these the last word says it all: "The number of shapes is three, so yes." The word follows a space there too: the
-# rows of the head for tokens that were in no answer are all alike, so a frozen head cannot say them.
+WISH = ' End with "Final Answer: ..".'
+# Of these the last word says it all: "The number of shapes is three, so yes."
 ASKED = ("colour", "count", "size", "yes", "no")
 
 
 def new_example(seed, index: int) -> world.Example:
-    """Make a conversation about a picture of shapes; every turn asks for the final answer alone."""
+    """Make a conversation about a picture of shapes; every turn asks for a final answer."""
     turns = []
     while not turns:
         example = world.example(f"{seed} {TASK}", index, {"shapes": 1})
         index += 10 ** 6
         turns = [replace(turn, question=turn.question.replace(f"{IMAGE}\n", "") + WISH, task=TASK,
-                         answer=f"Final Answer: {turn.answer.rstrip('.').split()[-1]}")
+                         answer=f"{turn.answer}\nFinal Answer: {turn.answer.rstrip('.').split()[-1]}")
                  for turn in example.turns if turn.task in ASKED]
     turns[0] = replace(turns[0], question=f"{IMAGE}\n{turns[0].question}")
     return replace(example, turns=tuple(turns))
