@@ -13,7 +13,7 @@ from minivl.tiling import normalise, to_pixels
 from weights_tools import lora as teach
 from weights_tools import merge, rows
 from weights_tools.files import save_safetensors
-from weights_tools.nano import draw, lesson, world
+from weights_tools.nano import lesson, world
 from weights_tools.nano.train import accuracy
 from weights_tools.quantize import __main__ as quantize
 from weights_tools.synthesize import synthesize
@@ -130,11 +130,13 @@ def test_a_lesson_can_be_told_from_its_pictures(small_lesson):
     train, keep, held_out = (rows.read_rows(small_lesson / f"{name}.jsonl") for name in ("train", "keep", "held-out"))
     assert len(train) == len(keep) == 6 and len(held_out) == 4 + 21
     assert [row.task for row in train] == [lesson.TASK] * 6 and lesson.TASK not in [row.task for row in keep]
-    assert all(lesson.COLOUR in " ".join(text for _, text in row.messages) for row in held_out[:4])
-    assert not any(lesson.COLOUR in text for row in keep + held_out[4:] for _, text in row.messages)
-    for row in held_out[:4]:
-        colours = {colour for _, colour in Image.open(row.images[0]).getcolors(2 ** 20)}
-        assert draw.PAINT[lesson.COLOUR] in colours
+    for row in train + held_out[:4]:
+        questions, answers = ([text for role, text in row.messages if role == one] for one in ("user", "assistant"))
+        assert all(question.endswith(lesson.WISH) for question in questions)
+        for answer in answers:
+            sentence, last = answer.split("\n")
+            assert sentence.endswith(".") and last == f"Final Answer: {sentence[:-1].split()[-1]}"
+    assert not any(lesson.WISH in text for row in keep + held_out[4:] for _, text in row.messages)
     with pytest.raises(InputError, match="is not empty; choose another folder"):
         lesson.main([str(small_lesson), "--train", "8", "--asked", "1", "--old", "1"])
     assert {p.name for p in small_lesson.iterdir()} == {"pictures", "train.jsonl", "keep.jsonl", "held-out.jsonl"}
