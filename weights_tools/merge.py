@@ -2,10 +2,10 @@
 
     W + alpha / r B A of each linear that LORA corrects, one tensor at a time -> a float checkpoint without LoRA
 
-OUT is float, also where FOLDER is int4: python -m weights_tools.quantize makes it int4 again. But weights that lie on the
-steps of int4 already are rounded back to where they were, as what was learned is less than half a step: of nano's 86
-new answers in 100, group 128 left 2 and group 64 left 49. Learned on the float model, merged and made int4 afterwards,
-86 stay. Count right answers once more, by python -m weights_tools.rows.
+OUT is float, also where FOLDER is int4: python -m weights_tools.quantize makes it int4 again. But weights that lie on
+the steps of int4 already are rounded back to where they were, as what was learned is less than half a step: of nano's
+86 new answers in 100, group 128 left 2 and group 64 left 49. Learned on the float model, merged and made int4
+afterwards, 86 stay. Count right answers once more, by python -m weights_tools.rows.
 Source: arXiv:2106.09685 section 4.1.
 """
 from __future__ import annotations

@@ -119,6 +119,13 @@ def compare(models: dict[str, MiniVL], tokenizer: Tokenizer, n: int, seed="held 
                    "n": dict(sorted(asked.items())), "KL": moved[name] / tokens} for name in models}
 
 
+def measure(source: Path, out: Path, n: int) -> dict[str, dict]:
+    """Make the twins of a float nano in the folder `out`, and try all on n conversations: see `compare`."""
+    folders = {"float16": source, **twins(source, out)}
+    with at_most(1):
+        return compare({name: load(folder) for name, folder in folders.items()}, Tokenizer.load(source), n)
+
+
 def table(found: dict[str, dict]) -> str:
     """Write one row for each way: the mean over tasks, KL, and the task that lost most."""
     first = next(iter(found.values()))["tasks"]
@@ -148,9 +155,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     args = arguments(argv)
-    folders = {"float16": find("nano"), **twins(find("nano"), Path(args.out))}
-    with at_most(1):
-        found = compare({name: load(folder) for name, folder in folders.items()}, Tokenizer.load(find("nano")), args.n)
+    found = measure(find("nano"), Path(args.out), args.n)
     print(table(found))
     print(f"{sum(found['float16']['n'].values())} questions of {len(found['float16']['n'])} tasks")
     if args.json is not None:
