@@ -141,10 +141,10 @@ by plain rounding to nearest, without AWQ's smoothing.
 
 The mean of the tasks over {way_n} held-out conversations, each answer after the right tokens before it, and the mean
 KL(float16 || int4) at the answers' tokens, in nats
-(`python -m weights_tools.nano.int4`). Calibrated on 64 conversations: their text alone, their pictures alone, or
-both. The standard error of a mean is about half a point, so of the means only the order of
-kinds says something: calibrating on text alone is worst for every method that smooths, clipping best. What is shipped
-is `lmdeploy, both`, made as the 4B was.
+(`python -m weights_tools.nano.int4`). Calibrated on 64 conversations: their text alone, their pictures alone, or both.
+The standard error of a mean is about half a point: nano cannot tell the methods apart by its answers. By KL clipping is best.
+That calibrating on text alone gives the lowest mean with each method that smooths may be chance. What is shipped is
+`lmdeploy, both`, by the method of the 4B: another would not be better for certain.
 
 {ways}
 
