@@ -142,9 +142,9 @@ by plain rounding to nearest, without AWQ's smoothing.
 The mean of the tasks over {way_n} held-out conversations, each answer after the right tokens before it, and the mean
 KL(float16 || int4) at the answers' tokens, in nats
 (`python -m weights_tools.nano.int4`). Calibrated on 64 conversations: their text alone, their pictures alone, or both.
-The standard error of a mean is about half a point: nano cannot tell the methods apart by its answers. By KL clipping is best.
-That calibrating on text alone gives the lowest mean with each method that smooths may be chance. What is shipped is
-`lmdeploy, both`, by the method of the 4B: another would not be better for certain.
+The standard error of a mean is about half a point: nano cannot tell the methods apart by its answers. By KL clipping
+is best. That calibrating on text alone gives the lowest mean with each method that smooths may be chance. What is
+shipped is `lmdeploy, both`, by the method of the 4B: another would not be better for certain.
 
 {ways}
 
