@@ -36,6 +36,7 @@ from weights_tools.nano.data import MICRO, collate, ids_of, tiles_of
 from weights_tools.nano.evaluate import conversations
 from weights_tools.nano.train import turns_right
 from weights_tools.quantize import Recipe, quantize_folder
+from weights_tools.quantize.prompts import from_nano
 from weights_tools.train.objective import answer_logits, supervised
 
 SHOWN = 64              # prompts to calibrate on, as the shipped int4
@@ -67,9 +68,8 @@ def pictures(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[list[int], 
 
 
 def both(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list]]:
-    """Yield the conversations as they are."""
-    for conversation in conversations(SHOWN):
-        yield read_request(conversation, config, tokenizer)
+    """Give the conversations as they are."""
+    return from_nano(SHOWN, config, tokenizer)
 
 
 KINDS = {"text only": texts, "pictures only": pictures, "both": both}

@@ -14,8 +14,6 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import torch
-
 from minivl import options
 from minivl.config import Config
 from minivl.files.find import find
@@ -23,13 +21,13 @@ from minivl.files.load import opened
 from minivl.limits import InputError
 from minivl.tokenizer import Tokenizer
 from weights_tools import run
+from weights_tools.dequantize import DTYPES
 from weights_tools.quantize import prompts
 from weights_tools.quantize.inputs import read_statistics
 from weights_tools.quantize.job import quantize_folder
 from weights_tools.quantize.layer import METHODS, Recipe
 from weights_tools.quantize.rounding import GROUP
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHOWN = ("pictures", "text", "samples", "length", "max_num")
 
 

@@ -76,14 +76,8 @@ def rederive(parent: Path, released: Path, statistics: str | Path | None = None)
 
 
 def _shape(stream: Stream) -> list[tuple]:
-    return [tuple((name, *_size(module)) for name, module in layer.linears.items()) for layer in stream.layers]
-
-
-def _size(module: torch.nn.Module) -> tuple[int, int]:
-    """Return inputs and outputs of a linear, float or int4."""
-    if isinstance(module, torch.nn.Linear):
-        return module.in_features, module.out_features
-    return module.qweight.shape[0], 8 * module.qweight.shape[1]
+    return [tuple((name, linear.in_features, linear.out_features) for name, linear in layer.linears.items())
+            for layer in stream.layers]
 
 
 def _layer(ours: Stream, theirs: Stream, i: int, recipe: Recipe, seen: dict[str, Inputs]) -> list[Compared]:
