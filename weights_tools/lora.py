@@ -18,6 +18,7 @@ import json
 import math
 import random
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -41,7 +42,7 @@ from weights_tools import run
 from weights_tools.files import save_safetensors
 from weights_tools.rows import Row, count_right, micro_batches, read_rows, table
 from weights_tools.train.loop import Loop
-from weights_tools.train.objective import answer_logits, supervised
+from weights_tools.train.objective import answer_logits, drift, supervised
 from weights_tools.train.optimisers import rate
 from weights_tools.train.step import half_is_faster, precision, take_step
 
@@ -98,7 +99,8 @@ def run_steps(loop: Loop, plan: Plan, rows: tuple[list[Row], list[Row]], model: 
     """Take the steps that are left, on the rows to learn and those to keep; False if the loop stops before its end."""
     optimisers = [torch.optim.AdamW(learned.parameters(), lr=plan.lr, weight_decay=0.0)]
     half = loop.keep("half", lambda: half_is_faster(loop.device))
-    threads = loop.keep("threads", partial(useful_threads, model, micro_batches(rows[0][:4], model, tokenizer)))
+    first = micro_batches(rows[0][:4], model, tokenizer)
+    threads = loop.keep("threads", partial(useful_threads, model, partial(losses, model, first)))
 
     def batches(first):
         for number in range(first, plan.steps):
@@ -133,9 +135,8 @@ def teaching(model: MiniVL, ids, labels, x) -> torch.Tensor:
 def keeping(model: MiniVL, ids, labels, x) -> torch.Tensor:
     """Compute KL(as it was || as it is) at the answers' tokens, added up, times HOLD."""
     with torch.no_grad(), without_lora(model):
-        before = answer_logits(model, ids, labels, x)[0].log_softmax(-1)                # (n, V)
-    now = answer_logits(model, ids, labels, x)[0].log_softmax(-1)
-    return HOLD * F.kl_div(now, before, reduction="sum", log_target=True)
+        before = answer_logits(model, ids, labels, x)[0]                                # (n, V)
+    return HOLD * drift(before, answer_logits(model, ids, labels, x)[0])
 
 
 @contextmanager
@@ -153,11 +154,11 @@ def without_lora(model: MiniVL):
 
 @contextmanager
 def recomputed(model: MiniVL):
-    """Keep of a large decoder's layers only the inputs, and compute each again on the way back.
+    """Keep of a large model's layers only the inputs, and compute each again on the way back.
 
     Else a linear of int4 would keep its weight, dequantised, for the gradient to its input: 11 GB in the 4B.
     """
-    layers = model.language_model.layers if is_large(model) else []
+    layers = [*model.vision_model.encoder.layers, *model.language_model.layers] if is_large(model) else []
     for layer in layers:
         layer.forward = partial(checkpoint, type(layer).forward.__get__(layer), use_reentrant=False)
     try:
@@ -167,13 +168,13 @@ def recomputed(model: MiniVL):
             del layer.forward
 
 
-def useful_threads(model: MiniVL, batch: list[tuple]) -> int:
-    """Tell how many threads to train with: measured on a few rows, all for a large model."""
+def useful_threads(model: MiniVL, losses: Callable[[], Iterable[torch.Tensor]]) -> int:
+    """Tell how many threads to train with: measured on some losses, all for a large model."""
     if is_large(model) or torch.get_num_threads() == 1:
         return torch.get_num_threads()
 
     def work():
-        for loss in losses(model, batch):
+        for loss in losses():
             loss.backward()
 
     threads = threads_that_help(work)

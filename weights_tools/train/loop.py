@@ -31,6 +31,7 @@ class Loop:
     device: str = "cpu"
     save_every: int = 250           # steps from one state file to the next
     watch_every: int = 250          # steps from one line of the log to the next
+    quiet: bool = False             # lines of the log go into its file only
     stop_at: int | None = None      # leave after so many steps of this call (for tests and for lent machines)
 
     def __post_init__(self):
@@ -85,8 +86,9 @@ class Loop:
                 last = number + 1 == steps
                 stopped = self.done == self.stop_at and not last
                 if (number + 1) % self.watch_every == 0 or last:
-                    self._log({"stage": name, "step": number + 1, "loss": round(mean, 4),
-                               **{key: round(value, 3) for key, value in watch().items()}}, time.perf_counter() - start)
+                    seen = {key: float(f"{value:.6g}") for key, value in watch().items()}
+                    self._log({"stage": name, "step": number + 1, "loss": round(mean, 4), **seen},
+                              time.perf_counter() - start)
                 if stopped or not last and (number + 1) % self.save_every == 0:
                     self._save(stage, number + 1, parts, optimisers)
                 if stopped:
@@ -133,4 +135,5 @@ class Loop:
             log.seek(0)
             log.truncate(log.read().rfind(b"\n") + 1)       # half a line of a killed run
             log.write((json.dumps({**line, "seconds": round(seconds)}) + "\n").encode("utf-8"))
-        tqdm.write(" ".join(f"{key} {value}" for key, value in line.items()))
+        if not self.quiet:
+            tqdm.write(" ".join(f"{key} {value}" for key, value in line.items()))

@@ -7,6 +7,7 @@ B conversations, T tokens, n tokens that are learned, V vocabulary, D language w
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from minivl.model import MiniVL
 from minivl.tokenizer import Tokenizer
@@ -47,14 +48,20 @@ def supervised(labels: torch.Tensor) -> torch.Tensor:
     return labels[:, 1:] != IGNORE
 
 
-def answer_logits(model: MiniVL, ids, labels, pixel_values) -> tuple[torch.Tensor, torch.Tensor]:
+def answer_logits(model: MiniVL, ids, labels, pixel_values, times: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits float32[n, V] at the n positions before a learned token, and these tokens int64[n].
 
     ids, labels int64[B, T]; pixel_values float[N, 3, R, R], perhaps no tile. Row after row: those of a row are
     supervised(labels).sum(1) in number. Right padding needs no mask: nothing real stands after it. The head runs only
-    where an answer is learned.
+    where an answer is learned. times: how often the rows go through the same tiles, in the same order, which are looked
+    at once.
     """
-    visual = model.visual_tokens(pixel_values) if len(pixel_values) else None
+    visual = model.visual_tokens(pixel_values).repeat(times, 1, 1) if len(pixel_values) else None
     x = model.language_model.body(model.embed(ids, visual))                 # (B, T, D)
     wanted = supervised(labels)                                             # (B, T-1)
     return model.language_model.head(x[:, :-1][wanted]).float(), labels[:, 1:][wanted]
+
+
+def drift(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """Compute KL(as it was || as it is) of logits float[n, V], added up: a scalar."""
+    return F.kl_div(now.log_softmax(-1), before.log_softmax(-1), reduction="sum", log_target=True)
