@@ -200,6 +200,16 @@ def read_meta(path: str | os.PathLike) -> list[Dataset]:
     return datasets
 
 
+def read_datasets(path: str | os.PathLike, root: str | os.PathLike | None = None) -> list[Dataset]:
+    """Read a meta.json, or take one file of pairs, .jsonl, as a dataset; root: of its pictures, if not beside it."""
+    path = Path(path)
+    if path.name.endswith("jsonl"):
+        return [Dataset(path.name, 0, path.parent if root is None else Path(root), path)]
+    if root is not None:
+        raise InputError(f"--root has no effect beside {path}: a meta.json says itself where the pictures are")
+    return read_meta(path)
+
+
 def _dataset(name: str, number: int, entry: object, folder: Path) -> Dataset:
     if not isinstance(entry, dict):
         raise InputError(f"it is a {type(entry).__name__}, not an object; is this a meta.json?")

@@ -25,7 +25,7 @@ from minivl.limits import InputError
 from minivl.media import load_image
 from weights_tools import run
 from weights_tools.files import write_text
-from weights_tools.mpo.mmpr import Dataset, Rows, pictures, read_meta
+from weights_tools.mpo.mmpr import Rows, pictures, read_datasets
 
 SIDE = 320              # of a picture on the page, at most
 CJK = "\u3000-\u9fff\uf900-\ufaff\uff00-\uffef"       # written without spaces: each letter counts as a word
@@ -128,11 +128,7 @@ def arguments(argv: list | None = None) -> argparse.Namespace:
 def main(argv: list | None = None) -> int:
     """Run the command; return its exit code."""
     args = arguments(argv)
-    path = Path(args.file)
-    if path.name.endswith("jsonl"):
-        datasets = [Dataset(path.name, 0, Path(args.root) if args.root else path.parent, path)]
-    else:
-        datasets = read_meta(path)
+    datasets = read_datasets(args.file, args.root)
     write_text(args.html, page([(one.name, one.root, one.rows()) for one in datasets], args.n, args.seed))
     return 0
 
