@@ -21,6 +21,7 @@ from weights_tools.convert import __main__ as convert
 from weights_tools.language import __main__ as language
 from weights_tools.language import cut
 from weights_tools.mpo import pairs, show
+from weights_tools.mpo import train as mpo_train
 from weights_tools.nano import evaluate, int4, lesson, ship, train
 from weights_tools.quantize import __main__ as quantize
 from weights_tools.quantize import rederive
@@ -204,6 +205,14 @@ COMMANDS = [
     Command("weights_tools/mpo/show.py", lambda argv: show.arguments([*argv, "--html", "x"]),
             {"file": "m.jsonl", "html": "--html x", "root": "--root r", "n": "-n 5", "seed": "--seed 1"},
             base="m.jsonl"),
+    Command("weights_tools/mpo/train.py", mpo_train.arguments,
+            {"checkpoint": "m d.jsonl out", "data": "m d.jsonl out", "out": "m d.jsonl out", "root": "--root r",
+             "reference": "--reference r", "keep": "--keep k", "hold": "--hold 2", "lora": "--lora 4",
+             "lr": "--lr 1e-5", "batch": "--batch 8", "micro": "--micro 4", "epochs": "--epochs 2",
+             "steps": "--steps 9", "beta": "--beta 0.2", "weights": "--weights 1 0 0", "optimiser": "--optimiser muon",
+             "weight_decay": "--weight-decay 0", "warmup": "--warmup 0", "max_tiles": "--max-tiles 6",
+             "max_tokens": "--max-tokens 99", "dtype": "--dtype float32", "seed": "--seed 1",
+             "device": "--device cpu"}, needs={"hold": "keep"}, apart={"epochs": "steps"}, base="m d.jsonl out"),
     Command("weights_tools/nano/evaluate.py", evaluate.arguments,
             {"checkpoints": "m", "n": "-n 500", "tasks": "--tasks colour", "precision": "--precision exact",
              "ablations": "--ablations", "wrong": "--wrong 0", "json": "--json j"},
