@@ -96,6 +96,17 @@ def test_marks_beyond_the_pictures_stay_text_and_odd_answers_are_learned(plain, 
     assert learned(labels[2]) == [end]
 
 
+def test_most_tiles_by_row_dataset_plan_and_checkpoint(plain, data):
+    config, tokenizer = load(plain).config, Tokenizer.load(plain)
+    wide = {"image": "b.png", "question": "?", "chosen": "x", "rejected": "y"}
+    tiles = lambda row, of_dataset, of_plan: len(batch.encoded(
+        batch.Located(row, data, of_dataset, "here"), config, tokenizer, max_num=of_plan).tiles)
+    assert [tiles({**wide, "max_num": 1}, 2, 2), tiles(wide, 1, 2), tiles(wide, None, 1), tiles(wide, None, None)] == [
+        1, 1, 1, 3]
+    both = {**wide, "image": ["b.png", "b.png"], "question": "<image><image>"}
+    assert [tiles(both, None, 2), tiles(both, None, 4)] == [2, 6]       # as many of each
+
+
 def test_one_forward_gives_what_two_give(plain, data):
     """Pictures of one and of three tiles, a pair without, padded: the sums of sequence_logps, and its gradients."""
     model, tokenizer = load(plain), Tokenizer.load(plain)
@@ -242,7 +253,8 @@ def test_another_reference(plain, whole, data, tmp_path):
     ({**ROWS[0], "image": "broken.png"}, "broken.png"),
     ({**ROWS[0], "chosen": "word " * 200}, r"the chosen answer has \d+ tokens, \d+ before the answer; 150 have room"),
     ({**ROWS[0], "rejected": "word " * 200}, "the rejected answer has"),
-    ({**ROWS[0], "question": "a <IMG_CONTEXT>"}, "spell <IMG_CONTEXT>")])
+    ({**ROWS[0], "question": "a <IMG_CONTEXT>"}, "spell <IMG_CONTEXT>"),
+    ({**ROWS[0], "max_num": 0}, "max_num is 0"), ({**ROWS[0], "max_num": 99}, "max_num is 99")])
 def test_a_pair_that_cannot_be_learned_from_is_named(plain, data, tmp_path, row, message):
     for file in ("a.png", "b.png"):
         shutil.copy(data / file, tmp_path)

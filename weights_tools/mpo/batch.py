@@ -90,12 +90,12 @@ def encoded(pair: Located, config: Config, tokenizer: Tokenizer, *, max_num: int
             most: int | None = None) -> Pair:
     """Read a row of MMPR: ids of both conversations, and tiles. Raises InputError that names file and line.
 
-    max_num: most tiles of a picture where the dataset does not say (default: the checkpoint's); several pictures share
-    them. most: tokens of a conversation. The original cuts a longer one on the right, perhaps the whole answer.
+    max_num: most tiles of a picture where row and dataset do not say (default: the checkpoint's); several pictures
+    share them. most: tokens of a conversation. The original cuts a longer one on the right, perhaps the whole answer.
     """
     try:
         images = pictures(pair.row)
-        most_num = pair.max_num or max_num or most_tiles(config)
+        most_num = pair.row.get("max_num") or pair.max_num or max_num or most_tiles(config)
         tiles = [open_tiles(Picture(pair.root / image, max(1, most_num // len(images))), config) for image in images]
         asked = _asked(pair.row, [len(one) for one in tiles], config)
         begin = len(tokenizer.begin + tokenizer.encode(asked))

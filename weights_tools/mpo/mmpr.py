@@ -2,6 +2,7 @@
 
     meta.json    {name: {root, annotation, data_augment, repeat_time, length, max_dynamic_patch?}}
     annotation   a file .jsonl of {image?, question, chosen, rejected, answer_gt?, chosen_meta?, rejected_meta?}
+                 and, not MMPR's, max_num: the most tiles of this row's pictures together
 
 Every row is checked when a file is opened, and its pictures looked for, so that no training stops at row 2,000,000.
 What is wrong is told with file and line. Rows stay in the file: MMPR v1.1 has three million.
@@ -43,6 +44,9 @@ def check(row: dict, root: Path | None = None):
         raise InputError("the chosen answer is empty; take the pair out")
     if row["chosen"] == row["rejected"]:
         raise InputError("the chosen and the rejected answer are the same, nothing is preferred; take the pair out")
+    tiles = row.get("max_num")
+    if tiles is not None and (type(tiles) is not int or tiles < 1):
+        raise InputError(f"max_num is {clip(tiles)}; it must be a whole number, 1 or more")
     _check_pictures(row)
     for image in pictures(row) if root is not None else []:
         if not is_there(root / image):
