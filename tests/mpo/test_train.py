@@ -290,11 +290,15 @@ def test_a_reference_that_reads_other_ids(plain, data, tmp_path):
         trained(plain, data, tmp_path / "out", reference=other)
 
 
-def test_what_else_is_refused(plain, tiny, data, tmp_path):
+def test_what_else_is_refused(plain, tiny, data, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="int4 weights do not learn; .*--lora RANK.*dequantize"):
         trained(tiny, data, tmp_path / "out")
     with pytest.raises(InputError, match="--batch 3 is no multiple of --micro 2"):
         trained(plain, data, tmp_path / "out", replace(PLAN, batch=3, micro=2))
+    for change in ({"lora": 2}, {"optimiser": "muon"}):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="are for one process"):
+            patch.setattr("weights_tools.mpo.distributed.world", lambda: (0, 2))
+            trained(plain, data, tmp_path / "out", replace(PLAN, **change))
     with pytest.raises(InputError, match="lies in"):
         trained(plain, data, plain / "out")
     entry = {"root": str(data), "annotation": str(data / "pairs.jsonl"), "repeat_time": 1}
@@ -318,8 +322,8 @@ def test_the_card_s_numbers_are_the_defaults(plain):
     assert {(g["betas"], g["eps"]) for g in optimiser.param_groups} == {((0.9, 0.999), 1e-8)}
     assert [{p.ndim > 1 for p in g["params"]} for g in optimiser.param_groups] == [{True}, {False}]
     large = SimpleNamespace(parameters=lambda: [torch.empty(1, device="meta").expand(38 * 10**9)])
-    assert [train.settled(plan, one, 3001).batch for one in (model, large)] == [256, 512]
-    assert train.settled(plan, model, 3001).steps == 12
+    assert [steps.settled(plan, one, 3001).batch for one in (model, large)] == [256, 512]
+    assert steps.settled(plan, model, 3001).steps == 12
 
 
 def test_every_pair_of_every_dataset_comes_once_an_epoch(plain, data, tmp_path):

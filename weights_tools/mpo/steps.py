@@ -1,11 +1,13 @@
 """What a step of preference training learns: pairs of a step -> batches -> losses, and what is logged of them."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from minivl.limits import InputError
 from minivl.model import MiniVL
 from minivl.tiling import normalise
 from minivl.tokenizer import Tokenizer
@@ -17,6 +19,8 @@ from weights_tools.rows import Row
 from weights_tools.rows import encoded as encoded_row
 from weights_tools.train.objective import drift, ids_and_labels, supervised
 from weights_tools.train.optimisers import muon_and_adamw
+
+LARGEST = 3 * 10**10    # parameters from which the card's models, 38B and 78B, had 512 pairs a step, not 256
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,26 @@ class Task:
         """Encode a pair."""
         return encoded(self.pairs[place], self.model.config, self.tokenizer, max_num=self.plan.max_num,
                        most=self.plan.max_tokens)
+
+
+def settled(plan: Plan, model: MiniVL, pairs: int) -> Plan:
+    """Put numbers in the place of what is left open."""
+    ranks = distributed.world()[1]
+    batch = plan.batch or (512 if sum(p.numel() for p in model.parameters()) >= LARGEST else 256)
+    if batch % (plan.micro * ranks):
+        raise InputError(f"--batch {batch} is no multiple of --micro {plan.micro} x {ranks} processes; change one, so "
+                         "that each process has as many pairs")
+    return replace(plan, batch=batch, steps=plan.steps or max(1, math.ceil(plan.epochs * pairs / batch)),
+                   weights=tuple(plan.weights))
+
+
+def told(task: Task, half: bool) -> str:
+    """Say what was chosen."""
+    plan = task.plan
+    what = f"a LoRA of rank {plan.lora}" if plan.lora else "all weights"
+    kept = f"; {len(task.keep):,} rows kept, weight {plan.hold:g}" if task.keep else ""
+    return (f"{len(task.pairs):,} pairs: {plan.steps} steps of {plan.batch}, {plan.micro} at once; {what} by "
+            f"{plan.optimiser}, rate {plan.lr:g}; products in {'bfloat16' if half else 'float32'}{kept}")
 
 
 def optimisers(plan: Plan, model: MiniVL, learned: list) -> list:

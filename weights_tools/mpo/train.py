@@ -4,7 +4,8 @@
 
 DATA is a meta.json of MMPR or one file of pairs, .jsonl. Defaults are those that InternVL2.5-MPO was trained with; a
 small model wants larger rates and fewer pairs a step. Interrupt it at any time: the same command goes on from the last
-state in OUT and ends with the same numbers. OUT/log.jsonl has a line for each step, OUT/curves.svg draws them.
+state in OUT and ends with the same numbers. OUT/log.jsonl has a line for each step, OUT/curves.svg draws them. Large
+models are trained by several processes: torchrun --nproc-per-node 8 -m weights_tools.mpo.train ... --device cuda
 
 A model that learns preferences may forget other things. So give conversations that it shall answer as before as --keep
 (python -m weights_tools.rows --help): it is held to the reference's probabilities at their answers, by KL.
@@ -17,7 +18,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -41,14 +42,12 @@ from weights_tools.mpo.batch import Located, Pair, Pairs, collate, encoded, pair
 from weights_tools.mpo.loss import RewardShift
 from weights_tools.mpo.mmpr import read_datasets
 from weights_tools.mpo.reference import reference_logps, sha256_of_checkpoint, sha256_of_pairs
-from weights_tools.mpo.steps import Plan, Task, averaged, batches, first_losses, losses, optimisers
+from weights_tools.mpo.steps import Plan, Task, averaged, batches, first_losses, losses, optimisers, settled, told
 from weights_tools.rows import Row, read_rows
 from weights_tools.train.loop import Loop
 from weights_tools.train.objective import answer_logits
 from weights_tools.train.optimisers import rate
 from weights_tools.train.step import half_is_faster, precision, take_step
-
-LARGEST = 3 * 10**10    # parameters from which the card's models, 38B and 78B, had 512 pairs a step, not 256
 
 
 def train(folder: str | Path, pairs: Pairs, out: str | Path, plan: Plan, *, reference: str | Path | None = None,
@@ -63,31 +62,46 @@ def train(folder: str | Path, pairs: Pairs, out: str | Path, plan: Plan, *, refe
     folder, out = Path(folder), Path(out)
     other = None if reference is None or Path(reference).resolve() == folder.resolve() else Path(reference)
     _check(folder, out, plan)
+    rank, ranks = distributed.world()
     tokenizer = Tokenizer.load(folder)
-    model = load(folder, device=device, dtype="float32", tokenizer=tokenizer)
+    model = loaded(folder, device)
     plan = settled(plan, model, len(pairs))
     of = [sha256_of_checkpoint(one) for one in (folder, *([other] if other else []))] + [sha256_of_pairs(pairs)]
-    loop = Loop(out, sha256_of([asdict(plan), of], list(keep)), device, save_every=save_every, watch_every=1,
-                quiet=True, stop_at=stop_at)
-    task = Task(plan, model, answer_logits, tokenizer, pairs, torch.zeros(len(pairs), 2), keep)
-    half = loop.keep("half", lambda: half_is_faster(device) if plan.dtype is None else plan.dtype == "bfloat16")
+    loop = Loop(out, sha256_of([asdict(plan), of, ranks], list(keep)), save_every=save_every, watch_every=1,
+                quiet=True, writes=rank == 0, stop_at=stop_at)
+    distributed.wait()      # until all have read what an earlier run left
+    task = Task(plan, model, distributed.forward if ranks > 1 else answer_logits, tokenizer, pairs,
+                torch.zeros(len(pairs), 2), keep)
+    half = loop.keep("half", lambda: distributed.agreed(
+        lambda: half_is_faster(device) if plan.dtype is None else plan.dtype == "bfloat16"))
     threads = loop.keep("threads", partial(useful_threads, model, partial(first_losses, task)))
-    tqdm.write(told(task, half))
+    if rank == 0:
+        tqdm.write(told(task, half))
     with precision(device, half), at_most(threads):
-        frozen = load(other, device=device, dtype="float32") if other else model
+        frozen = loaded(other, device) if other else model
         task.logps = of_reference(loop.folder, of, task, frozen, Tokenizer.load(other) if other else None)
     if keep:
         task.before = before(task, other or folder, frozen)
     learned, about = prepared(task, folder)
-    if not run_steps(loop, task, learned, half, threads):
+    if not run_steps(loop, task, learned, device, half, threads):
         return None
-    curves.draw(out)
-    if plan.lora:
-        save_safetensors(lora.learned(model), out / ADAPTER, about)
-    else:
-        save(model.state_dict(), folder, out)
+    weights = lora.learned(model) if plan.lora else distributed.whole(model.state_dict())
+    if rank == 0:
+        curves.draw(out)
+        if plan.lora:
+            save_safetensors(weights, out / ADAPTER, about)
+        else:
+            save(weights, folder, out)
     loop.finish()
+    distributed.wait()
     return out
+
+
+def loaded(folder: Path, device: str) -> MiniVL:
+    """Load a checkpoint to learn, or a part of it where several processes train."""
+    if distributed.world()[1] > 1:
+        return distributed.load(folder, device)
+    return load(folder, device=device, dtype="float32")
 
 
 def _check(folder: Path, out: Path, plan: Plan):
@@ -95,29 +109,12 @@ def _check(folder: Path, out: Path, plan: Plan):
         raise InputError(f"{out / ADAPTER} is there already, whole; choose another folder, or delete it to learn anew")
     check_apart(folder, out)
     check_free_of_weights(out, overwrite=False)
+    if distributed.world()[1] > 1 and (plan.lora or plan.optimiser != "adamw"):
+        raise InputError(f"--lora {plan.lora} --optimiser {plan.optimiser} are for one process; several have a part of "
+                         "each matrix: leave out --lora and take adamw, or start it without torchrun")
     if Config.load(folder).quantization_config and not plan.lora:
         raise InputError(f"{folder} is int4, and int4 weights do not learn; learn beside them (--lora RANK), or make a "
                          "float checkpoint of it with python -m weights_tools.dequantize")
-
-
-def settled(plan: Plan, model: MiniVL, pairs: int) -> Plan:
-    """Put numbers in the place of what is left open."""
-    ranks = distributed.world()[1]
-    batch = plan.batch or (512 if sum(p.numel() for p in model.parameters()) >= LARGEST else 256)
-    if batch % (plan.micro * ranks):
-        raise InputError(f"--batch {batch} is no multiple of --micro {plan.micro} x {ranks} processes; change one, so "
-                         "that each process has as many pairs")
-    return replace(plan, batch=batch, steps=plan.steps or max(1, math.ceil(plan.epochs * pairs / batch)),
-                   weights=tuple(plan.weights))
-
-
-def told(task: Task, half: bool) -> str:
-    """Say what was chosen."""
-    plan = task.plan
-    what = f"a LoRA of rank {plan.lora}" if plan.lora else "all weights"
-    kept = f"; {len(task.keep):,} rows kept, weight {plan.hold:g}" if task.keep else ""
-    return (f"{len(task.pairs):,} pairs: {plan.steps} steps of {plan.batch}, {plan.micro} at once; {what} by "
-            f"{plan.optimiser}, rate {plan.lr:g}; products in {'bfloat16' if half else 'float32'}{kept}")
 
 
 def prepared(task: Task, folder: Path) -> tuple[torch.nn.Module, dict | None]:
@@ -178,30 +175,33 @@ def before(task: Task, folder: Path, frozen: MiniVL) -> Callable:
     if frozen is task.model and task.plan.lora:
         return with_lora_off
     if frozen is task.model:
-        frozen = load(folder, device=task.model.device, dtype="float32")
+        frozen = loaded(folder, str(task.model.device))
     return partial(task.forward, frozen.requires_grad_(False))
 
 
 # ---- the steps -------------------------------------------------------------------------------------------------------
 
-def run_steps(loop: Loop, task: Task, learned: torch.nn.Module, half: bool, threads: int) -> bool:
+def run_steps(loop: Loop, task: Task, learned: torch.nn.Module, device: str, half: bool, threads: int) -> bool:
     """Take the steps that are left; False if the loop stops before its end."""
     plan = task.plan
     opts = optimisers(plan, task.model, list(learned.parameters()))
-    shift = RewardShift()
+    alone = distributed.world()[1] == 1
+    shift = RewardShift() if alone else distributed.SharedShift()
     seen = {}
 
     def step(number, batch):
         share = rate(number, plan.steps, warmup=math.ceil(plan.warmup * plan.steps))
         terms = []
-        with precision(loop.device, half), at_most(threads), recomputed(task.model):
+        with precision(device, half), at_most(threads), recomputed(task.model):
             loss = take_step(losses(task, shift, *batch, terms), opts, share)
         seen.clear()
+        loss = float(distributed.mean(torch.tensor(loss, dtype=torch.float64)))
         seen.update({"loss": loss, **averaged(terms), "delta": shift.value, "lr": plan.lr * share})
         return loss, sum(ids.numel() for ids in (*(one.ids for one, _ in batch[0]), *(one[0] for one in batch[1])))
 
     return loop.run(1, "mpo", plan.steps, batches=partial(batches, task), step=step, watch=lambda: seen,
-                    optimisers=opts, parts={"learned": learned, "shift": shift})
+                    optimisers=opts if alone else [distributed.WholeOptimiser(one) for one in opts],
+                    parts={"learned": learned if alone else distributed.WholeModel(learned), "shift": shift})
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -279,9 +279,11 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     pairs = Pairs(read_datasets(args.data, args.root))
     keep = read_rows(args.keep) if args.keep else []
-    train(find(args.checkpoint), pairs, args.out, plan_of(args), keep=keep, device=args.device,
+    train(find(args.checkpoint), pairs, args.out, plan_of(args), keep=keep, device=distributed.start(args.device),
           reference=find(args.reference) if args.reference else None)
-    print(f"{args.out}: {'a LoRA' if args.lora else 'the checkpoint'}, log.jsonl and {curves.FILE}")
+    if distributed.world()[0] == 0:
+        print(f"{args.out}: {'a LoRA' if args.lora else 'the checkpoint'}, log.jsonl and {curves.FILE}")
+    distributed.stop()
     return 0
 
 

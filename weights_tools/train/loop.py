@@ -32,15 +32,13 @@ class Loop:
     save_every: int = 250           # steps from one state file to the next
     watch_every: int = 250          # steps from one line of the log to the next
     quiet: bool = False             # lines of the log go into its file only
+    writes: bool = True             # False: another process of the same training writes all files
     stop_at: int | None = None      # leave after so many steps of this call (for tests and for lent machines)
 
     def __post_init__(self):
         self.folder = Path(self.folder)
-        with told(self.folder, "nothing is trained"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            clear(self.folder)
-            for stage in [path for path in self.folder.iterdir() if path.is_dir()]:
-                clear(stage)        # which may be whole and not be written again
+        if self.writes:
+            self._clear()
         self.state_file = self.folder / "state.pt"
         self.choices_file = self.folder / "choices.json"
         self.done = 0
@@ -60,7 +58,8 @@ class Loop:
         if name not in self.kept:
             self.kept[name] = self.state[name] if name in self.state else value()
             self.kept["recipe"] = self.recipe
-            write_text(self.choices_file, json.dumps(self.kept, indent=1, sort_keys=True) + "\n")
+            if self.writes:
+                write_text(self.choices_file, json.dumps(self.kept, indent=1, sort_keys=True) + "\n")
         return self.kept[name]
 
     def run(self, stage: int, name: str, steps: int, *, batches: Callable[[int], Iterable], step: Callable,
@@ -75,7 +74,8 @@ class Loop:
         start = time.perf_counter()
         tokens = 0
         mean = None
-        with tqdm(total=steps, initial=first, desc=name, unit="step", disable=None) as bar:
+        with tqdm(total=steps, initial=first, desc=name, unit="step",
+                  disable=None if self.writes else True) as bar:
             for number, batch in enumerate(batches(first), start=first):
                 loss, n = step(number, batch)
                 mean = loss if mean is None else 0.98 * mean + 0.02 * loss
@@ -97,9 +97,17 @@ class Loop:
 
     def finish(self):
         """Forget the state: call it when what a stage has made lies in files of its own, and after the last stage."""
-        with told(self.state_file, "what the stage has made is whole"):
-            self.state_file.unlink(missing_ok=True)
+        if self.writes:
+            with told(self.state_file, "what the stage has made is whole"):
+                self.state_file.unlink(missing_ok=True)
         self.state = {}
+
+    def _clear(self):
+        with told(self.folder, "nothing is trained"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            clear(self.folder)
+            for stage in [path for path in self.folder.iterdir() if path.is_dir()]:
+                clear(stage)        # which may be whole and not be written again
 
     def _read_state(self) -> dict:
         if not is_there(self.state_file):
@@ -127,9 +135,12 @@ class Loop:
         state = {"recipe": self.recipe, "stage": stage, "step": step,
                  **{name: part.state_dict() for name, part in parts.items()},
                  "optimisers": [optimiser.state_dict() for optimiser in optimisers]}
-        save_torch(state, self.state_file)
+        if self.writes:
+            save_torch(state, self.state_file)
 
     def _log(self, line, seconds):
+        if not self.writes:
+            return
         path = self.folder / "log.jsonl"
         with told(path, "run again, it goes on from the last state"), open(path, "ab+") as log:
             log.seek(0)
