@@ -13,11 +13,19 @@ from PIL import Image
 from weights_tools.mpo import curves, train
 
 ROOT = Path(__file__).parents[2]
-# Stopped after two steps, and run again.
+# Stopped after two steps, and run again; each with half of a layer, which is computed again on the way back.
 TWICE = """
 import sys
 from functools import partial
+from minivl import fast
 from weights_tools.mpo import train
+load = train.loaded
+def loaded(*where):
+    model = load(*where)
+    weight = model.language_model.layers[0].mlp.up_proj.weight
+    assert 2 * weight.to_local().numel() == weight.numel()
+    return model
+train.loaded, fast.LARGE = loaded, 0
 whole, stop = train.train, train.distributed.stop
 train.train, train.distributed.stop = partial(whole, stop_at=2), lambda: None
 train.main(sys.argv[1:])

@@ -13,6 +13,7 @@ from PIL import Image
 from minivl import InputError, Tokenizer, load
 from minivl.files.adapters import FILE as ADAPTER
 from minivl.tiling import normalise
+from weights_tools import lora
 from weights_tools.mpo import batch, curves, reference, steps, train
 from weights_tools.mpo.loss import sequence_logps
 from weights_tools.mpo.mmpr import read_datasets, read_meta
@@ -199,6 +200,24 @@ def stored_logps(folder):
         return file.get_tensor("logps")
 
 
+def test_a_large_model_computes_its_layers_again(plain, data, whole, tmp_path, monkeypatch):
+    """Each of tower and decoder, in each forward that learns; nothing else changes."""
+    seen = []
+    original = lora.checkpoint
+
+    def spy(layer, *args, **options):
+        seen.append(layer.__self__)
+        return original(layer, *args, **options)
+    monkeypatch.setattr("minivl.fast.LARGE", 0)
+    monkeypatch.setattr(lora, "checkpoint", spy)
+    trained(plain, data, tmp_path / "out")
+    kinds = [type(layer).__module__ for layer in seen]
+    config = load(plain).config
+    assert kinds.count("minivl.qwen2") == 10 * config.llm_config.num_hidden_layers
+    assert 0 < kinds.count("minivl.vit") <= 10 * config.vision_config.num_hidden_layers
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
 def test_gradients_add_up_over_micro_batches(plain, data, tmp_path):
     """By preference alone two pairs at once are two pairs one by one."""
     lines = []
@@ -363,6 +382,7 @@ def test_the_command(plain, data, tmp_path, capsys):
     assert train.main([str(plain), str(data / "pairs.jsonl"), str(tmp_path / "out"), "--steps", "1", "--batch", "1",
                        "--keep", str(data / "keep.jsonl"), "--hold", "2", "--dtype", "float32"]) == 0
     out = capsys.readouterr().out
-    assert "3 pairs: 1 steps of 1, 1 at once; all weights by adamw, rate 1e-06; products in float32; 2 rows kept" in out
+    assert "3 pairs: 1 steps of 1, 1 at once; all weights by adamw, rate 1e-06; at most 12 tiles a picture and " in out
+    assert "tokens; products in float32; 2 rows kept, weight 2" in out
     assert f"{tmp_path / 'out'}: the checkpoint, log.jsonl and curves.svg" in out
     assert load(tmp_path / "out")

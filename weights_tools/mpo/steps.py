@@ -9,6 +9,7 @@ import torch
 
 from minivl.limits import InputError
 from minivl.model import MiniVL
+from minivl.preprocess import most_tiles
 from minivl.tiling import normalise
 from minivl.tokenizer import Tokenizer
 from weights_tools.lora import places
@@ -78,8 +79,11 @@ def told(task: Task, half: bool) -> str:
     plan = task.plan
     what = f"a LoRA of rank {plan.lora}" if plan.lora else "all weights"
     kept = f"; {len(task.keep):,} rows kept, weight {plan.hold:g}" if task.keep else ""
+    config = task.model.config
+    tokens = min(plan.max_tokens, config.llm_config.max_position_embeddings)
     return (f"{len(task.pairs):,} pairs: {plan.steps} steps of {plan.batch}, {plan.micro} at once; {what} by "
-            f"{plan.optimiser}, rate {plan.lr:g}; products in {'bfloat16' if half else 'float32'}{kept}")
+            f"{plan.optimiser}, rate {plan.lr:g}; at most {plan.max_num or most_tiles(config)} tiles a picture and "
+            f"{tokens} tokens; products in {'bfloat16' if half else 'float32'}{kept}")
 
 
 def optimisers(plan: Plan, model: MiniVL, learned: list) -> list:

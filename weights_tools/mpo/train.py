@@ -79,9 +79,10 @@ def train(folder: str | Path, pairs: Pairs, out: str | Path, plan: Plan, *, refe
         tqdm.write(told(task, half))
     with precision(device, half), at_most(threads):
         frozen = loaded(other, device) if other else model
-        task.logps = of_reference(loop.folder, of, task, frozen, Tokenizer.load(other) if other else None)
+        task.logps = of_reference(loop.folder, [*of, half], task, frozen, Tokenizer.load(other) if other else None)
     if keep:
         task.before = before(task, other or folder, frozen)
+    del frozen              # the memory is needed, unless the rows to keep need the model
     learned, about = prepared(task, folder)
     if not run_steps(loop, task, learned, device, half, threads):
         return None
@@ -143,7 +144,7 @@ def save(state: dict[str, torch.Tensor], folder: Path, out: Path):
 # ---- the reference --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def of_reference(out: Path, of: list[str], task: Task, frozen: MiniVL, tokenizer: Tokenizer | None) -> torch.Tensor:
+def of_reference(out: Path, of: list, task: Task, frozen: MiniVL, tokenizer: Tokenizer | None) -> torch.Tensor:
     """Compute the reference's log-probabilities of all pairs, or read them; tokenizer: of another reference."""
     plan = task.plan
     digest = hashlib.sha256(json.dumps([of, plan.micro, plan.max_num, plan.max_tokens]).encode()).hexdigest()
