@@ -206,7 +206,7 @@ COMMANDS = [
              "seed": "--seed 1"}, base="m out"),
     Command("weights_tools/mpo/sample.py", sample.arguments,
             {"checkpoint": "m q o.jsonl", "questions": "m q o.jsonl", "out": "m q o.jsonl", "n": "-n 2",
-             "version": "--version asked", **SAMPLING}, base="m q o.jsonl"),
+             "prompt_version": "--version asked", **SAMPLING}, base="m q o.jsonl"),
     Command("weights_tools/mpo/dropout.py", dropout.arguments,
             {"checkpoint": "m q o.jsonl", "rows": "m q o.jsonl", "out": "m q o.jsonl", "ratio": "--ratio .3",
              "with_picture": "--with-picture", **SAMPLING}, needs={"max_num": "with_picture"}, base="m q o.jsonl"),

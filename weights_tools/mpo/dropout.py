@@ -6,7 +6,7 @@
 A chosen answer is cut at half of its words, and the model finishes it without the picture, so from what it reads alone.
 A row whose end comes out as it was is left out. Other keys stay; "image" and "max_num" are as in mpo.sample. Stopped,
 the same command goes on.
-Source: InternVL tools/reasoning_data_pipeline/mmpr_data_pipeline_dropout_ntp.py @2410d1d; the name, arXiv:2411.10442.
+Source: InternVL mmpr_data_pipeline_dropout_ntp.py @2410d1d; the name, arXiv:2411.10442.
 """
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def differs(row: dict) -> bool:
 def finished(pipe: Pipeline, rows: Sequence[dict], *, seed: int = 0, ratio: float = 0.5, with_picture: bool = False,
              config: GenerationConfig | None = None, batch: int = 8, max_num: int | None = None,
              root: Path | None = None, first: int = 0,
-             where: Callable[[int], str] = "row {}".format) -> Iterator[dict]:
+             where: Callable[[int], str] = "rows[{}]".format) -> Iterator[dict]:
     """Yield each row with "rejected": the first `ratio` of the chosen answer's words, and how the model finishes them.
 
     config: how tokens are chosen; default temperature 0.7, 2048 tokens. first: number of the row to begin with. root,
@@ -103,8 +103,8 @@ def main(argv: list | None = None) -> int:
                         config=config, batch=args.batch, max_num=args.max_num, root=root, first=first,
                         where=rows.place)
 
-    made, kept = write_begun(Path(args.out), job_of(args, path, "ratio", "with_picture"), make,
-                             group=together(1, args.batch), keep=differs)
+    job = job_of(args, path, ratio=args.ratio, with_picture=args.with_picture)
+    made, kept = write_begun(Path(args.out), job, make, group=together(1, args.batch), keep=differs)
     print(f"{args.out}: {kept:,} pairs; {made - kept:,} answers were finished as they had been, left out")
     return 0
 

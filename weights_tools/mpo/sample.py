@@ -8,8 +8,8 @@ tiles of each picture. A response that was not finished has "finish_reason": "le
 on. Then `python -m weights_tools.mpo.pairs OUT.jsonl PAIRS` tells right from wrong.
 --version asked: the question alone is the prompt, for a model that was not taught the others, and all that it says is
 its answer, or what follows "Final Answer:".
-Source: InternVL tools/reasoning_data_pipeline/mmpr_data_pipeline_correctness.py @2410d1d. At the card's time: -n 8
---temperature 1 --max-new-tokens 2048.
+Source: InternVL mmpr_data_pipeline_correctness.py @2410d1d. At the card's time: -n 8 --temperature 1 --max-new-tokens
+2048.
 """
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from weights_tools.mpo.several import add_options, how, job_of, named, opened, s
 def answers(pipe: Pipeline, rows: Sequence[dict], *, n: int = 32, seed: int = 0, version: str = "en",
             config: GenerationConfig | None = None, batch: int = 8, max_num: int | None = None,
             root: Path | None = None, first: int = 0,
-            where: Callable[[int], str] = "row {}".format) -> Iterator[dict]:
+            where: Callable[[int], str] = "rows[{}]".format) -> Iterator[dict]:
     """Yield n answers to each question {question, answer, image?, max_num?}, in order, as `pairs.judge` reads them.
 
     config: how tokens are chosen, with do_sample=True; default temperature 0.7, 4096 tokens. image: a path below
@@ -66,7 +66,8 @@ def arguments(argv: list | None = None) -> argparse.Namespace:
     parser.add_argument("questions", metavar="QUESTIONS", help="a JSONL file")
     parser.add_argument("out", metavar="OUT.jsonl", help="file to write; its name chooses how answers will be judged")
     parser.add_argument("-n", type=int, default=32, help="answers to each question (default %(default)s)")
-    parser.add_argument("--version", choices=[*PROMPTS], default="en", help="of the prompt (default %(default)s)")
+    parser.add_argument("--version", dest="prompt_version", choices=[*PROMPTS], default="en",
+                        help="of the prompt (default %(default)s)")
     add_options(parser, new_tokens=4096)
     return parser.parse_args(argv)
 
@@ -82,14 +83,15 @@ def main(argv: list | None = None) -> int:
     cut = Counter()
 
     def make(first):
-        return answers(opened(args), rows, n=args.n, seed=args.seed, version=args.version, config=config,
+        return answers(opened(args), rows, n=args.n, seed=args.seed, version=args.prompt_version, config=config,
                        batch=args.batch, max_num=args.max_num, root=root, first=first // args.n, where=rows.place)
 
     def keep(row):
         cut[row.get("finish_reason")] += 1
         return True
 
-    made, _ = write_begun(Path(args.out), job_of(args, path, "n", "version"), make, group=group, keep=keep)
+    made, _ = write_begun(Path(args.out), job_of(args, path, n=args.n, version=args.prompt_version), make, group=group,
+                          keep=keep)
     print(f"{args.out}: {made:,} answers to {len(rows):,} questions; {cut['length']:,} were not finished")
     return 0
 

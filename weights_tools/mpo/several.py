@@ -23,6 +23,7 @@ from minivl.cache import KVCache
 from minivl.chat.answers import Answer
 from minivl.chat.pipeline import embed
 from minivl.chat.requests import Turn
+from minivl.files.adapters import FILE
 from minivl.files.find import find
 from minivl.generation import steps
 from minivl.limits import InputError
@@ -142,13 +143,17 @@ def how(args: argparse.Namespace) -> GenerationConfig:
                             max_new_tokens=args.max_new_tokens)
 
 
-def job_of(args: argparse.Namespace, rows: Path, *others: str) -> dict:
-    """Write down all that decides the answers, {option: value}, to know the work by; `others`: more of them."""
+def job_of(args: argparse.Namespace, rows: Path, **others) -> dict:
+    """Write down all that decides the answers, {option: value}, to know the work by; `others`: more options."""
+    lora = args.lora and Path(args.lora)
+    if lora:
+        lora = digest_of_file(lora / FILE if lora.is_dir() else lora)
     names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "batch", "max_num", "root", "device",
-             "precision", *others)
-    return {"checkpoint": digest_of_checkpoint(find(args.checkpoint)), rows.name: digest_of_file(rows),
-            "lora": args.lora and digest_of_file(Path(args.lora)),
-            **{f"--{name.replace('_', '-')}": getattr(args, name) for name in names}}
+             "precision")
+    settings = {**others, **{name: getattr(args, name) for name in names}}
+    spelled = {name: f"--{name}".replace("_", "-") if len(name) > 1 else f"-{name}" for name in settings}
+    return {"checkpoint": digest_of_checkpoint(find(args.checkpoint)), "rows": digest_of_file(rows), "lora": lora,
+            **{spelled[name]: value for name, value in settings.items()}}
 
 
 def opened(args: argparse.Namespace) -> Pipeline:
