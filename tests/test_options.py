@@ -20,7 +20,7 @@ from weights_tools.bench import beside
 from weights_tools.convert import __main__ as convert
 from weights_tools.language import __main__ as language
 from weights_tools.language import cut
-from weights_tools.mpo import pairs, show
+from weights_tools.mpo import dropout, pairs, sample, show
 from weights_tools.mpo import train as mpo_train
 from weights_tools.nano import evaluate, int4, lesson, ship, train
 from weights_tools.quantize import __main__ as quantize
@@ -103,6 +103,9 @@ def but(names, all=ALL):
     return " ".join(set(all.split()) - set(names.split()))
 
 
+SAMPLING = {"temperature": "--temperature 1", "top_k": "--top-k 5", "top_p": "--top-p .5",
+            "max_new_tokens": "--max-new-tokens 9", "seed": "--seed 1", "batch": "--batch 2", "max_num": "--max-num 2",
+            "root": "--root r", "lora": "--lora l", "device": "--device cpu", "precision": "--precision fast"}
 COMMANDS = [
     Command(
         "minivl/__main__.py", parse_chat,
@@ -202,6 +205,12 @@ COMMANDS = [
     Command("weights_tools/mpo/pairs.py", pairs.arguments,
             {"answers": "m out", "out": "m out", "rules": "--rules head", "fix": "--fix", "limit": "--limit 3",
              "seed": "--seed 1"}, base="m out"),
+    Command("weights_tools/mpo/sample.py", sample.arguments,
+            {"checkpoint": "m q o.jsonl", "questions": "m q o.jsonl", "out": "m q o.jsonl", "n": "-n 2",
+             "prompt_version": "--version asked", **SAMPLING}, base="m q o.jsonl"),
+    Command("weights_tools/mpo/dropout.py", dropout.arguments,
+            {"checkpoint": "m q o.jsonl", "rows": "m q o.jsonl", "out": "m q o.jsonl", "ratio": "--ratio .3",
+             "with_picture": "--with-picture", **SAMPLING}, needs={"max_num": "with_picture"}, base="m q o.jsonl"),
     Command("weights_tools/mpo/show.py", lambda argv: show.arguments([*argv, "--html", "x"]),
             {"file": "m.jsonl", "html": "--html x", "root": "--root r", "n": "-n 5", "seed": "--seed 1"},
             base="m.jsonl"),

@@ -16,6 +16,7 @@
     python -m weights_tools.bench CHECKPOINT                how fast, beside what the machine could do
     python -m weights_tools.language WHEEL                  what int4 costs a real language model, by each method
     python -m weights_tools.mpo.pairs ANSWERS.jsonl OUT     pairs of answers, one preferred (.show: a page of them)
+    python -m weights_tools.mpo.sample MODEL DATA OUT       several answers to each question (.dropout: rejected ones)
     python -m weights_tools.mpo.train FOLDER DATA OUT       learn from such pairs what is preferred
     python -m weights_tools.nano.train OUT                  nano, the small model in the package (also .evaluate, .ship)
 

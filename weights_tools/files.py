@@ -141,6 +141,16 @@ def held(folder: Path) -> Iterator[None]:
             os.close(lock)
 
 
+@contextmanager
+def held_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read and write, if it is not there a new one, and hold it: as `held`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b") as file:
+        if fcntl and not _locked(file.fileno(), or_without=True):
+            raise InputError(f"another process works on {path}; wait for it, or choose another place")
+        yield file
+
+
 def _claim(folder: Path) -> tuple[Path, int | None]:
     """Make and lock an unfinished folder: its path, and the open lock."""
     while True:

@@ -47,10 +47,7 @@ def check(row: dict, root: Path | None = None):
     tiles = row.get("max_num")
     if tiles is not None and (type(tiles) is not int or tiles < 1):
         raise InputError(f"max_num is {clip(tiles)}; it must be a whole number, 1 or more")
-    _check_pictures(row)
-    for image in pictures(row) if root is not None else []:
-        if not is_there(root / image):
-            raise InputError(f"there is no picture {clip(root / image)}; check image, and the folder it is in")
+    _check_pictures(row, root)
 
 
 def check_answer(row: dict):
@@ -58,8 +55,33 @@ def check_answer(row: dict):
     _check_texts(row, ("question", "response"))
     _check_pictures(row)
     known_version(row.get("prompt_version", "en"))
-    if not isinstance(row.get("answer"), (str, int, float)):
+    _check_known(row)
+
+
+def check_question(row: dict, root: Path | None = None):
+    """Raise InputError where a row is no question with a known answer: see weights_tools.mpo.sample."""
+    _check_texts(row, ("question",))
+    if not row["question"].replace(IMAGE, "").strip():
+        raise InputError("the question is empty; write one, or take the row out")
+    _check_known(row)
+    _check_pictures(row, root)
+
+
+def check_chosen(row: dict, root: Path | None = None):
+    """Raise InputError where a row is no question with a chosen answer: see weights_tools.mpo.dropout."""
+    _check_texts(row, ("question", "chosen"))
+    for name in ("question", "chosen"):
+        if not row[name].replace(IMAGE, "").strip():
+            raise InputError(f"{name} is empty; write it, or take the row out")
+    _check_pictures(row, root)
+
+
+def _check_known(row: dict):
+    answer = row.get("answer")
+    if not isinstance(answer, (str, int, float)):
         raise InputError("answer, the known one, must be a text or a number")
+    if isinstance(answer, str) and not answer.strip():
+        raise InputError("answer, the known one, is empty; write it, or take the row out")
 
 
 def _check_texts(row: dict, names: tuple[str, ...]):
@@ -71,7 +93,7 @@ def _check_texts(row: dict, names: tuple[str, ...]):
             raise InputError(f"{name} is a {type(row[name]).__name__}; it must be a text")
 
 
-def _check_pictures(row: dict):
+def _check_pictures(row: dict, root: Path | None = None):
     found = pictures(row)
     if not isinstance(found, list) or not all(isinstance(image, str) and image for image in found):
         raise InputError("image must be a path or a list of paths")
@@ -79,6 +101,9 @@ def _check_pictures(row: dict):
     marks = row["question"].count(IMAGE)
     if isinstance(row.get("image"), list) and marks < len(found):
         raise InputError(f"the question has {marks} {IMAGE} for {len(found)} pictures; in a list each needs one")
+    for image in found if root is not None else []:
+        if not is_there(root / image):
+            raise InputError(f"there is no picture {clip(root / image)}; check image, and the folder it is in")
 
 
 class Rows(Sequence):
@@ -121,6 +146,10 @@ class Rows(Sequence):
     def wrong(self, number: int, what: str) -> InputError:
         """Return the error of a line."""
         return InputError(f"{self.path}, line {number}: {what}")
+
+    def place(self, i: int) -> str:
+        """Say where row i stands: file and line."""
+        return f"{self.path}, line {self.lines[i]}"
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -26,7 +26,7 @@ from minivl import options
 from minivl.limits import InputError, first_of
 from weights_tools import run
 from weights_tools.mpo.mmpr import Rows, check_answer, write_rows
-from weights_tools.mpo.prompts import LETTER, known_version
+from weights_tools.mpo.prompts import ASKED, LETTER, known_version
 from weights_tools.mpo.scorers import DEFAULT, RULES, checked, is_right, normalise, scorers_of
 
 LETTERS = tuple("ABCDEFGHIJKLMN")
@@ -41,7 +41,8 @@ def parse(response: str, version: str = "en") -> tuple[str | None, str] | None:
     """Split an answer into its reasoning and what it ends in, or None where it does not have the form asked for.
 
     en, zh: the text after the last "Final answer:", one line, with reasoning before it; its language is not looked at.
-    en_v2, zh_v2, en_r1, zh_r1: the last box, \\boxed{...}; no reasoning is returned. Raises InputError for others.
+    en_v2, zh_v2, en_r1, zh_r1: the last box, \\boxed{...}; no reasoning is returned. asked: the text after the last
+    "Final answer:", or without one all of it. Raises InputError for others.
     """
     if known_version(version).endswith("_v2"):
         box = _boxed(response)
@@ -54,6 +55,8 @@ def parse(response: str, version: str = "en") -> tuple[str | None, str] | None:
         return None if answer is None else (None, answer)
     trigger = next((words for words in ("Final answer:", "Final Answer:") if words in response), "答案:")
     reasoning, _, answer = (part.strip() for part in response.rpartition(trigger))
+    if version == ASKED:
+        return reasoning or None, answer
     if response.count(trigger) > 2 or response.count("\n") < 2 or not reasoning or "\n" in answer:
         return None
     return reasoning, answer

@@ -24,6 +24,7 @@ from the think section with a newline.
 Ensure that the thinking process is thorough but remains focused on the query. The final answer should be standalone \
 and not reference the thinking section.
 """
+ASKED = "asked"     # not the original's: the question as it stands, for models that do not know the others
 # Models were trained to read exactly this.
 PROMPTS = {
     "en": "Your task is to answer the question below. Give step by step reasoning before you answer, and when you're "
@@ -42,14 +43,18 @@ PROMPTS = {
              "请一步一步进行逻辑思考，充分考虑所有相关信息后再作答。",
     "en_r1": f"{R1}{{question}}\n{BOXED_SUFFIX}",
     "zh_r1": f"{R1}{{question}}\n请详细回答这个问题并将最终答案用\\boxed{{}}包住。",
+    ASKED: "{question}",
 }
 
 
 def prompt(question: str, version: str = "en", *, picture: bool = True, rules: str = "dec2024") -> str:
     """Write what the model is asked: the question, without "answer in one word" at its end, in a template.
 
-    picture: one <image> goes to the front; where several stand in the question they stay.
+    picture: one <image> goes to the front; where several stand in the question they stay. Version "asked": the question
+    as it stands.
     """
+    if version == ASKED:
+        return question
     for suffix in SUFFIXES if checked(rules) == "dec2024" else (*SUFFIXES, BOXED_SUFFIX):
         if question.endswith(suffix):
             question = question.removesuffix(suffix).strip()
