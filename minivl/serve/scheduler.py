@@ -47,10 +47,10 @@ BEGINNINGS = 32                 # prompts and answers they are of; each is compa
 
 
 class Job:
-    """One request. `told(text, ended)` is called by the scheduler's thread: it must be quick and never wait."""
+    """One request. `told(job, text, ended)` is called by the scheduler's thread: it must be quick and never wait."""
 
     def __init__(self, turn: Turn, answer: Answer, placeholder: int | None, tokens_per_tile: int,
-                 told: Callable[[str, bool], None]):
+                 told: Callable[[Job, str, bool], None]):
         self.turn = turn
         self.answer = answer
         self.told = told
@@ -243,7 +243,7 @@ class Scheduler:
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.thread.start()
 
-    def submit(self, turn: Turn, told: Callable[[str, bool], None]) -> Job:
+    def submit(self, turn: Turn, told: Callable[[Job, str, bool], None]) -> Job:
         """Queue a request, as read by Pipeline.turn. Any thread. Job.answer is what is written so far."""
         answer = Answer(turn, self.pipe.tokenizer, self.pipe.stop_ids, session_id=0)
         job = Job(turn, answer, self.model.img_context_token_id, self.model.config.num_image_token, told)
@@ -413,13 +413,13 @@ class Scheduler:
         job.key.append(job.token)
         text = job.answer.push(job.token, logits[0])
         if not job.cancelled and (text or job.answer.finish_reason):
-            job.told(text, bool(job.answer.finish_reason))
+            job.told(job, text, bool(job.answer.finish_reason))
 
     def _fail(self, job: Job, error: Exception) -> None:
         """End one request because of an exception, without its traceback, which holds memory of all."""
         job.error = error.with_traceback(None)
         if not job.cancelled:
             try:
-                job.told("", True)
+                job.told(job, "", True)
             except Exception:
                 job.cancelled = True    # nobody can be told
