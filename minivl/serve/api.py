@@ -157,7 +157,8 @@ class Service:
 
     @asynccontextmanager
     async def lifespan(self, app):
-        """End the scheduler's thread with the server."""
+        """Let the scheduler's thread begin and end with the server."""
+        self.scheduler.thread.start()
         yield
         await asyncio.to_thread(self.scheduler.close)
 

@@ -240,15 +240,14 @@ class Scheduler:
         self.waiting = deque()
         self.closing = False
         self.changed = threading.Condition()
-        self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
-        self.thread.start()
+        self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)     # to be started
 
     def submit(self, turn: Turn, told: Callable[[Job, str, bool], None]) -> Job:
         """Queue a request, as read by Pipeline.turn. Any thread. Job.answer is what is written so far."""
         answer = Answer(turn, self.pipe.tokenizer, self.pipe.stop_ids, session_id=0)
         job = Job(turn, answer, self.model.img_context_token_id, self.model.config.num_image_token, told)
         with self.changed:
-            if self.closing or not self.thread.is_alive():
+            if self.closing:
                 raise RuntimeError("the scheduler is closed")
             self.waiting.append(job)
             self.changed.notify()

@@ -9,10 +9,16 @@ import logging
 import signal
 import socket
 import warnings
+from typing import TYPE_CHECKING
 
 from minivl.chat.pipeline import EngineConfig, pipeline
 from minivl.limits import InputError, Limits
 from minivl.terminal import say
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from minivl.serve.api import Service
 
 SERVICE = """\
 Answer requests over HTTP, as OpenAI's client sends them. Needs the extra: pip install "minivl[serve]".
@@ -93,11 +99,16 @@ def serve(args: argparse.Namespace) -> int:
     service = Service(pipe, guards, args.model_name or args.model)
     host, port = listener.getsockname()[:2]
     say(f"{service.name} answers at http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl-C ends it)")
-    config = uvicorn.Config(service.app, http=patient(), ws="none", log_config=None, access_log=False,
-                            server_header=False, timeout_graceful_shutdown=int(args.max_seconds) + 1)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)       # uvicorn raises it again when all is finished
-    uvicorn.Server(config).run(sockets=[listener])
+    uvicorn.Server(configured(service)).run(sockets=[listener])
     return 0
+
+
+def configured(service: Service) -> uvicorn.Config:
+    """Set uvicorn up for a service."""
+    import uvicorn
+    return uvicorn.Config(service.app, http=patient(), ws="none", log_config=None, access_log=False,
+                          server_header=False, timeout_graceful_shutdown=int(service.guards.seconds) + 1)
 
 
 def listen(name: str, port: int) -> socket.socket:
