@@ -269,13 +269,21 @@ class Reply:
         length = self.request.headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > most:
             raise Refused(413, f"the body has {length[:20]} bytes, the limit is {most}; send smaller pictures")
-        async for part in self.request.stream():
+        while not self.taken:
+            part = await self.part()
             self.size += len(part)
             if self.size > most:
                 raise Refused(413, f"the body has more than {most} bytes, the limit; send smaller pictures")
             self.place.hold(self.size)
             self.data += part
-        self.taken = True
+
+    async def part(self) -> bytes:
+        """Get the next part of the body."""
+        message = await self.request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        self.taken = not message.get("more_body", False)
+        return message.get("body", b"")
 
     async def unless_gone(self, receive: Receive, work: Awaitable) -> None:
         """Do the work unless the client goes away first, or it takes too long."""
@@ -373,18 +381,16 @@ class Reply:
         if self.started:
             await self.stream([refused.content])
             return await self.send({"type": "http.response.body", "body": b""})
-        if not self.taken:
-            # Closed with bytes on their way, a connection is reset, and the client may never read why.
-            with suppress(asyncio.TimeoutError, ClientDisconnect):
-                await asyncio.wait_for(self.drain(), DRAIN_SECONDS)
+        # Closed with bytes on their way, a connection is reset, and the client may never read why.
+        with suppress(asyncio.TimeoutError, ClientDisconnect):
+            await asyncio.wait_for(self.drain(), DRAIN_SECONDS)
         response = await refusal(self.request, refused)
         await response(self.request.scope, None, self.send)
 
     async def drain(self) -> None:
         """Read the rest of the body, and forget it."""
-        more = True
-        while more:
-            more = (await self.request.receive()).get("more_body", False)
+        while not self.taken:
+            await self.part()
 
     def end(self, status: int) -> None:
         """Free everything, count and log."""
