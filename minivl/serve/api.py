@@ -245,6 +245,7 @@ class Reply:
         self.size = 0                   # bytes of it
         self.taken = False              # whether it is whole
         self.jobs = []
+        self.left = 0                   # of them, not ended
         self.events = asyncio.Queue()   # (answer's number, its new text, its new tokens, how it ended)
         self.first = {}                 # answer's number -> seconds until its first text
         self.started = False            # whether the status was sent
@@ -312,18 +313,14 @@ class Reply:
         ask = await asyncio.to_thread(self.read)
         self.place.hold(0)
         loop = asyncio.get_running_loop()
+        self.left = len(ask.turns)
         for index, turn in enumerate(ask.turns):
             self.jobs.append(service.scheduler.submit(turn, self.teller(loop, index, ask.stream)))
-        left = len(self.jobs)
         writer = wire.Writer(ask, service.name, service.pipe.tokenizer)
-        while left:
+        while self.left or not self.events.empty():
             events = [await self.events.get()]
             while not self.events.empty():
                 events.append(self.events.get_nowait())
-            ended = sum(event[3] is not None for event in events)
-            left -= ended
-            if not left:
-                self.place.free()
             for job in self.jobs:
                 if job.error:
                     raise failure(job)
@@ -364,8 +361,15 @@ class Reply:
             tokens = wire.told_of(job.answer, told)
             told += len(tokens)
             reason = (job.answer.finish_reason or "error") if ended else None
-            loop.call_soon_threadsafe(self.events.put_nowait, (index, text, tokens, reason))
+            loop.call_soon_threadsafe(self.told, (index, text, tokens, reason))
         return tell
+
+    def told(self, event: tuple) -> None:
+        """Take an event. Here, not where it is sent: that may wait for a client who reads slowly."""
+        self.events.put_nowait(event)
+        self.left -= event[3] is not None
+        if not self.left:
+            self.place.free()
 
     async def stream(self, chunks: list[dict], done: bool = False) -> None:
         """Send server-sent events."""
@@ -382,8 +386,9 @@ class Reply:
             await self.stream([refused.content])
             return await self.send({"type": "http.response.body", "body": b""})
         # Closed with bytes on their way, a connection is reset, and the client may never read why.
-        with suppress(asyncio.TimeoutError, ClientDisconnect):
-            await asyncio.wait_for(self.drain(), DRAIN_SECONDS)
+        if refused.status != 408:
+            with suppress(asyncio.TimeoutError, ClientDisconnect):
+                await asyncio.wait_for(self.drain(), DRAIN_SECONDS)
         response = await refusal(self.request, refused)
         await response(self.request.scope, None, self.send)
 

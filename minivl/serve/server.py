@@ -66,7 +66,7 @@ def check(args: argparse.Namespace) -> None:
         most = 65535 if name == "server_port" else 10 ** 6
         if not least <= value <= most:
             raise InputError(f"--{name.replace('_', '-')} is {value:g}; it must be in {least}..{most}")
-    if not all(key.isascii() and key.isprintable() and key.strip() == key != "" for key in args.api_keys):
+    if not all(key.isascii() and key.isprintable() and key and " " not in key for key in args.api_keys):
         raise InputError("a key of --api-keys is empty or has a space or a sign beyond ASCII; choose another")
 
 

@@ -202,7 +202,8 @@ def test_a_stop_word_is_in_no_stream(server, pipe):
                                                       stream=True, logprobs=True)).data)
         assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == whole[:whole.index(word)]
         told = b"".join(bytes(e["bytes"]) for c in chunks for e in c["choices"][0]["logprobs"]["content"])
-        assert told.decode().strip() == whole[:whole.index(word)].strip() and chunks[-1]["choices"][0]["finish_reason"] == "stop"
+        assert told.decode().strip() == whole[:whole.index(word)].strip()
+        assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
 
 
 def test_several_answers(server, pipe):
