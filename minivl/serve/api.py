@@ -13,6 +13,7 @@ import hmac
 import json
 import logging
 import time
+import traceback
 from collections import Counter
 from collections.abc import Awaitable
 from contextlib import asynccontextmanager, suppress
@@ -37,6 +38,8 @@ PAGE = Path(__file__).with_name("page.html")
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
           "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)     # bounds of the histograms
+KINDS = {"requests_total": "counter", "prompt_tokens_total": "counter", "prompt_tokens_reused_total": "counter",
+         "completion_tokens_total": "counter", "first_token_seconds": "histogram", "token_seconds": "histogram"}
 DRAIN_SECONDS = 5
 FAILED = "the server failed on this request; others are not affected"
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"),
@@ -85,54 +88,13 @@ class Metrics:
 
     def text(self, gauges: dict[str, float]) -> str:
         """Write everything, and what is so now."""
-        lines, kinds = [], set()
-        for (name, labels), value in [*sorted(self.counts.items(), key=lambda item: item[0][0]),
-                                      *(((name, ""), value) for name, value in gauges.items())]:
-            family = next((name[:-len(end)] for end in ("_bucket", "_sum", "_count") if name.endswith(end)), name)
-            kind = "histogram" if family != name else "gauge" if name in gauges else "counter"
-            if family not in kinds:
-                lines.append(f"# TYPE minivl_{family} {kind}")
-            kinds.add(family)
-            lines.append(f"minivl_{name}{labels} {value:g}" if value % 1 else f"minivl_{name}{labels} {value:.0f}")
+        lines = []
+        for name, kind in KINDS.items():
+            mine = [(key, labels, value) for (key, labels), value in self.counts.items() if key.startswith(name)]
+            lines.append(f"# TYPE minivl_{name} {kind}")
+            lines += [f"minivl_{key}{labels} {value:.12g}" for key, labels, value in mine]
+        lines += [f"# TYPE minivl_{name} gauge\nminivl_{name} {value}" for name, value in gauges.items()]
         return "\n".join(lines) + "\n"
-
-
-class Place:
-    """A place among those that wait and run, and the bytes it holds. Given back once, however often it is said."""
-
-    def __init__(self, service: Service):
-        most = service.guards.requests
-        if service.asked >= most:
-            raise Refused(429, f"{service.asked} requests wait or run, the limit is {most}; try again in a moment",
-                          "queue_full")
-        self.service = service
-        self.bytes = 0
-        self.reads = False              # whether it is one of those whose pictures are open
-        self.open = True
-        service.asked += 1
-
-    def hold(self, size: int) -> None:
-        """Count the bytes of the body."""
-        most = self.service.guards.all_bytes
-        if size > self.bytes and self.service.held + size - self.bytes > most:
-            raise Refused(429, f"the requests that wait have nearly {most} bytes, the limit; try again in a moment",
-                          "queue_full")
-        self.service.held += size - self.bytes
-        self.bytes = size
-
-    async def turn(self) -> None:
-        """Wait until the pictures may be opened."""
-        await self.service.ready.acquire()
-        self.reads = True
-
-    def free(self) -> None:
-        """Give it back."""
-        if self.open:
-            self.open = False
-            self.hold(0)
-            self.service.asked -= 1
-            if self.reads:
-                self.service.ready.release()
 
 
 class Service:
@@ -151,8 +113,8 @@ class Service:
         self.ready = asyncio.Semaphore(pipe.config.max_batch_size + 2)
         self.app = Starlette(routes=[
             Route("/", self.page), Route("/health", self.health), Route("/metrics", self.measured),
-            Route("/v1/models", self.models), Route("/v1/chat/completions", Asked(self, "chat"), methods=["POST"]),
-            Route("/v1/completions", Asked(self, "completion"), methods=["POST"]),
+            Route("/v1/models", self.models), Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.completion, methods=["POST"]),
         ], exception_handlers={Refused: refusal, 404: not_found, 405: not_found}, lifespan=self.lifespan)
 
     @asynccontextmanager
@@ -200,47 +162,26 @@ class Service:
             {"id": self.name, "object": "model", "created": self.created, "owned_by": "minivl", "root": self.name,
              "parent": None, "permission": [], **sizes}]})
 
+    async def chat(self, request: Request) -> Reply:
+        """Answer a conversation."""
+        return Reply(self, "chat", request)
 
-class Asked:
-    """One of the two endpoints that make answers."""
-
-    def __init__(self, service: Service, kind: str):
-        self.service = service
-        self.kind = kind
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, from its first byte to its last."""
-        request = Request(scope, receive)
-        reply = Reply(self.service, self.kind, request, send)
-        status = 499                    # the client went away
-        try:
-            status = await reply.run()
-        except Refused as refused:
-            status = refused.status
-            await reply.refuse(refused)
-        except (ClientDisconnect, OSError):
-            pass
-        except Exception as error:      # a mistake of ours. Where, not what: its text may quote the request
-            status = 500
-            where = error.__traceback__
-            while where.tb_next:
-                where = where.tb_next
-            LOG.error("%s at %s:%d", type(error).__name__, where.tb_frame.f_code.co_filename, where.tb_lineno)
-            await reply.refuse(Refused(500, FAILED, "internal_error"))
-        finally:
-            reply.end(status)
+    async def completion(self, request: Request) -> Reply:
+        """Continue texts."""
+        return Reply(self, "completion", request)
 
 
 class Reply:
-    """What one request holds and has sent."""
+    """The answer to one request: what it holds, and what was sent of it."""
 
-    def __init__(self, service: Service, kind: str, request: Request, send: Send):
+    def __init__(self, service: Service, kind: str, request: Request):
         self.service = service
         self.kind = kind
         self.request = request
-        self.send = send
         self.start = time.perf_counter()
-        self.place = None
+        self.counted = False            # whether it is one of service.asked
+        self.reads = False              # whether it is one of those whose pictures are open
+        self.held = 0                   # bytes of service.held
         self.data = bytearray()         # the body
         self.size = 0                   # bytes of it
         self.taken = False              # whether it is whole
@@ -250,13 +191,54 @@ class Reply:
         self.first = {}                 # answer's number -> seconds until its first text
         self.started = False            # whether the status was sent
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, from the first byte to the last: how starlette calls a response."""
+        self.send = send
+        status = 499                    # the client went away
+        try:
+            status = await self.run()
+        except Refused as refused:
+            status = refused.status
+            await self.refuse(refused)
+        except (ClientDisconnect, OSError):
+            pass
+        except Exception as error:      # a mistake of ours. Where, not what: its text may quote the request
+            status = 500
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            LOG.error("%s at %s:%d", type(error).__name__, where.filename, where.lineno)
+            await self.refuse(Refused(500, FAILED, "internal_error"))
+        finally:
+            self.end(status)
+
+    def hold(self, size: int) -> None:
+        """Count the bytes that wait."""
+        most = self.service.guards.all_bytes
+        self.service.held += size - self.held
+        self.held = size
+        if size and self.service.held > most:
+            raise Refused(429, f"the requests that wait have over {most} bytes, the limit; try again in a moment",
+                          "queue_full")
+
+    def free(self) -> None:
+        """Give the place back, if it has one."""
+        self.hold(0)
+        self.service.asked -= self.counted
+        if self.reads:
+            self.service.ready.release()
+        self.counted = self.reads = False
+
     async def run(self) -> int:
         """Take a request in, have it answered, send that. Raises Refused."""
         self.service.check(self.request)
         if self.request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "the body must be JSON; send Content-Type: application/json")
-        self.place = Place(self.service)
-        seconds = self.service.guards.body_seconds
+        guards = self.service.guards
+        if self.service.asked >= guards.requests:
+            raise Refused(429, f"{guards.requests} requests wait or run, the limit; try again in a moment",
+                          "queue_full")
+        self.counted = True
+        self.service.asked += 1
+        seconds = guards.body_seconds
         try:
             await asyncio.wait_for(self.take(), seconds)
         except asyncio.TimeoutError:
@@ -275,7 +257,7 @@ class Reply:
             self.size += len(part)
             if self.size > most:
                 raise Refused(413, f"the body has more than {most} bytes, the limit; send smaller pictures")
-            self.place.hold(self.size)
+            self.hold(self.size)
             self.data += part
 
     async def part(self) -> bytes:
@@ -309,9 +291,10 @@ class Reply:
     async def answer(self) -> None:
         """Have the answers made and send them."""
         service = self.service
-        await self.place.turn()
+        await service.ready.acquire()
+        self.reads = True
         ask = await asyncio.to_thread(self.read)
-        self.place.hold(0)
+        self.hold(0)
         loop = asyncio.get_running_loop()
         self.left = len(ask.turns)
         for index, turn in enumerate(ask.turns):
@@ -369,7 +352,7 @@ class Reply:
         self.events.put_nowait(event)
         self.left -= event[3] is not None
         if not self.left:
-            self.place.free()
+            self.free()
 
     async def stream(self, chunks: list[dict], done: bool = False) -> None:
         """Send server-sent events."""
@@ -401,8 +384,7 @@ class Reply:
         """Free everything, count and log."""
         for job in self.jobs:
             job.cancel()
-        if self.place:
-            self.place.free()
+        self.free()
         seconds = time.perf_counter() - self.start
         metrics = self.service.metrics
         metrics.add("requests_total", labels=f'{{endpoint="{self.kind}",status="{status}"}}')

@@ -69,12 +69,12 @@ def alone(nano):
 
 
 @pytest.mark.filterwarnings("ignore:2 pictures without")
-@pytest.mark.parametrize("places, seed", [(1, 0), (3, 1), (8, 2), (5, 3)])
+@pytest.mark.parametrize("places, seed", [(1, 0), (3, 1), (8, 2)])
 def test_each_gets_what_it_gets_alone(nano, alone, places, seed):
     """They come at any time, some are called off, twice the same comes twice."""
     scheduler = Scheduler(nano, places)
     chance = random.Random(seed)
-    order = [*range(len(REQUESTS))] * 2
+    order = [*range(len(REQUESTS)), *range(4)]
     chance.shuffle(order)
     jobs, off = [], []
     while order or scheduler.busy():
@@ -86,7 +86,7 @@ def test_each_gets_what_it_gets_alone(nano, alone, places, seed):
             off.pop(0).cancel()
         scheduler.round()
         assert len(scheduler.batch.alive()) <= places
-    assert len(jobs) == 2 * len(REQUESTS)
+    assert len(jobs) == len(REQUESTS) + 4
     for index, job in jobs:
         check_same(job, alone[index])
 
@@ -103,9 +103,9 @@ def test_the_text_is_told_as_it_comes(nano):
 def test_any_decoder(pipe, made):
     """int4, and another architecture."""
     for one in (pipe, minivl.pipeline(made("plain"))):
-        scheduler = Scheduler(one, 3)
-        prompts = [("what?", Image.new("RGB", (90, 60), (c, 0, 99))) for c in (0, 50, 250)] + ["hello", "a b c"]
-        config = GenerationConfig(max_new_tokens=15, ignore_eos=True, logprobs=5)
+        scheduler = Scheduler(one, 2)
+        prompts = [("what?", Image.new("RGB", (90, 60), (c, 0, 99))) for c in (0, 250)] + ["hello"]
+        config = GenerationConfig(max_new_tokens=10, ignore_eos=True, logprobs=5)
         jobs = [submit(scheduler, prompt, config) for prompt in prompts]
         work(scheduler)
         for job, prompt in zip(jobs, prompts):
@@ -244,7 +244,7 @@ def test_the_batch_does_not_grow_for_ever(nano):
     scheduler = Scheduler(nano, 4)
     chance = random.Random(1)
     longest = 0
-    for i in range(300):
+    for i in range(200):
         if len(scheduler.waiting) < 2:
             config = GenerationConfig(max_new_tokens=chance.randrange(5, 60), ignore_eos=True)
             submit(scheduler, f"hello {i % 7}", config)
