@@ -25,6 +25,7 @@ import hashlib
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from PIL import Image
@@ -42,7 +43,7 @@ from minivl.model import MiniVL
 CHUNK = 256                     # tokens of prompts that are read between two tokens of the others
 TILES = 4                       # tiles that count as that many
 PICTURE_BYTES = 256 * 2**20     # of visual tokens kept
-BEGINNING_BYTES = 256 * 2**20   # of keys and values kept
+BEGINNING_BYTES = 2**30         # of keys and values kept: of the 4B in float32, some 14,000 tokens
 BEGINNINGS = 32                 # prompts and answers they are of; each is compared with each new prompt
 
 
@@ -340,7 +341,7 @@ class Scheduler:
                 return piece.shape[1]
             logits = language.scores(piece, job.cache)[:, -1]                           # (1, V)
         self.reading = None
-        self.beginnings.put(list(job.key), copied([(job.cache, 0, 0, job.cache.length)]))
+        self._keep(job.key, (job.cache, 0, 0, job.cache.length))
         self._take(job, logits)
         if not job.answer.finish_reason:
             self.batch.join(job, job.cache)
@@ -360,6 +361,12 @@ class Scheduler:
             job.seen.append(tokens)
             self.pictures.put(tile, tokens.clone())     # not a view: it would keep its neighbours
         return len(new) * CHUNK // TILES
+
+    def _keep(self, key: list[int], row: tuple[KVCache, int, int, int]) -> None:
+        """Keep what a request has in its cache for others that begin alike, if there is memory for it."""
+        _, _, start, end = row
+        with suppress(MemoryError, RuntimeError):
+            self.beginnings.put(key[:end - start], copied([row]))
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
@@ -381,7 +388,7 @@ class Scheduler:
             if job.answer.finish_reason or job.error:
                 row = self.batch.cache, place, self.batch.padding[place], self.batch.cache.length
                 if not job.error:
-                    self.beginnings.put(job.key[:row[3] - row[2]], copied([row]))
+                    self._keep(job.key, row)
                 self.batch.leave(job)
 
     def _write_one_by_one(self, error: Exception) -> None:

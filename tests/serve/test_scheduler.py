@@ -380,6 +380,17 @@ def test_what_fails_together_is_done_one_by_one(nano, alone, monkeypatch):
     beside(nano, alone, "a b c d e f g h " * 30, GenerationConfig(max_new_tokens=9, ignore_eos=True), "", Exception)
 
 
+def test_no_memory_to_keep_anything(nano, alone, monkeypatch):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(Beginnings, "put", full)
+    scheduler = Scheduler(nano, 4)
+    jobs = [submit(scheduler, *REQUESTS[i]) for i in range(4)]
+    work(scheduler)
+    for job, want in zip(jobs, alone):
+        check_same(job, want)
+
+
 def test_a_round_that_fails_as_a_whole(nano, alone, monkeypatch):
     """Then all that are written fail, and the next ones do not."""
     scheduler = Scheduler(nano)
