@@ -43,6 +43,7 @@ from minivl.model import MiniVL
 CHUNK = 256                     # tokens of prompts that are read between two tokens of the others
 TILES = 4                       # tiles that count as that many
 PICTURE_BYTES = 256 * 2**20     # of visual tokens kept
+TILES_KEPT = 512
 BEGINNING_BYTES = 2**30         # of keys and values kept: of the 4B in float32, some 14,000 tokens
 BEGINNINGS = 32                 # prompts and answers they are of; each is compared with each new prompt
 
@@ -98,7 +99,7 @@ class Pictures:
         if tile not in self.kept:
             self.kept[tile] = tokens
             self.bytes += tokens.nbytes
-        while self.bytes > self.most:
+        while self.bytes > self.most or len(self.kept) > TILES_KEPT:
             self.bytes -= self.kept.popitem(last=False)[1].nbytes
 
 

@@ -205,6 +205,10 @@ def test_visual_tokens_kept_are_bounded():
     assert pictures.get(1) is None and pictures.bytes == sum(t.nbytes for t in pictures.kept.values()) <= 1000
     pictures.put(11, torch.zeros(5, 100))       # too large by itself
     assert not pictures.kept and pictures.bytes == 0
+    pictures = Pictures()
+    for i in range(module.TILES_KEPT + 9):
+        pictures.put(i, torch.zeros(1, 1))
+    assert [*pictures.kept] == [*range(9, module.TILES_KEPT + 9)] and pictures.bytes == 4 * module.TILES_KEPT
 
 
 def one_row(length):
