@@ -15,7 +15,7 @@ import logging
 import time
 import traceback
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,12 +293,12 @@ class Reply:
         service = self.service
         await service.ready.acquire()
         self.reads = True
-        ask = await asyncio.to_thread(self.read)
+        self.loop = asyncio.get_running_loop()
+        ask, self.jobs = await asyncio.to_thread(self.read)
         self.hold(0)
-        loop = asyncio.get_running_loop()
-        self.left = len(ask.turns)
-        for index, turn in enumerate(ask.turns):
-            self.jobs.append(service.scheduler.submit(turn, self.teller(loop, index, ask.stream)))
+        self.left = len(self.jobs)
+        for job in self.jobs:
+            service.scheduler.submit(job)
         writer = wire.Writer(ask, service.name, service.pipe.tokenizer)
         while self.left or not self.events.empty():
             events = [await self.events.get()]
@@ -315,7 +315,7 @@ class Reply:
             return await JSONResponse(writer.whole(answers))(self.request.scope, None, self.send)
         await self.stream([writer.last(answers)] if ask.include_usage else [], done=True)
 
-    def read(self) -> wire.Ask:
+    def read(self) -> tuple[wire.Ask, list[Job]]:
         """Read the body, in a thread of its own."""
         service = self.service
         body, self.data = self.data, None
@@ -328,11 +328,13 @@ class Reply:
                               "model_not_found")
             if service.guards.log_prompts:
                 LOG.info("asked: %s", json.dumps(data)[:10_000])
-            return wire.read(self.kind, data, service.pipe, service.guards.allow_remote)
+            ask = wire.read(self.kind, data, service.pipe, service.guards.allow_remote)
+            return ask, [service.scheduler.job(turn, self.teller(index, ask.stream))
+                         for index, turn in enumerate(ask.turns)]
         except InputError as error:
             raise Refused(400, wire.spoken(str(error))) from None
 
-    def teller(self, loop: asyncio.AbstractEventLoop, index: int, stream: bool):
+    def teller(self, index: int, stream: bool) -> Callable[[Job, str, bool], None]:
         """Make what the scheduler calls for one answer."""
         told = 0
 
@@ -344,7 +346,7 @@ class Reply:
             tokens = wire.told_of(job.answer, told)
             told += len(tokens)
             reason = (job.answer.finish_reason or "error") if ended else None
-            loop.call_soon_threadsafe(self.told, (index, text, tokens, reason))
+            self.loop.call_soon_threadsafe(self.told, (index, text, tokens, reason))
         return tell
 
     def told(self, event: tuple) -> None:

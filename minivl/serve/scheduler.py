@@ -178,7 +178,7 @@ class Batch:
         length = self.cache.length
         start = length - cache.length
         # On a GPU a step is recorded with its padding: it must find a new cache.
-        if None in self.jobs and start >= 0 and self.device(cache) == "cpu":
+        if None in self.jobs and start >= 0 and cache.layers[0][0].device.type == "cpu":
             place = self.jobs.index(None)
             for layer, both in cache.layers.items():
                 for mine, its in zip(self.cache.layers[layer], both):
@@ -196,9 +196,7 @@ class Batch:
     def tidy(self) -> None:
         """Drop rows and padding if too many are free, or nobody needs the first of it any more."""
         alive = self.alive()
-        if not alive:
-            self.__init__()
-        elif 2 * len(alive) <= len(self.jobs) or min(start for _, _, start, _ in self.rows()) >= KVCache.BLOCK:
+        if 2 * len(alive) <= len(self.jobs) or min(start for _, _, start, _ in self.rows()) >= KVCache.BLOCK:
             self.move(alive, self.rows())
 
     def move(self, jobs: list[Job], rows: list[tuple[KVCache, int, int, int]]) -> None:
@@ -208,10 +206,6 @@ class Batch:
         free = places - len(jobs)
         self.jobs = jobs + [None] * free
         self.padding = [self.cache.length - (end - start) for _, _, start, end in rows] + [0] * free
-
-    def device(self, cache: KVCache) -> str:
-        """Tell where a cache lies: "cpu", ..."""
-        return cache.layers[0][0].device.type
 
     def scores(self, model: MiniVL) -> torch.Tensor:
         """Read the last token of each row -> logits float32[B, V] of the next ones."""
@@ -244,16 +238,18 @@ class Scheduler:
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)     # to be started
 
-    def submit(self, turn: Turn, told: Callable[[Job, str, bool], None]) -> Job:
-        """Queue a request, as read by Pipeline.turn. Any thread. Job.answer is what is written so far."""
+    def job(self, turn: Turn, told: Callable[[Job, str, bool], None]) -> Job:
+        """Make a request of what Pipeline.turn has read. Any thread; hashing pictures takes some milliseconds."""
         answer = Answer(turn, self.pipe.tokenizer, self.pipe.stop_ids, session_id=0)
-        job = Job(turn, answer, self.model.img_context_token_id, self.model.config.num_image_token, told)
+        return Job(turn, answer, self.model.img_context_token_id, self.model.config.num_image_token, told)
+
+    def submit(self, job: Job) -> None:
+        """Queue a request. Any thread. Job.answer is what is written so far."""
         with self.changed:
             if self.closing:
                 raise RuntimeError("the scheduler is closed")
             self.waiting.append(job)
             self.changed.notify()
-        return job
 
     def close(self) -> None:
         """Finish what was submitted, then end the thread."""
@@ -291,8 +287,8 @@ class Scheduler:
             except Exception as error:
                 self.reading = None
                 self._fail(job, error)
-        self.batch.tidy()
-        if self.batch.jobs:
+        if self.batch.alive():
+            self.batch.tidy()
             self._write()
 
     def _drop_cancelled(self) -> None:
