@@ -236,6 +236,7 @@ class Scheduler:
         self.waiting = deque()
         self.closing = False
         self.changed = threading.Condition()
+        self.after = lambda: None       # called after each round: what was told in it can go out together
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)     # to be started
 
     def job(self, turn: Turn, told: Callable[[Job, str, bool], None]) -> Job:
@@ -275,6 +276,7 @@ class Scheduler:
                 batch, self.batch = self.batch, Batch()
                 for job in batch.alive():
                     self._fail(job, error)
+            self.after()
 
     @torch.inference_mode()
     def round(self) -> None:

@@ -49,7 +49,7 @@ def body_of(i: int, tokens: int = TOKENS) -> bytes:
     """Write the request of the i-th question."""
     text, picture = question(i)
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    picture.save(file, "PNG", compress_level=1)         # the clients share the processors with the service
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": url}}]
     return json.dumps({"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": tokens,
