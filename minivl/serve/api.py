@@ -391,7 +391,9 @@ class Reply:
         await self.send({"type": "http.response.body", "body": text.encode("utf-8", "replace"), "more_body": not done})
 
     async def refuse(self, refused: Refused) -> None:
-        """Send an error: as the response, or in the stream that has begun."""
+        """Send an error: as the response, or in the stream that has begun. It needs no place for that."""
+        self.free()
+        self.data = None
         if self.started:
             await self.stream([refused.content])
             return await self.send({"type": "http.response.body", "body": b""})

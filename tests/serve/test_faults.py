@@ -106,6 +106,23 @@ def test_half_a_request(pipe, monkeypatch):
                 assert status_of(connection) in (400, None)
 
 
+def test_bodies_that_are_too_much_together(pipe):
+    """Who comes last is told to come again; the others go on."""
+    body = chat(max_tokens=1, user="x" * 8000)
+    with served(pipe, body_bytes=10_000, all_bytes=20_000) as server:
+        with connected(server.port) as one, connected(server.port) as two, connected(server.port) as three:
+            for connection in (one, two):
+                held = server.service.held
+                connection.sendall(head(body)[:-1])
+                wait(lambda held=held: server.service.held > held + 8000)
+            three.sendall(head(body))
+            assert status_of(three) == 429 and server.service.asked == 2
+            one.sendall(b"}")
+            assert status_of(one) == 200
+            two.sendall(b"}")
+            assert status_of(two) == 200
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_a_body_of_200_mb(pipe, told):
     with served(pipe) as server:
