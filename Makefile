@@ -15,7 +15,7 @@ setup: .venv/ready  ## the virtual environment .venv/ with everything needed
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "minivl needs Python 3.10 or newer, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e ".[dev,html,video]"
+	$(PY) -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e ".[dev,html,video,serve]"
 	@touch .venv/ready
 
 demo: setup     ## a small trained model answers questions about pictures

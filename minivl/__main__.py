@@ -1,4 +1,4 @@
-"""The command line: python -m minivl chat PICTURE... [-p PROMPT]; demo; models."""
+"""The command line: python -m minivl chat PICTURE... [-p PROMPT]; demo; models; serve."""
 from __future__ import annotations
 
 import argparse
@@ -28,6 +28,7 @@ from minivl.family import VARIANTS
 from minivl.files.find import SHIPPED
 from minivl.limits import sentence
 from minivl.options import Help, option, spoken
+from minivl.serve.server import SERVICE, add_options, serve
 from minivl.terminal import Wrapped, can_show, check_text, complete_with_tab, person, say, typed_paths
 
 HELP = """\
@@ -57,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     tour.add_argument("-m", "--model", help="the same, as in chat")
     family = commands.add_parser("models", help="the released models: memory, which fit here, which are downloaded")
     family.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    add_options(commands.add_parser("serve", help="answer requests over HTTP, as OpenAI's client sends them",
+                                    description=SERVICE, formatter_class=Help))
     chat = commands.add_parser("chat", help="ask about pictures", description=HELP,
                                formatter_class=Help)
     chat.add_argument("pictures", nargs="*", metavar="PICTURE",
@@ -117,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         with person():
             if args.command == "models":
                 return models(args.json)
+            if args.command == "serve":
+                return serve(args)
             return demo(tour_of(args)) if args.command == "demo" else chat(args)
     except (InputError, OSError) as error:
         if isinstance(error, BrokenPipeError):      # the reader of a pipe went away, e.g. `| head`

@@ -66,13 +66,7 @@ def steps(model: MiniVL, inputs_embeds: torch.Tensor, samplers: list, *, cache: 
             cache.length = end + i
             logits = scores[:, i]                                           # (B, V)
             with at_most(later.now):
-                if not bool(torch.isfinite(logits).all()):
-                    raise InputError("the model computed NaN or infinite scores for new token "
-                                     f"{count + 1} in {model.dtype}; load it with dtype='bfloat16' or 'float32', or "
-                                     "check the weights with `python -m weights_tools.inspect`")
-                if len(unused):
-                    logits = logits.index_fill(1, unused, float("-inf"))
-                tokens = [sample(row) for sample, row in zip(samplers, logits)]
+                tokens, logits = choose(logits, samplers, unused, count + 1, model.dtype)
             yield tokens, logits
             if cache.length != end + i:
                 raise InputError(f"the cache held {end + i} tokens at the last step and holds {cache.length} now; one "
@@ -83,6 +77,21 @@ def steps(model: MiniVL, inputs_embeds: torch.Tensor, samplers: list, *, cache: 
         guessed = prompt_lookup(samplers[0].seen, lookup) if lookup and len(samplers) == 1 else []
         ids = torch.tensor([[token, *guessed] for token in tokens], device=scores.device)
         x = language.embeddings(ids)                                        # (B, 1 + guessed, D)
+
+
+def choose(logits: torch.Tensor, samplers: list, unused: torch.Tensor, number: int,
+           dtype: torch.dtype) -> tuple[list[int], torch.Tensor]:
+    """Choose the next token of each prompt from float32[B, V] -> (tokens: B ids, the logits without `unused` ids).
+
+    unused int64[u]: ids that no token has, perhaps none. number, dtype: which new token it is, and what the model
+    computes in; for the message.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise InputError(f"the model computed NaN or infinite scores for new token {number} in {dtype}; load it with "
+                         "dtype='bfloat16' or 'float32', or check the weights with `python -m weights_tools.inspect`")
+    if len(unused):
+        logits = logits.index_fill(1, unused, float("-inf"))
+    return [sample(row) for sample, row in zip(samplers, logits)], logits
 
 
 def left_pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -39,7 +39,7 @@ class GenerationConfig:
     min_new_tokens: int | None = None           # no stop token before
     skip_special_tokens: bool = True            # in the text
     lookup: int = 0                             # tokens guessed ahead (prompt-lookup decoding); the answer is the same
-    logprobs: int | None = None                 # log-probabilities (of the unmodified scores) of that many best tokens
+    logprobs: int | None = None                 # of that many best tokens and the chosen one, of the unmodified scores
     response_format: dict | None = None         # not supported
 
     def __post_init__(self):

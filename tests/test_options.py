@@ -14,9 +14,10 @@ from fuzz import __main__ as fuzz
 from minivl import EngineConfig, GenerationConfig, InputError, Limits
 from minivl import __main__ as chat
 from minivl.options import given, spoken
+from minivl.serve import server
 from weights_tools import dequantize, download, inspect, lora, merge, rows, synthesize
 from weights_tools.bench import __main__ as bench
-from weights_tools.bench import beside
+from weights_tools.bench import beside, serve
 from weights_tools.convert import __main__ as convert
 from weights_tools.language import __main__ as language
 from weights_tools.language import cut
@@ -43,6 +44,10 @@ def parse_demo(argv):
 
 def parse_models(argv):
     chat.parser().parse_args(["models", *argv])
+
+
+def parse_serve(argv):
+    server.check(chat.parser().parse_args(["serve", *argv]))
 
 
 def parse_notebooks(argv, file="run.py"):
@@ -122,6 +127,18 @@ COMMANDS = [
                "allow_host": "prompt json"}),
     Command("minivl/__main__.py", parse_demo, {"named": "nano", "model": "-m nano"}, apart={"named": "model"}),
     Command("minivl/__main__.py", parse_models, {"json": "--json"}),
+    Command(
+        "minivl/__main__.py", parse_serve,
+        {"model": "m", "server_name": "--server-name ::1", "server_port": "--server-port 1", "model_name":
+         "--model-name n", "api_keys": "--api-keys k", "allow_remote": "--allow-remote", "allow_host": "--allow-host h",
+         "log_prompts": "--log-prompts", "max_batch_size": "--max-batch-size 2", "max_requests": "--max-requests 9",
+         "max_pictures": "--max-pictures 2", "max_seconds": "--max-seconds 9", "session_len": "--session-len 99",
+         "revision": "--revision main", "lora": "--lora l", "device": "--device cpu", "dtype": "--dtype float32",
+         "precision": "--precision exact"},
+        needs={"allow_host": "allow_remote"}),
+    Command("weights_tools/bench/serve.py", serve.arguments,
+            {"model": "m", "clients": "--clients 1", "seconds": "--seconds 1", "requests": "--requests 9",
+             "max_batch_size": "--max-batch-size 8"}),
     Command(
         "weights_tools/verify/__main__.py", verify.arguments,
         {"checkpoint": "m", "pictures": "m x.png", "prompt": "-p q", "record": "--record t", "trace": "--trace t",

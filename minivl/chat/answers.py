@@ -24,7 +24,7 @@ class Response:
     session_id: int
     finish_reason: str | None
     token_ids: list[int]                # without the stop token
-    logprobs: list[dict] | None = None  # per token {id: log-probability}, if asked for
+    logprobs: list[dict] | None = None  # per token {id: log-probability} of the best and of itself, if asked for
     index: int = 0                      # of the prompt in its batch
     error: str | None = None
 
@@ -86,10 +86,12 @@ class Answer:
         # no end yet, while the bytes of a character are incomplete: such a token goes with what completes it
         self.sizes.append(float("inf") if self.stream.incomplete else len(self.text) + len(text))
         if self.turn.config.logprobs:
-            best = logits.log_softmax(-1).topk(min(self.turn.config.logprobs, len(logits)))
+            logits = logits.log_softmax(-1)
+            best = logits.topk(min(self.turn.config.logprobs, len(logits)))
             # -inf: an id that no token has
-            self.logprobs.append({i: value for i, value in zip(best.indices.tolist(), best.values.tolist())
-                                  if value > float("-inf")})
+            kept = {i: value for i, value in zip(best.indices.tolist(), best.values.tolist())
+                    if value > float("-inf")}
+            self.logprobs.append({**kept, token: float(logits[token])})     # a drawn token may not be among the best
 
     def _possible_stop_word(self, text: str) -> int:
         """Count the characters at the end of a text that a stop word begins with."""

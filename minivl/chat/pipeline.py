@@ -24,7 +24,7 @@ from minivl import prompt as template
 from minivl import tiling
 from minivl.cache import KVCache
 from minivl.chat.answers import Answer, Response
-from minivl.chat.requests import Turn, is_whole, read_request, warn
+from minivl.chat.requests import Turn, check_room, is_whole, read_request, warn
 from minivl.config import Config
 from minivl.files.find import find
 from minivl.files.load import load
@@ -273,6 +273,16 @@ class Pipeline:
                                   allow_hosts=engine.allow_hosts,
                                   after=session.response.token_ids if start else None, start=start, room=self.room)
         return Turn(ids, tiles, gen_config, min(gen_config.max_new_tokens, self.room - start - len(ids)), start)
+
+    def text_turn(self, text: str, gen_config: GenerationConfig | None = None) -> Turn:
+        """Read a text that is to be continued as it stands: no chat template, no pictures."""
+        gen_config = GenerationConfig() if gen_config is None else gen_config
+        self._check(gen_config, None)
+        if not text or len(text) > self.config.limits.prompt_chars:
+            raise InputError(f"the text has {len(text)} characters; give 1 to {self.config.limits.prompt_chars}")
+        ids = self.tokenizer.begin + self.tokenizer.encode(text, plain=self.config.plain_text, most=self.room)
+        check_room(len(ids), self.room)
+        return Turn(ids, [], gen_config, min(gen_config.max_new_tokens, self.room - len(ids)), 0)
 
     def _check(self, gen_config, session):
         for value, kind, name in ((gen_config, GenerationConfig, "gen_config"), (session, Session, "session")):

@@ -81,7 +81,7 @@ def read_request(prompt, config: Config, tokenizer: Tokenizer, *, limits: Limits
         for picture in block:
             opened.append(open_tiles(picture, config, limits, allow_paths, allow_hosts))
             end += len(opened[-1]) * config.num_image_token
-            _check_room(end, room)
+            check_room(end, room)
     if after is not None and len(messages) > 1:
         raise InputError(f"a later turn of a session is one user message, got {len(messages)} messages; the "
                          "session remembers the earlier ones")
@@ -89,11 +89,11 @@ def read_request(prompt, config: Config, tokenizer: Tokenizer, *, limits: Limits
     ids = template.encode(tokenizer, messages, [sum(map(len, block)) for block in tiles], system,
                           tokens_per_tile=config.num_image_token, plain=plain_text, after=after,
                           most=None if room is None else room - start)
-    _check_room(start + len(ids), room)
+    check_room(start + len(ids), room)
     return ids, [tile for block in tiles for picture in block for tile in picture]
 
 
-def _check_room(tokens: int, room: int | None):
+def check_room(tokens: int, room: int | None):
     """Refuse a prompt that has so many tokens, perhaps more, in a context of `room`."""
     if room is not None and tokens >= room:
         raise InputError(f"the prompt has at least {tokens} tokens and leaves no room for an answer in a context of "
