@@ -34,6 +34,7 @@ class Plan:
     steps: int | None = None            # in place of epochs
     beta: float = 0.1
     weights: tuple = (0.8, 0.2, 1.0)    # of preference, quality, generation
+    shift: bool = True                  # False: delta stays 0
     optimiser: str = "adamw"            # or "muon"
     weight_decay: float = 0.05          # of matrices
     warmup: float = 0.03                # part of the steps in which the rate rises
@@ -43,6 +44,14 @@ class Plan:
     max_tokens: int = 8192              # of question and answer
     dtype: str | None = None            # of products: "float32" or "bfloat16"; None: the faster one
     seed: int = 0
+
+
+class NoShift(RewardShift):
+    """A delta that stays 0: to see what it is good for."""
+
+    def update(self, rewards: torch.Tensor) -> float:
+        """Leave it."""
+        return self.value
 
 
 @dataclass

@@ -42,7 +42,18 @@ from weights_tools.mpo.batch import Located, Pair, Pairs, collate, encoded, pair
 from weights_tools.mpo.loss import RewardShift
 from weights_tools.mpo.mmpr import read_datasets
 from weights_tools.mpo.reference import reference_logps, sha256_of_checkpoint, sha256_of_pairs
-from weights_tools.mpo.steps import Plan, Task, averaged, batches, first_losses, losses, optimisers, settled, told
+from weights_tools.mpo.steps import (
+    NoShift,
+    Plan,
+    Task,
+    averaged,
+    batches,
+    first_losses,
+    losses,
+    optimisers,
+    settled,
+    told,
+)
 from weights_tools.rows import Row, read_rows
 from weights_tools.train.loop import Loop
 from weights_tools.train.objective import answer_logits
@@ -187,7 +198,7 @@ def run_steps(loop: Loop, task: Task, learned: torch.nn.Module, device: str, hal
     plan = task.plan
     opts = optimisers(plan, task.model, list(learned.parameters()))
     alone = distributed.world()[1] == 1
-    shift = RewardShift() if alone else distributed.SharedShift()
+    shift = NoShift() if not plan.shift else RewardShift() if alone else distributed.SharedShift()
     seen = {}
 
     def step(number, batch):
@@ -230,6 +241,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--beta", type=float, default=plan.beta, help="of rewards (default %(default)s)")
     add("--weights", type=float, nargs=3, default=plan.weights, metavar=("P", "Q", "G"),
         help="of preference, quality, generation (default 0.8 0.2 1)")
+    add("--no-shift", dest="shift", action="store_false", help="leave delta at 0, to see what it is good for")
     add("--optimiser", choices=("adamw", "muon"), default=plan.optimiser, help="default %(default)s")
     add("--weight-decay", type=float, default=plan.weight_decay, help="of matrices (default %(default)s)")
     add("--warmup", type=float, default=plan.warmup, metavar="PART", help="of the steps (default %(default)s)")
@@ -270,9 +282,9 @@ def check_options(args: argparse.Namespace, given: dict[str, str]):
 def plan_of(args: argparse.Namespace) -> Plan:
     """Take the plan from the command line."""
     return Plan(lr=args.lr, batch=args.batch, micro=args.micro, epochs=args.epochs, steps=args.steps, beta=args.beta,
-                weights=tuple(args.weights), optimiser=args.optimiser, weight_decay=args.weight_decay,
-                warmup=args.warmup, lora=args.lora, hold=args.hold, max_num=args.max_tiles, max_tokens=args.max_tokens,
-                dtype=args.dtype, seed=args.seed)
+                weights=tuple(args.weights), shift=args.shift, optimiser=args.optimiser,
+                weight_decay=args.weight_decay, warmup=args.warmup, lora=args.lora, hold=args.hold,
+                max_num=args.max_tiles, max_tokens=args.max_tokens, dtype=args.dtype, seed=args.seed)
 
 
 def main(argv: list[str] | None = None) -> int:
