@@ -219,13 +219,13 @@ def _inventions(results: list) -> float:
     return sum(asked.invented(item.turns[-1].answer, answer) for item, answer in results) / len(results)
 
 
-def scores(folders: dict[str, Path], n: int, tasks: tuple = TASKS) -> dict[str, dict]:
+def scores(folders: dict[str, Path], n: int) -> dict[str, dict]:
     """Ask all checkpoints the same questions, n of each task: {name: {task: share right, "invented": ..}}."""
     found = {name: {} for name in folders}
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), evaluate._one_thread) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), evaluate.one_thread) as pool:
         jobs = {}
         for name, folder in folders.items():
-            for task in tasks:
+            for task in TASKS:
                 jobs[pool.submit(_score, str(folder), task, n)] = name
             jobs[pool.submit(_talk, str(folder), n)] = name
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="task", disable=None):
@@ -233,12 +233,12 @@ def scores(folders: dict[str, Path], n: int, tasks: tuple = TASKS) -> dict[str, 
     return found
 
 
-def table(found: dict[str, dict], tasks: tuple = TASKS) -> str:
+def table(found: dict[str, dict]) -> str:
     """Write Markdown: a row for each way."""
-    lines = [f"| | {' | '.join(tasks)} | mean | invented | invented, drawn |", "|---|" + "---|" * (len(tasks) + 3)]
+    lines = [f"| | {' | '.join(TASKS)} | mean | invented | invented, drawn |", "|---|" + "---|" * (len(TASKS) + 3)]
     for name, score in found.items():
-        cells = [f"{100 * score[task]:.1f}" for task in tasks]
-        mean = sum(score[task] for task in tasks) / len(tasks)
+        cells = [f"{100 * score[task]:.1f}" for task in TASKS]
+        mean = sum(score[task] for task in TASKS) / len(TASKS)
         lines.append(f"| {name} | {' | '.join(cells)} | {100 * mean:.1f} | {score['invented']:.2f} | "
                      f"{score['invented, drawn']:.2f} |")
     return "\n".join(lines)
