@@ -18,7 +18,7 @@ import random
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,10 +26,12 @@ import torch
 from tqdm import tqdm
 
 from minivl import GenerationConfig, load, options
+from minivl.fast.threads import at_most
 from minivl.files.find import find
 from minivl.limits import InputError
 from weights_tools import run
 from weights_tools.files import write_text
+from weights_tools.lora import useful_threads
 from weights_tools.mpo.batch import Pairs
 from weights_tools.mpo.dropout import rejected
 from weights_tools.mpo.mmpr import read_datasets
@@ -38,7 +40,7 @@ from weights_tools.mpo.train import train
 from weights_tools.nano import asked, evaluate, recipe, world
 from weights_tools.nano.data import collate, ids_of, tiles_of
 from weights_tools.nano.draw import COLOURS, SHAPES, Scene, Thing, draw
-from weights_tools.nano.train import train_step
+from weights_tools.nano.train import losses, train_step
 from weights_tools.train.loop import Loop
 from weights_tools.train.optimisers import rate
 from weights_tools.train.step import precision
@@ -111,8 +113,10 @@ def spoil(out: Path, seed: int) -> Path:
             tiles = [tiles_of(one) for one in part]
             yield [collate([ids_of(one, t, tokenizer) for one, t in zip(part, tiles)], tiles, tokenizer)]
 
+    threads = loop.keep("threads", partial(useful_threads, model, lambda: losses(model, next(batches(0)), 1)))
+
     def step(number, batch):
-        with precision("cpu", False):
+        with precision("cpu", False), at_most(threads):
             return train_step(model, batch, moved, rate(number, STEPS, warmup=10, floor=0.05))
 
     loop.run(1, "web", STEPS, batches=batches, step=step, watch=dict, parts={"model": model}, optimisers=moved)
