@@ -11,7 +11,6 @@ keys of the cache): `trace(model, "llm.layers.*.q", "llm.layers.*.k")`.
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
 from minivl.limits import InputError
@@ -147,10 +146,20 @@ def first_mismatch(got: dict, want: dict, tolerance: float = 1e-5) -> str | None
         error = relative_error(a, b)
         if not error <= tolerance:      # also catches NaN
             difference = (a - b).abs().nan_to_num(nan=float("inf"))
-            at = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
+            at = tuple(indices(int(difference.argmax()), difference.shape))
             return (f"{name}: relative error {error:.2e} > {tolerance:.0e}; largest difference at {list(at)}: "
                     f"{a[at]:.6g}, want {b[at]:.6g}")
     return None
+
+
+def indices(flat: int, shape) -> list[int]:
+    """Find the indices of an element, one for each dimension, from its number in the flattened tensor."""
+    # torch.unravel_index would do, but imports sympy at its first call: 0.5 s.
+    found = []
+    for size in reversed(shape):
+        flat, i = divmod(flat, size)
+        found.insert(0, i)
+    return found
 
 
 def relative_error(a, b) -> float:

@@ -1,6 +1,7 @@
 """Shared by all tests: where the golden data lies, and tiny checkpoints made on the spot."""
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")    # no test may reach the hub
@@ -53,6 +54,27 @@ def tiny(tmp_path_factory):
 def pipe(tiny):
     from minivl import pipeline
     return pipeline(tiny)
+
+
+@pytest.fixture(scope="session")
+def warm_reference(tmp_path_factory):
+    """Lets every recording of a test come from one process that has transformers imported: it is forked for each."""
+    import warm  # beside the tests that ask for this
+
+    from weights_tools.verify.__main__ import reference_python
+    folder = tmp_path_factory.mktemp("warm")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    server = subprocess.Popen([str(reference_python()), "-W", "ignore", warm.__file__, str(folder / "socket")],
+                              env=environment, stdout=subprocess.PIPE, text=True)
+    assert server.stdout.readline() == "ready\n"
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MINIVL_REFERENCE", str(warm.client(folder)))
+            yield
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
 
 
 # ---- tiny checkpoints in every form that is released ----------------------------------------------------------------

@@ -21,7 +21,7 @@ from weights_tools.bench import beside, serve
 from weights_tools.convert import __main__ as convert
 from weights_tools.language import __main__ as language
 from weights_tools.language import cut
-from weights_tools.mpo import dropout, pairs, sample, show
+from weights_tools.mpo import cost, dropout, pairs, sample, show
 from weights_tools.mpo import train as mpo_train
 from weights_tools.nano import evaluate, int4, lesson, prefer, ship, train, web
 from weights_tools.quantize import __main__ as quantize
@@ -225,6 +225,9 @@ COMMANDS = [
     Command("weights_tools/mpo/sample.py", sample.arguments,
             {"checkpoint": "m q o.jsonl", "questions": "m q o.jsonl", "out": "m q o.jsonl", "n": "-n 2",
              "prompt_version": "--version asked", **SAMPLING}, base="m q o.jsonl"),
+    Command("weights_tools/mpo/cost.py", cost.arguments,
+            {"sizes": "1B", "tokens": "--tokens 999 1999", "answer": "--answer 99", "tiles": "--tiles 3",
+             "pairs": "--pairs 9", "longest": "--longest 4096", "dtype": "--dtype float32", "device": "--device cpu"}),
     Command("weights_tools/mpo/dropout.py", dropout.arguments,
             {"checkpoint": "m q o.jsonl", "rows": "m q o.jsonl", "out": "m q o.jsonl", "ratio": "--ratio .3",
              "with_picture": "--with-picture", **SAMPLING}, needs={"max_num": "with_picture"}, base="m q o.jsonl"),

@@ -18,6 +18,7 @@
     python -m weights_tools.mpo.pairs ANSWERS.jsonl OUT     pairs of answers, one preferred (.show: a page of them)
     python -m weights_tools.mpo.sample MODEL DATA OUT       several answers to each question (.dropout: rejected ones)
     python -m weights_tools.mpo.train FOLDER DATA OUT       learn from such pairs what is preferred
+    python -m weights_tools.mpo.cost SIZE                   memory and time of a step of that at the real sizes
     python -m weights_tools.nano.train OUT                  nano, the small model in the package (also .evaluate, .ship)
 
 `files` writes files, whole or not at all: weights_tools.files.save_checkpoint. `train` holds optimisers, step and loop

@@ -16,6 +16,7 @@ import minivl
 from minivl.config import Config
 from minivl.files.find import SHIPPED
 from minivl.limits import InputError
+from minivl.tracing import indices
 from weights_tools.files import save_safetensors
 from weights_tools.verify import __main__ as cli
 from weights_tools.verify import compare, inputs, report
@@ -124,6 +125,19 @@ def test_a_shrunk_trace_says_the_same(tiny, recorded, tmp_path):
         assert wrong.first.stage == bad
         flat = int(picks(tensors_of(path)[bad].numel())[n])
         assert wrong.first.at == [int(i) for i in torch.unravel_index(torch.tensor(flat), tensors_of(path)[bad].shape)]
+
+
+def test_indices_of_an_element():
+    x = torch.arange(2 * 3 * 5).view(2, 3, 5)
+    assert all(int(x[tuple(indices(flat, x.shape))]) == flat for flat in range(30)) and indices(0, ()) == []
+
+
+def test_no_command_waits_for_sympy():
+    """What compares imports no more than it needs: 0.5 s for each process."""
+    code = ("import sys, torch; from minivl.tracing import first_mismatch; a = torch.ones(2, 3); "
+            "print(first_mismatch({'x': a}, {'x': 2 * a}), 'sympy' in sys.modules)")
+    said = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True).stdout
+    assert "largest difference at [0, 0]" in said and said.endswith("False\n"), said
 
 
 def test_only_some_stages(tiny, recorded, monkeypatch):

@@ -54,7 +54,7 @@ def run(*arguments, json_to) -> tuple:
 
 @needs_reference
 @pytest.mark.parametrize("decoder", [mistakes.QWEN2, mistakes.INTERNLM2])
-def test_mistakes_against_transformers(tiny, tmp_path, decoder):
+def test_mistakes_against_transformers(tiny, tmp_path, decoder, warm_reference):
     folder = tiny if decoder == mistakes.QWEN2 else synthesize(tmp_path / "x", "tiny-internlm2", awq=True)
     assert mistakes.decoder_of(folder) == decoder
     done, rows = run(folder, TIGER, json_to=tmp_path / "m.json")

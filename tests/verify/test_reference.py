@@ -176,7 +176,7 @@ def test_half_precision_is_equal_bit_for_bit(tiny, tmp_path):
 
 
 @needs_reference
-def test_recording_in_other_forms(tiny, tmp_path, capsys):
+def test_recording_in_other_forms(tiny, tmp_path, capsys, warm_reference):
     """Text only, two pictures, a part, shards of .bin."""
     for words, rows in ((["-p", "Hello"], 3 + 6), ([str(TIGER), str(TIGER), "--max-tiles", "1"], 5 + 12),
                         ([str(TIGER), "--stages", "vit.layers.1", "logits"], 5 + 2),

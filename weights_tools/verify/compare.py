@@ -20,7 +20,7 @@ from minivl.config import Config
 from minivl.files.find import find
 from minivl.limits import InputError
 from minivl.prompt import encode, render
-from minivl.tracing import hook, kind, relative_error, stages
+from minivl.tracing import hook, indices, kind, relative_error, stages
 from weights_tools.verify import inputs
 from weights_tools.verify.recording import Recording, picks, weights_digest
 
@@ -444,7 +444,7 @@ def compare_stage(report: Report, recording: Recording, name: str, got, limit: f
     difference = (a - want).abs().nan_to_num(nan=float("inf"))
     flat = int(difference.argmax())
     flat = int(index[flat]) if sliced else flat
-    at = [int(i) for i in torch.unravel_index(torch.tensor(flat), got.shape)]
+    at = indices(flat, got.shape)
     cosine = float(torch.nn.functional.cosine_similarity(a.double().flatten(), want.double().flatten(), dim=0))
     row = Row(name, shape, error, float(difference.max()), at, cosine, agrees=bool(error <= limit))     # NaN does not
     if sliced:
