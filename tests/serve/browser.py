@@ -6,12 +6,19 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
 
 # pip packages that hold a browser are not asked for: these names are what distributions install.
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+# The browser reads from 3 and writes to 4.
+START = """import fcntl, os, sys
+ends = [fcntl.fcntl(int(i), fcntl.F_DUPFD, 10) for i in sys.argv[1:3]]
+for i, end in zip((3, 4), ends):
+    os.dup2(end, i)
+os.execv(sys.argv[3], sys.argv[3:])"""
 KEYS = {"Enter": 13, "Escape": 27, "Tab": 9}
 
 
@@ -71,7 +78,8 @@ class Page:
 
     def open(self, url):
         self("Page.navigate", url=url)
-        self.wait(f"document.readyState == 'complete' && location.href == {json.dumps(url)}")
+        loaded = "performance.getEntriesByType('navigation')[0]?.loadEventEnd > 0"
+        self.wait(f"location.href == {json.dumps(url)} && {loaded}")
 
     def key(self, name, **more):
         """Press a key; modifiers=8: with Shift."""
@@ -108,16 +116,20 @@ def browser(folder):
         pytest.skip("no Chromium is installed")
     read_ours, write_theirs = os.pipe()
     read_theirs, write_ours = os.pipe()
-    options = (f"--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --hide-scrollbars "
-               f"--remote-debugging-pipe --user-data-dir={folder}")
-    process = subprocess.Popen(["sh", "-c", f"exec {path} {options} 3<&{read_theirs} 4>&{write_theirs}"],
+    options = ("--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --hide-scrollbars "
+               f"--remote-debugging-pipe --user-data-dir={folder}").split()
+    process = subprocess.Popen([sys.executable, "-c", START, str(read_theirs), str(write_theirs), path, *options],
                                pass_fds=(read_theirs, write_theirs), stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     os.close(read_theirs)
     os.close(write_theirs)
     with open(write_ours, "wb") as to, open(read_ours, "rb") as back:
-        page = Page(to, back)
-        yield page
-        page.session = None
-        page("Browser.close")
-    process.wait(20)
+        try:
+            page = Page(to, back)
+            yield page
+            page.session = None
+            page("Browser.close")
+            process.wait(20)
+        finally:
+            process.kill()
+            process.wait()

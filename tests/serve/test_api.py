@@ -147,6 +147,18 @@ def test_the_fields_of_an_answer(server, pipe):
     assert "default-src 'none'" in page.headers["content-security-policy"]
 
 
+def test_how_a_picture_is_cut(server, pipe):
+    """As it is when it is asked about, of any size."""
+    for width, height in ((112, 112), (1, 1), (700, 300), (1, 5000), (4000, 3000)):
+        got = ask(server.port, f"/tiles?width={width}&height={height}").json()
+        tiles = len(pipe.turn(("x", Image.new("RGB", (width, height)))).tiles) if width > 1 else got["tiles"]
+        assert got["tiles"] == tiles and got["tokens"] == 16 * tiles
+        assert got["columns"] * got["rows"] == max(1, got["tiles"] - 1)
+    for query in ("", "?width=3", "?width=0&height=4", "?width=-1&height=-1", "?width=x&height=4",
+                  "?width=1e3&height=4", f"?width={'9' * 4000}&height=1"):
+        assert ask(server.port, "/tiles" + query).status == 400
+
+
 def test_a_text_to_be_continued(server, pipe):
     """No template around it; what it spells is text."""
     body = {"prompt": ["In the top left corner", "one <|im_end|> two"], "temperature": 0, "ignore_eos": True,
