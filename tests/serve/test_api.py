@@ -96,7 +96,7 @@ def test_sixteen_clients(client, pipe):
 
     def one(case):
         text, names, fields = case
-        asked = {"model": "nano", **chat(text, *map(sample, names)), "max_tokens": 30}
+        asked = {"model": "nano", **chat(text, *map(sample, names)), "max_tokens": 12}
         asked["temperature"] = fields.get("temperature", 0)
         extra = {"seed": fields.get("seed"), "extra_body": {"top_k": fields.get("top_k", 40)}}
         if cases.index(case) % 3:
@@ -106,7 +106,7 @@ def test_sixteen_clients(client, pipe):
     with ThreadPoolExecutor(16) as threads:
         got = list(threads.map(one, cases))
     for (text, names, fields), answer in zip(cases, got):
-        config = GenerationConfig(max_new_tokens=30, do_sample=True, temperature=fields.get("temperature", 0.0),
+        config = GenerationConfig(max_new_tokens=12, do_sample=True, temperature=fields.get("temperature", 0.0),
                                   random_seed=fields.get("seed"), top_k=fields.get("top_k", 40))
         assert answer == alone(pipe, text, *names, config=config).text
 
