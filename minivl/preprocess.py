@@ -18,3 +18,11 @@ def tile_for(config: Config, image: Image.Image, max_num: int | None = None) -> 
     min_num = min(config.min_dynamic_patch, max_num)
     return tiling.tile(image, min_num=min_num, max_num=max_num, tile_size=config.force_image_size,
                        use_thumbnail=config.use_thumbnail)
+
+
+def grid_for(config: Config, width: int, height: int) -> tuple[int, int, int]:
+    """Tell how tile_for cuts a picture of a size -> columns, rows, and the number of tiles with the thumbnail."""
+    max_num = most_tiles(config)
+    columns, rows = tiling.choose_grid(width, height, min_num=min(config.min_dynamic_patch, max_num), max_num=max_num,
+                                       tile_size=config.force_image_size)
+    return columns, rows, columns * rows + (config.use_thumbnail and columns * rows > 1)

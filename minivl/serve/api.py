@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from minivl.chat.pipeline import Pipeline
 from minivl.limits import InputError
-from minivl.preprocess import most_tiles
+from minivl.preprocess import grid_for
 from minivl.serve import wire
 from minivl.serve.scheduler import Job, Scheduler
 
@@ -117,7 +117,8 @@ class Service:
         self.ready = asyncio.Semaphore(pipe.config.max_batch_size + 2)
         self.app = Starlette(routes=[
             Route("/", self.page), Route("/health", self.health), Route("/metrics", self.measured),
-            Route("/v1/models", self.models), Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/models", self.models), Route("/tiles", self.tiles),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.completion, methods=["POST"]),
         ], exception_handlers={Refused: refusal, 404: not_found, 405: not_found}, lifespan=self.lifespan)
 
@@ -176,14 +177,23 @@ class Service:
         return PlainTextResponse(self.metrics.text({"requests_running": running, "requests_in_all": self.asked}))
 
     async def models(self, request: Request) -> JSONResponse:
-        """Name the one model, and what a page needs to draw tiles."""
+        """Name the one model."""
         self.check(request)
-        config = self.pipe.model.config
-        sizes = {"tile_size": config.force_image_size, "tokens_per_tile": config.num_image_token,
-                 "max_tiles": most_tiles(config), "context": self.pipe.room}
         return JSONResponse({"object": "list", "data": [
             {"id": self.name, "object": "model", "created": self.created, "owned_by": "minivl", "root": self.name,
-             "parent": None, "permission": [], **sizes}]})
+             "parent": None, "permission": []}]})
+
+    async def tiles(self, request: Request) -> JSONResponse:
+        """Tell how a picture of a size is cut, which the page draws."""
+        self.check(request)
+        config = self.pipe.model.config
+        try:
+            width, height = (int(request.query_params[name]) for name in ("width", "height"))
+            columns, rows, tiles = grid_for(config, width, height)
+        except (KeyError, ValueError, OverflowError):
+            raise Refused(400, "a picture's size is missing or none; send /tiles?width=640&height=480") from None
+        return JSONResponse({"columns": columns, "rows": rows, "tiles": tiles,
+                             "tokens": tiles * config.num_image_token})
 
     async def chat(self, request: Request) -> Reply:
         """Answer a conversation."""

@@ -1,9 +1,11 @@
 """A service for tests: uvicorn in a thread, on a port that is free; and a client that knows only HTTP."""
 import base64
 import contextlib
+import functools
 import http.client
 import io
 import json
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -21,10 +23,10 @@ from minivl.serve.server import configured, listen  # noqa: E402
 SAMPLES = "minivl/nano/samples/"
 
 
-def nano(**engine):
-    """A pipeline as `serve` makes it."""
-    limits = engine.pop("limits", Limits(pictures=16))
-    return minivl.pipeline("nano", EngineConfig(plain_text=True, allow_paths=False, limits=limits, **engine))
+@functools.cache
+def nano():
+    """A pipeline as `serve` makes it, loaded once for all tests."""
+    return minivl.pipeline("nano", EngineConfig(plain_text=True, allow_paths=False, limits=Limits(pictures=16)))
 
 
 def another(pipe, **engine):
@@ -33,11 +35,13 @@ def another(pipe, **engine):
 
 
 @contextlib.contextmanager
-def served(pipe, **guards):
-    """Serve a pipeline; gives .port and .service."""
+def served(pipe, buffer=0, **guards):
+    """Serve a pipeline; gives .port and .service. buffer: bytes that the system takes of an answer; 0: as usual."""
     service = Service(pipe, Guards(**guards))
     server = uvicorn.Server(configured(service))
     listener = listen("127.0.0.1", 0)
+    if buffer:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)        # connections inherit it
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     wait(lambda: server.started)

@@ -83,8 +83,8 @@ def test_half_a_request(pipe, monkeypatch):
     with served(pipe, body_seconds=0.3) as server:
         whole = head(chat(max_tokens=1))
         started = time.monotonic()
-        for part in (b"", whole[:1], whole[:70]):      # of the head: closed
-            with connected(server.port, part) as connection:
+        with contextlib.ExitStack() as stack:           # of the head: closed
+            for connection in [stack.enter_context(connected(server.port, whole[:n])) for n in (0, 1, 70)]:
                 assert connection.recv(100) == b""
         with connected(server.port, whole) as connection:       # also the second one of a connection
             assert status_of(connection) == 200
@@ -186,10 +186,10 @@ def test_a_worker_exception_in_mid_stream(pipe, monkeypatch):
 @pytest.mark.slow
 def test_a_slow_reader(pipe):
     """It holds no place: its answer is written and waits for it, the others go on."""
-    with served(another(pipe, max_batch_size=1)) as server, socket.socket() as slow:
+    with served(another(pipe, max_batch_size=1), buffer=4096) as server, socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(("127.0.0.1", server.port))
-        slow.sendall(head(LONG | {"logprobs": True, "top_logprobs": 20}))
+        slow.sendall(head(LONG | {"max_tokens": 300, "logprobs": True, "top_logprobs": 20}))
         wait(lambda: server.service.asked == 1)
         assert ask(server.port, body=chat()).status == 200
         wait(lambda: server.service.asked == 0, 60)
@@ -199,7 +199,7 @@ def test_a_slow_reader(pipe):
         while not data.endswith(b"0\r\n\r\n"):         # all of it is there, when it is read at last
             data += slow.recv(2**20)
         assert data.count(b"data: [DONE]") == 1 and data.count(b'"finish_reason": "length"') == 1
-        assert len(data) > 3 * 2**20
+        assert len(data) > 2**19       # far more than is taken for it on the way
 
 
 async def many(port, connections, requests):

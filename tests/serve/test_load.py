@@ -9,7 +9,7 @@ from weights_tools.bench import serve
 
 @pytest.mark.slow
 def test_a_moment_of_load(capsys):
-    assert serve.main(["--seconds", "1", "--clients", "1", "3", "--requests", "20"]) == 0
+    assert serve.main(["--seconds", "0.4", "--clients", "1", "3", "--requests", "20"]) == 0
     said = capsys.readouterr().out
     assert re.search(r"^the pipeline in batches of 8: \d+\.\d tokens/s$", said, re.M)
     rows = re.findall(r"^ +([13])  +(\d+)  +([\d.]+)  +(\d+) +(\d+)  +([\d.]+) +([\d.]+)$", said, re.M)
