@@ -23,7 +23,7 @@ from weights_tools.language import __main__ as language
 from weights_tools.language import cut
 from weights_tools.mpo import dropout, pairs, sample, show
 from weights_tools.mpo import train as mpo_train
-from weights_tools.nano import evaluate, int4, lesson, ship, train
+from weights_tools.nano import evaluate, int4, lesson, prefer, ship, train, web
 from weights_tools.quantize import __main__ as quantize
 from weights_tools.quantize import rederive
 from weights_tools.quantize.hurts import __main__ as hurts
@@ -245,6 +245,10 @@ COMMANDS = [
              "ablations": "--ablations", "wrong": "--wrong 0", "json": "--json j"},
             apart={"ablations": "tasks precision"}),
     Command("weights_tools/nano/int4.py", int4.arguments, {"out": "m", "n": "-n 5", "json": "--json j"}, base="m"),
+    Command("weights_tools/nano/prefer.py", prefer.arguments,
+            {"out": "m", "questions": "--questions 5", "n": "-n 5", "seed": "--seed 1"}, base="m"),
+    Command("weights_tools/nano/web.py", web.arguments,
+            {"out": "m", "questions": "--questions 5", "n": "-n 5", "only": "--only 2", "seed": "--seed 1"}, base="m"),
     Command("weights_tools/nano/lesson.py", lesson.arguments,
             {"out": "out", "train": "--train 9", "asked": "--asked 9", "old": "--old 9"}, base="out"),
     Command("weights_tools/nano/ship.py", ship.arguments, {"checkpoint": "m", "n": "-n 5"}, base="m"),

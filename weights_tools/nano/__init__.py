@@ -7,5 +7,8 @@
     evaluate.py                  python -m weights_tools.nano.evaluate
     int4.py                      python -m weights_tools.nano.int4 OUT
     lesson.py                    python -m weights_tools.nano.lesson OUT, something new to learn by weights_tools.lora
+    asked.py                     questions that stand alone, answers judged and paired, for:
+    web.py                       python -m weights_tools.nano.web OUT, a nano that errs, mended by preferences
+    prefer.py                    python -m weights_tools.nano.prefer OUT, nano learns from its own answers
     ship.py                      python -m weights_tools.nano.ship FOLDER
 """

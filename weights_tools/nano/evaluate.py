@@ -137,7 +137,7 @@ def _ablations(checkpoint: str, n: int) -> list:
     return ablations(_pipe(checkpoint), n)
 
 
-def _one_thread():
+def one_thread():
     torch.set_num_threads(1)
 
 
@@ -147,7 +147,7 @@ def side_by_side(checkpoints: list, n: int, tasks: tuple = tuple(TARGETS), ablat
 
     One process with one thread on each core.
     """
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _one_thread) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), one_thread) as pool:
         # The longest first.
         changes = pool.submit(_ablations, str(checkpoints[0]), ablations_n) if ablations_n else None
         jobs = {(c, task): pool.submit(_share, str(c), task, n, precision) for c in checkpoints for task in tasks}

@@ -18,7 +18,7 @@ import random
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,10 +26,12 @@ import torch
 from tqdm import tqdm
 
 from minivl import GenerationConfig, load, options
+from minivl.fast.threads import at_most
 from minivl.files.find import find
 from minivl.limits import InputError
 from weights_tools import run
 from weights_tools.files import write_text
+from weights_tools.lora import useful_threads
 from weights_tools.mpo.batch import Pairs
 from weights_tools.mpo.dropout import rejected
 from weights_tools.mpo.mmpr import read_datasets
@@ -38,7 +40,7 @@ from weights_tools.mpo.train import train
 from weights_tools.nano import asked, evaluate, recipe, world
 from weights_tools.nano.data import collate, ids_of, tiles_of
 from weights_tools.nano.draw import COLOURS, SHAPES, Scene, Thing, draw
-from weights_tools.nano.train import train_step
+from weights_tools.nano.train import losses, train_step
 from weights_tools.train.loop import Loop
 from weights_tools.train.optimisers import rate
 from weights_tools.train.step import precision
@@ -111,8 +113,10 @@ def spoil(out: Path, seed: int) -> Path:
             tiles = [tiles_of(one) for one in part]
             yield [collate([ids_of(one, t, tokenizer) for one, t in zip(part, tiles)], tiles, tokenizer)]
 
+    threads = loop.keep("threads", partial(useful_threads, model, lambda: losses(model, next(batches(0)), 1)))
+
     def step(number, batch):
-        with precision("cpu", False):
+        with precision("cpu", False), at_most(threads):
             return train_step(model, batch, moved, rate(number, STEPS, warmup=10, floor=0.05))
 
     loop.run(1, "web", STEPS, batches=batches, step=step, watch=dict, parts={"model": model}, optimisers=moved)
@@ -219,13 +223,13 @@ def _inventions(results: list) -> float:
     return sum(asked.invented(item.turns[-1].answer, answer) for item, answer in results) / len(results)
 
 
-def scores(folders: dict[str, Path], n: int, tasks: tuple = TASKS) -> dict[str, dict]:
+def scores(folders: dict[str, Path], n: int) -> dict[str, dict]:
     """Ask all checkpoints the same questions, n of each task: {name: {task: share right, "invented": ..}}."""
     found = {name: {} for name in folders}
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), evaluate._one_thread) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), evaluate.one_thread) as pool:
         jobs = {}
         for name, folder in folders.items():
-            for task in tasks:
+            for task in TASKS:
                 jobs[pool.submit(_score, str(folder), task, n)] = name
             jobs[pool.submit(_talk, str(folder), n)] = name
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="task", disable=None):
@@ -233,12 +237,12 @@ def scores(folders: dict[str, Path], n: int, tasks: tuple = TASKS) -> dict[str, 
     return found
 
 
-def table(found: dict[str, dict], tasks: tuple = TASKS) -> str:
+def table(found: dict[str, dict]) -> str:
     """Write Markdown: a row for each way."""
-    lines = [f"| | {' | '.join(tasks)} | mean | invented | invented, drawn |", "|---|" + "---|" * (len(tasks) + 3)]
+    lines = [f"| | {' | '.join(TASKS)} | mean | invented | invented, drawn |", "|---|" + "---|" * (len(TASKS) + 3)]
     for name, score in found.items():
-        cells = [f"{100 * score[task]:.1f}" for task in tasks]
-        mean = sum(score[task] for task in tasks) / len(tasks)
+        cells = [f"{100 * score[task]:.1f}" for task in TASKS]
+        mean = sum(score[task] for task in TASKS) / len(TASKS)
         lines.append(f"| {name} | {' | '.join(cells)} | {100 * mean:.1f} | {score['invented']:.2f} | "
                      f"{score['invented, drawn']:.2f} |")
     return "\n".join(lines)
