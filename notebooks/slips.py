@@ -12,6 +12,7 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 
 import minivl
 import solutions
@@ -1291,4 +1292,96 @@ SLIPS["smoothed_error"] = (
      "|x| is the norm, the root of the summed squares, not the largest number."),
     (lambda *case: _mlp_error(*case, rows=lambda scores: scores), "The scores at the last token alone, [-1]."),
     (lambda *case: 0.0, "Both runs are the same: one of them must be of the changed layer."),
+)
+
+
+# ---- 13 preferences -------------------------------------------------------------------------------------------------
+
+def _preferred(x):
+    return -F.logsigmoid(x)
+
+
+SLIPS["preference"] = (
+    (lambda c, r, c0, r0, b: _preferred((c - c0) - (r - r0)), "beta is missing."),
+    (lambda c, r, c0, r0, b: _preferred(b * ((r - r0) - (c - c0))),
+     "A sign is turned: chosen above rejected, the model minus the reference."),
+    (lambda c, r, c0, r0, b: _preferred(b * (c - r)),
+     "The reference is missing: what counts is what an answer gained."),
+    (lambda c, r, c0, r0, b: _preferred(b * ((c - r0) - (r - c0))),
+     "Each answer against itself under the reference: c with c, r with r."),
+    (lambda c, r, c0, r0, b: -_preferred(b * ((c - c0) - (r - r0))),
+     "A loss falls as the margin grows: minus the log."),
+    (lambda c, r, c0, r0, b: torch.sigmoid(b * ((c - c0) - (r - r0))), "The logarithm is missing, and the minus."),
+    (lambda c, r, c0, r0, b: _preferred(b * (c - r) - (c0 - r0)), "beta stands before the reference's part, too."),
+    (lambda c, r, c0, r0, b: _preferred(b * (c - c0)) + _preferred(b * (r0 - r)),
+     "The logistic function of the difference, not one for each answer: that is L_q."),
+)
+
+
+def _running(means):
+    return means.cumsum(0) / torch.arange(1, len(means) + 1)
+
+
+def _together(chosen, rejected):
+    return torch.cat([chosen, rejected], dim=1).mean(1)
+
+
+def _decayed(means):
+    found = means[:1]
+    for mean in means[1:]:
+        found = torch.cat([found, 0.9 * found[-1:] + 0.1 * mean])
+    return found
+
+
+SLIPS["shifts"] = (
+    (lambda c, r: _together(c, r), "Those are the means of each step alone; delta remembers all before."),
+    (lambda c, r: _running(c.mean(1)), "Rejected answers count as well."),
+    (lambda c, r: _running(r.mean(1)), "Chosen answers count as well."),
+    (lambda c, r: _together(c, r).cumsum(0), "The sum so far, but the mean is asked: divide by the number of steps."),
+    (lambda c, r: torch.cat([torch.zeros(1), _running(_together(c, r))[:-1]]),
+     "A step's batch is part of its own mean."),
+    (lambda c, r: _running(c.mean(1) + r.mean(1)), "The mean of both kinds, not their sum."),
+    (lambda c, r: _running(c.mean(1) - r.mean(1)), "The mean of all rewards, not of the margin."),
+    (lambda c, r: _running(_together(c, r))[-1:].expand(len(c)), "Each step's own delta, not the last for all."),
+    (lambda c, r: _decayed(_together(c, r)), "All steps count the same: a plain mean, not a decaying one."),
+)
+
+
+def _cut_words(text, ratio, *, split=lambda text: text.split(" "), count=int, part=lambda words, n: words[:n],
+               strip=str.strip):
+    words = split(text)
+    return strip(" ".join(part(words, count(len(words) * ratio))))
+
+
+SLIPS["truncate"] = (
+    (lambda text, ratio: _cut_words(text, ratio, count=math.ceil), "Rounded down."),
+    (lambda text, ratio: _cut_words(text, ratio, split=str.split), 'Words stand between single spaces: split(" ").'),
+    (lambda text, ratio: text[:int(len(text) * ratio)].strip(), "Words are counted, not letters."),
+    (lambda text, ratio: _cut_words(text, ratio, part=lambda words, n: words[n:]), "The first words, not the others."),
+    (lambda text, ratio: _cut_words(text, ratio, strip=str), "White space at the ends goes."),
+    (lambda text, ratio: _cut_words(text, 0.5), "You leave the ratio at a half."),
+    (lambda text, ratio: _cut_words(text, ratio, count=lambda n: max(1, int(n))), "Perhaps no word is left."),
+    (lambda text, ratio: _cut_words(text.strip(), ratio), "First the cut, then the strip: a space before counts."),
+)
+
+
+def _gains(c, r, c0, r0, n, m, b, *, chosen=lambda gain, n, m: gain / n, rejected=lambda gain, n, m: gain / m):
+    return _preferred(b * (chosen(c - c0, n, m) - rejected(r - r0, n, m)))
+
+
+SLIPS["per_token"] = (
+    (lambda c, r, c0, r0, n, m, b: _preferred(b * ((c - c0) - (r - r0))),
+     "Nothing is divided by its number of tokens."),
+    (lambda c, r, c0, r0, n, m, b: _gains(c, r, c0, r0, m, n, b), "Each answer by its own tokens: n_c for the chosen."),
+    (lambda *case: _gains(*case, rejected=lambda gain, n, m: gain / n), "The rejected answer has n_r tokens."),
+    (lambda *case: _gains(*case, chosen=lambda gain, n, m: gain / m), "The chosen answer has n_c tokens."),
+    (lambda *case: _gains(*case, rejected=lambda gain, n, m: gain), "The rejected answer's gain is divided as well."),
+    (lambda *case: _gains(*case, chosen=lambda gain, n, m: gain), "The chosen answer's gain is divided as well."),
+    (lambda *case: _gains(*case[:6], 1.0), "beta is missing."),
+    (lambda c, r, c0, r0, n, m, b: _preferred(b * (c / n - r / m)), "The reference is missing."),
+    (lambda c, r, c0, r0, n, m, b: _preferred(b * ((c / n - c0) - (r / m - r0))),
+     "The reference's sums are divided as well."),
+    (lambda c, r, c0, r0, n, m, b: _gains(r, c, r0, c0, m, n, b), "Chosen above rejected, not the other way round."),
+    (lambda c, r, c0, r0, n, m, b: _preferred(b * ((c - c0) - (r - r0)) / (n + m)),
+     "Each gain by its own tokens, not both by all."),
 )

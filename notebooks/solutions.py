@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import minivl
 from minivl import awq, prompt, qwen2, tiling
 from minivl.cache import KVCache
 from minivl.files.find import SHIPPED
+from weights_tools.mpo import pairs as mpo_pairs
+from weights_tools.mpo.loss import RewardShift
 
 SAMPLES = Path(minivl.__file__).parent / "nano" / "samples"
 
@@ -851,6 +855,43 @@ def _group(seed, largest, loud):
     return w, X
 
 
+# ---- 13 preferences -------------------------------------------------------------------------------------------------
+
+def _preference_spec(l_c, l_r, l0_c, l0_r, beta):
+    losses = []
+    for c, r, c0, r0 in zip(l_c.tolist(), l_r.tolist(), l0_c.tolist(), l0_r.tolist()):
+        losses.append(math.log(1 + math.exp(-beta * ((c - c0) - (r - r0)))))
+    return torch.tensor(losses)
+
+
+def preference(l_c, l_r, l0_c, l0_r, beta):
+    return -F.logsigmoid(beta * ((l_c - l0_c) - (l_r - l0_r)))
+
+
+def _shifts_spec(chosen, rejected):
+    shift = RewardShift()
+    return torch.tensor([shift.update(torch.cat([c, r])) for c, r in zip(chosen, rejected)])
+
+
+def shifts(chosen, rejected):
+    means = torch.cat([chosen, rejected], dim=1).mean(1)
+    return means.cumsum(0) / torch.arange(1, len(means) + 1)
+
+
+def truncate(text, ratio):
+    words = text.split(" ")
+    return " ".join(words[:int(len(words) * ratio)]).strip()
+
+
+def _per_token_spec(l_c, l_r, l0_c, l0_r, n_c, n_r, beta):
+    zeros = torch.zeros(len(l_c))
+    return _preference_spec((l_c - l0_c) / n_c, (l_r - l0_r) / n_r, zeros, zeros, beta)
+
+
+def per_token(l_c, l_r, l0_c, l0_r, n_c, n_r, beta):
+    return -F.logsigmoid(beta * ((l_c - l0_c) / n_c - (l_r - l0_r) / n_r))
+
+
 EXERCISES = {
     "blind": Exercise(
         spec=_blind_spec,
@@ -1009,6 +1050,42 @@ EXERCISES = {
         hint="Every linear of every layer: layer.linears.values(); keep each weight's .data, and put it back.",
         solution=damage,
         tolerance=0.001,
+    ),
+    "preference": Exercise(
+        spec=_preference_spec,
+        cases=tuple((*(-9 * _random(B, seed=10 * B + k).abs() for k in range(4)), beta)
+                    for B, beta in ((1, 0.1), (4, 0.3), (3, 1.0))),
+        hint="A reward is beta times (model minus reference); then -log of the logistic function of r_c - r_r.",
+        solution=preference,
+        tolerance=1e-05,
+    ),
+    "shifts": Exercise(
+        spec=_shifts_spec,
+        cases=tuple((_random(S, B, seed=S), _random(S, B, seed=S + 1) - 0.5) for S, B in ((4, 2), (6, 3), (1, 2))),
+        hint="First the mean of each step's rewards, of both kinds together; then the mean of those up to each step.",
+        solution=shifts,
+        tolerance=1e-05,
+    ),
+    "truncate": Exercise(
+        spec=mpo_pairs.truncate,
+        cases=(
+            ("At the top there is a red star and on the left a ring.", 0.5),
+            ("one two\nthree four  five six", 0.5),
+            (" two words, and three more ", 0.4),
+            ("The star is red.", 0.9),
+            ("word", 0.5),
+            ("all of it stays", 1.0),
+        ),
+        hint='text.split(" ") leaves line breaks inside words; int() rounds down.',
+        solution=truncate,
+    ),
+    "per_token": Exercise(
+        spec=_per_token_spec,
+        cases=tuple((*(-9 * _random(B, seed=10 * B + k).abs() for k in range(4)), torch.arange(3, 3 + B),
+                     torch.arange(12, 12 - B, -1), beta) for B, beta in ((1, 2.0), (4, 5.0), (3, 1.0))),
+        hint="Divide what an answer gained over the reference by its own number of tokens; the rest is L_p.",
+        solution=per_token,
+        tolerance=1e-05,
     ),
     "smoothed_error": Exercise(
         spec=_smoothed_error_spec,

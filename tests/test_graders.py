@@ -1,6 +1,7 @@
 """The graders of the notebooks: what is wrong is caught and named; what is right passes, however it is written."""
 import functools
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -430,6 +431,11 @@ RIGHT = {
     "output_error": lambda X, W, f, rounded: minivl.relative_error(X @ (rounded(W * f) / f).T, X @ W.T) ** 2,
     "best_share": best_share,
     "smoothed_error": slips._mlp_error,
+    "preference": lambda c, r, c0, r0, beta: F.softplus(beta * (r - r0 - c + c0)),
+    "shifts": lambda c, r: torch.stack([(c[:s + 1].mean() + r[:s + 1].mean()) / 2 for s in range(len(c))]),
+    "truncate": lambda text, ratio: " ".join((words := re.split(" ", text))[:math.floor(ratio * len(words))]).strip(),
+    "per_token": lambda c, r, c0, r0, n, m, beta: torch.log1p(
+        torch.exp(beta * (r / m - c / n + c0 / n - r0 / m))),
 }
 
 
