@@ -39,6 +39,12 @@ def test_every_part_of_a_step_is_measured(size):
         assert all(one.seconds > 0 and (one.peak > 0 or name == "AdamW") for name, one in found.items())
 
 
+def test_nothing_is_left_as_memory_happens_to_be(size):
+    """Numbers near 0 would be denormal, and take a hundred times as long."""
+    for name, p in cost.one_layer(config_json(size), "cpu").named_parameters():
+        assert p.isfinite().all() and p.abs().median() > 1e-3, name
+
+
 def test_the_highest_point_of_some_work():
     def work():
         x = torch.zeros(250_000)        # 1 MB
@@ -59,7 +65,7 @@ def test_the_loss_at_the_start_is_the_known_one():
 
 
 def test_a_step_adds_its_parts_up():
-    shape = cost.Shape(1000, 100, 300, 6, 2, 2.5, lambda work: 40)
+    shape = cost.Shape(1000, 100, 300, 6, 2, 2.5, 7, lambda work: 40)
     one = dict.fromkeys(("decoder layer", "tower layer", "patches", "projector", "embeddings", "head and loss"),
                         cost.Cost(1.0, 2.0, 8))
     one = {**one, "AdamW": cost.Cost(0.5, 0.0, 0)}

@@ -122,7 +122,11 @@ def one_layer(config: dict, device: str) -> MiniVL:
     config = Config.from_json({**config, "llm_config": llm,
                                "vision_config": {**config["vision_config"], "num_hidden_layers": 1}})
     with torch.device(device):
-        return MiniVL(config).requires_grad_(True)
+        model = MiniVL(config)
+    with torch.no_grad():
+        for p in model.parameters():        # what `load` would fill is not set: numbers near 0 take 100 times as long
+            p.normal_(0.0, 0.02) if p.ndim > 1 else p.fill_(1.0)
+    return model
 
 
 def parts(model: MiniVL, work: Work, device: str) -> dict[str, Callable[[], torch.Tensor]]:
@@ -186,6 +190,7 @@ class Shape:
     layers: int
     tower_layers: int
     rows: float         # times the rows of embeddings and head that are measured
+    rest: int           # bytes of the gradient of all other rows of the embeddings
     kept: Callable[[Work], int]         # bytes: the inputs of all layers, for one pair
 
 
@@ -200,8 +205,9 @@ def shape_of(config: dict) -> Shape:
     kept = lambda work: 4 * (len(layers) * 2 * work.tokens * config.llm_config.hidden_size
                              + len(tower) * work.tiles * places * config.vision_config.hidden_size)
     vocabulary = config.llm_config.vocab_size
+    rows = min(ROWS, vocabulary)
     return Shape(size(model), size(layers[0]), size(model) - size(layers) - size(tower), len(layers), len(tower),
-                 vocabulary / min(ROWS, vocabulary), kept)
+                 vocabulary / rows, 4 * (vocabulary - rows) * config.llm_config.hidden_size, kept)
 
 
 def pair_seconds(shape: Shape, costs: dict[str, Cost]) -> float:
@@ -216,6 +222,13 @@ def step_seconds(shape: Shape, costs: dict[str, Cost], pairs: int) -> float:
     return pairs * pair_seconds(shape, costs) + costs["AdamW"].seconds * shape.parameters / shape.layer
 
 
+def at_full_size(shape: Shape, costs: dict[str, Cost]) -> dict[str, float]:
+    """Compute the highest point of every part, bytes, with all rows of embeddings and head."""
+    peaks = {name: cost.peak for name, cost in costs.items()}
+    return {**peaks, "embeddings": peaks["embeddings"] + shape.rest,
+            "head and loss": shape.rows * peaks["head and loss"]}
+
+
 def memory(shape: Shape, costs: dict[str, Cost], work: Work) -> dict[str, float]:
     """Compute the memory of a training, bytes: of one process, and of each of RANKS (FSDP2).
 
@@ -224,14 +237,11 @@ def memory(shape: Shape, costs: dict[str, Cost], work: Work) -> dict[str, float]
     multiplied, for the length of a step, if products are in bfloat16.
     """
     whole = 4 * shape.parameters
-    # Of head and embeddings a part was measured: here stands the largest of all parts at their full size.
-    highest_part = max(costs["decoder layer"].peak, costs["tower layer"].peak, costs["patches"].peak,
-                       costs["projector"].peak, shape.rows * costs["embeddings"].peak,
-                       shape.rows * costs["head and loss"].peak)
-    activations = shape.kept(work) + highest_part
+    largest = max(at_full_size(shape, costs).values())
+    activations = shape.kept(work) + largest
     copies = 2 * shape.parameters if work.half else 0
     return {"weights": whole, "gradients": whole, "AdamW": 2 * whole, "copies in bfloat16": copies,
-            "inputs of the layers": shape.kept(work), "largest part": highest_part,
+            "inputs of the layers": shape.kept(work), "largest part": largest,
             "one process": 4 * whole + copies + activations,
             f"each of {RANKS}": 4 * whole / RANKS + 8 * (shape.outside + 2 * shape.layer) + activations}
 
@@ -276,13 +286,13 @@ def beyond(shape: Shape, found: dict[Work, dict[str, Cost]], half: bool, longest
     works = sorted((w for w in found if w.half == half), key=lambda w: w.tokens)
     tokens = tuple(w.tokens for w in works)
     seconds = [pair_seconds(shape, found[w]) for w in works]
-    held = [memory(shape, found[w], w) for w in works]
-    to = {name: scaled(*(one[name] for one in held), tokens, longest) for name in ("inputs of the layers",
-                                                                                  "largest part")}
+    parts_of = [at_full_size(shape, found[w]) for w in works]
+    largest = max(scaled(*(one[name] for one in parts_of), tokens, longest) for name in parts_of[0])
+    kept = shape.kept(Work(longest, works[0].answer, works[0].tiles, half))
     return (f"{'bfloat16' if half else 'float32'}: {tokens[1] / tokens[0]:g} times the tokens took "
             f"{seconds[1] / seconds[0]:.2f} times the time. Computed for {longest:,} tokens, by a T + b T^2 through "
             f"both: {scaled(*seconds, tokens, longest):,.0f} s a pair; inputs of the layers "
-            f"{to['inputs of the layers'] / GB:.1f} GB, largest part {to['largest part'] / GB:.1f} GB.")
+            f"{kept / GB:.1f} GB, largest part {largest / GB:.1f} GB.")
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
