@@ -65,7 +65,7 @@ def test_the_loss_at_the_start_is_the_known_one():
 
 
 def test_a_step_adds_its_parts_up():
-    shape = cost.Shape(1000, 100, 300, 6, 2, 2.5, 7, lambda work: 40)
+    shape = cost.Shape(1000, 100, 300, 6, 2, 2.5, 5, lambda work: 40)
     one = dict.fromkeys(("decoder layer", "tower layer", "patches", "projector", "embeddings", "head and loss"),
                         cost.Cost(1.0, 2.0, 8))
     one = {**one, "AdamW": cost.Cost(0.5, 0.0, 0)}
@@ -74,8 +74,9 @@ def test_a_step_adds_its_parts_up():
     alone = cost.memory(shape, one, WORK)
     assert alone["one process"] == 16 * 1000 + 40 + 2.5 * 8
     assert alone["each of 8"] == 16 * 1000 / 8 + 8 * (300 + 2 * 100) + 40 + 2.5 * 8
+    assert cost.at_full_size(shape, one)["embeddings"] == pytest.approx(8 + 4 * 5 * 0.6)
     rounded = cost.memory(shape, one, cost.Work(24, 8, 2, True))
-    assert rounded["one process"] - alone["one process"] == 2 * 1000 and rounded["each of 8"] == alone["each of 8"]
+    assert rounded["one process"] - alone["one process"] == 2 * 995 and rounded["each of 8"] == alone["each of 8"]
 
 
 def test_two_measurements_go_on_as_a_parabola():

@@ -190,7 +190,7 @@ class Shape:
     layers: int
     tower_layers: int
     rows: float         # times the rows of embeddings and head that are measured
-    rest: int           # bytes of the gradient of all other rows of the embeddings
+    table: int          # parameters of the embeddings, which are looked up, not multiplied
     kept: Callable[[Work], int]         # bytes: the inputs of all layers, for one pair
 
 
@@ -205,9 +205,8 @@ def shape_of(config: dict) -> Shape:
     kept = lambda work: 4 * (len(layers) * 2 * work.tokens * config.llm_config.hidden_size
                              + len(tower) * work.tiles * places * config.vision_config.hidden_size)
     vocabulary = config.llm_config.vocab_size
-    rows = min(ROWS, vocabulary)
     return Shape(size(model), size(layers[0]), size(model) - size(layers) - size(tower), len(layers), len(tower),
-                 vocabulary / rows, 4 * (vocabulary - rows) * config.llm_config.hidden_size, kept)
+                 vocabulary / min(ROWS, vocabulary), size(model.language_model.embeddings), kept)
 
 
 def pair_seconds(shape: Shape, costs: dict[str, Cost]) -> float:
@@ -225,7 +224,8 @@ def step_seconds(shape: Shape, costs: dict[str, Cost], pairs: int) -> float:
 def at_full_size(shape: Shape, costs: dict[str, Cost]) -> dict[str, float]:
     """Compute the highest point of every part, bytes, with all rows of embeddings and head."""
     peaks = {name: cost.peak for name, cost in costs.items()}
-    return {**peaks, "embeddings": peaks["embeddings"] + shape.rest,
+    rest = 4 * shape.table * (1 - 1 / shape.rows)       # the gradient of the rows that were not there
+    return {**peaks, "embeddings": peaks["embeddings"] + rest,
             "head and loss": shape.rows * peaks["head and loss"]}
 
 
@@ -239,7 +239,7 @@ def memory(shape: Shape, costs: dict[str, Cost], work: Work) -> dict[str, float]
     whole = 4 * shape.parameters
     largest = max(at_full_size(shape, costs).values())
     activations = shape.kept(work) + largest
-    copies = 2 * shape.parameters if work.half else 0
+    copies = 2 * (shape.parameters - shape.table) if work.half else 0
     return {"weights": whole, "gradients": whole, "AdamW": 2 * whole, "copies in bfloat16": copies,
             "inputs of the layers": shape.kept(work), "largest part": largest,
             "one process": 4 * whole + copies + activations,
