@@ -1,4 +1,5 @@
 """Nano's own answers, learned from: where a reasoning goes wrong, what a description adds, the whole command, small."""
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 
 import pytest
@@ -42,8 +43,22 @@ def test_a_description_comes_before_the_question():
     assert told.turns[1].answer == TRUTH
 
 
+class Here(Executor):
+    """Does the work at once, in this process: two others would import torch first."""
+
+    def __init__(self, *args):
+        pass
+
+    def submit(self, work, /, *args, **kwargs):
+        done = Future()
+        done.set_result(work(*args, **kwargs))
+        return done
+
+
 @pytest.mark.slow
 def test_the_whole_command(tmp_path, monkeypatch, capsys):
+    for module in (prefer, evaluate):
+        monkeypatch.setattr(module, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(prefer, "MIX", {"reason": 1})
     small = {way: replace(plan, steps=1, batch=2, micro=2) for way, plan in prefer.WAYS.items()}
     monkeypatch.setattr(prefer, "WAYS", {"mpo": small["mpo"]})

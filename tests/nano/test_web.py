@@ -1,6 +1,7 @@
 """A nano that errs: what the web says, how answers are judged and paired, and the whole command, small."""
 import random
 import re
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 
 import pytest
@@ -118,8 +119,21 @@ def test_questions_are_written_once(tmp_path):
     assert (tmp_path / "q.jsonl").read_bytes() == before
 
 
+class Here(Executor):
+    """Does the work at once, in this process: two others would import torch first."""
+
+    def __init__(self, *args):
+        pass
+
+    def submit(self, work, /, *args, **kwargs):
+        done = Future()
+        done.set_result(work(*args, **kwargs))
+        return done
+
+
 @pytest.mark.slow
 def test_the_whole_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(web, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(web, "STEPS", 1)
     monkeypatch.setattr(web, "BATCH", 2)
     ways = [replace(way, plan=replace(way.plan, steps=1, batch=2, micro=2)) for way in web.WAYS]
