@@ -35,3 +35,19 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot cut the cache to {length} tokens, it holds {self.length}")
         self.length = length
+
+
+def copied(rows: list[tuple[KVCache, int, int, int]], places: int = 0) -> KVCache:
+    """Copy rows, each (cache, its row, start, end), into one new cache, aligned at the end; at least `places` rows."""
+    new = KVCache()
+    new.length = max(end - start for _, _, start, end in rows)
+    capacity = (new.length // KVCache.BLOCK + 1) * KVCache.BLOCK if places else new.length
+    for layer, both in rows[0][0].layers.items():
+        new.layers[layer] = []
+        for kind, like in enumerate(both):              # keys, values: float[B, K, S, E]
+            # 0, not empty: attention gives padding no weight, but 0 times NaN is NaN
+            t = like.new_zeros(max(len(rows), places), like.shape[1], capacity, like.shape[3])
+            for place, (cache, row, start, end) in enumerate(rows):
+                t[place, :, new.length - (end - start):new.length] = cache.layers[layer][kind][row, :, start:end]
+            new.layers[layer].append(t)
+    return new

@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 
 from minivl import tiling
-from minivl.cache import KVCache
+from minivl.cache import KVCache, copied
 from minivl.chat.answers import Answer
 from minivl.chat.pipeline import Pipeline
 from minivl.chat.requests import Turn
@@ -138,22 +138,6 @@ def shared(a: list[int], b: list[int]) -> int:
 def size(cache: KVCache) -> int:
     """Count the bytes of a cache."""
     return sum(t.nbytes for both in cache.layers.values() for t in both)
-
-
-def copied(rows: list[tuple[KVCache, int, int, int]], places: int = 0) -> KVCache:
-    """Copy rows, each (cache, its row, start, end), into one new cache, aligned at the end; at least `places` rows."""
-    new = KVCache()
-    new.length = max(end - start for _, _, start, end in rows)
-    capacity = (new.length // KVCache.BLOCK + 1) * KVCache.BLOCK if places else new.length
-    for layer, both in rows[0][0].layers.items():
-        new.layers[layer] = []
-        for kind, like in enumerate(both):              # keys, values: float[B, K, S, E]
-            # 0, not empty: attention gives padding no weight, but 0 times NaN is NaN
-            t = like.new_zeros(max(len(rows), places), like.shape[1], capacity, like.shape[3])
-            for place, (cache, row, start, end) in enumerate(rows):
-                t[place, :, new.length - (end - start):new.length] = cache.layers[layer][kind][row, :, start:end]
-            new.layers[layer].append(t)
-    return new
 
 
 class Batch:

@@ -9,9 +9,9 @@ from PIL import Image
 
 import minivl
 from minivl import GenerationConfig, InputError
-from minivl.cache import KVCache
+from minivl.cache import KVCache, copied
 from minivl.serve import scheduler as module
-from minivl.serve.scheduler import CHUNK, Beginnings, Pictures, Scheduler, copied, hash_of, shared
+from minivl.serve.scheduler import CHUNK, Beginnings, Pictures, Scheduler, hash_of, shared
 
 SAMPLES = "minivl/nano/samples/"
 

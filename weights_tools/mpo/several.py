@@ -15,11 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from minivl import EngineConfig, GenerationConfig, Picture, Pipeline, pipeline
-from minivl.cache import KVCache
+from minivl.cache import KVCache, copied
 from minivl.chat.answers import Answer
 from minivl.chat.pipeline import embed
 from minivl.chat.requests import Turn
@@ -89,26 +88,16 @@ def read(model, turn: Turn) -> tuple[torch.Tensor, KVCache]:
     return x[:, -1:], cache
 
 
-def side_by_side(caches: list[KVCache]) -> tuple[KVCache, torch.Tensor | None]:
-    """Copy the caches of B prompts into one, padded on the left as `generation.left_pad` does; int[B], the padding."""
-    T = max(cache.length for cache in caches)
-    joined = KVCache()
-    for layer in caches[0].layers:
-        keys, values = (torch.cat([F.pad(cache.layers[layer][kind][:, :, :cache.length], (0, 0, T - cache.length, 0))
-                                   for cache in caches]) for kind in (0, 1))
-        joined.append(layer, keys, values)
-    joined.length = T
-    padding = torch.tensor([T - cache.length for cache in caches], device=keys.device)
-    return joined, padding if bool(padding.any()) else None
-
-
 @torch.inference_mode()
 def _write_batch(pipe: Pipeline, answers: list[Answer], prompts: list[tuple], bar: tqdm):
     model = pipe.model
-    cache, padding = side_by_side([cache for _, cache in prompts])
+    caches = [cache for _, cache in prompts]
+    cache = copied([(one, 0, 0, one.length) for one in caches], len(caches))
+    padding = torch.tensor([cache.length - one.length for one in caches], device=model.device)
     x = torch.cat([last for last, _ in prompts])                            # (B, 1, D)
     samplers = [answer.sampler([], model.img_context_token_id) for answer in answers]
-    for tokens, logits in steps(model, x, samplers, cache=cache, padding=padding, unused=pipe.unused_ids):
+    for tokens, logits in steps(model, x, samplers, cache=cache, padding=padding if padding.any() else None,
+                                unused=pipe.unused_ids):
         for answer, token, scores in zip(answers, tokens, logits):
             if answer.finish_reason is None:
                 answer.push(token, scores)
