@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -41,12 +40,7 @@ def question(seed, index: int, mix: dict | None = None) -> world.Example | None:
     which = [i for i, turn in enumerate(example.turns) if turn.task in ALONE]
     if not which or not example.pictures:
         return None
-    i = which[index % len(which)]
-    turn = example.turns[i]
-    if i > 0:
-        marks = "".join(re.findall(r"[^\n]*<image>\n", example.turns[0].question))
-        turn = replace(turn, question=marks + turn.question)
-    return world.Example(example.pictures, (turn,), example.max_num)
+    return example.alone(which[index % len(which)])
 
 
 def questions(seed, n: int, mix: dict | None = None) -> list[world.Example]:

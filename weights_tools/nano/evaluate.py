@@ -58,13 +58,7 @@ def items(task: str, n: int, seed=HELD_OUT, wide: bool = False) -> list:
         if not which or wide and (example.max_num == 1 or example.pictures[0].grid == (1, 1)):
             continue
         i = which[index % len(which)]
-        marks = "".join(re.findall(r"[^\n]*<image>\n", example.turns[0].question))
-        if task == "follow-up":
-            turns = example.turns[:i + 1]
-        else:
-            turn = example.turns[i]
-            turns = (replace(turn, question=turn.question if i == 0 else marks + turn.question),)
-        found.append(world.Example(example.pictures, turns, example.max_num))
+        found.append(replace(example, turns=example.turns[:i + 1]) if task == "follow-up" else example.alone(i))
     return found
 
 

@@ -47,13 +47,6 @@ def new_example(seed, index: int) -> world.Example:
     return replace(example, turns=tuple(turns))
 
 
-def one_question(example: world.Example, which: int) -> world.Example:
-    """Keep one question of a conversation about a picture."""
-    turn = example.turns[which]
-    question = turn.question if turn.question.startswith(IMAGE) else f"{IMAGE}\n{turn.question}"
-    return replace(example, turns=(replace(turn, question=question),))
-
-
 def lesson(train: int, asked: int, old: int) -> dict[str, list[world.Example]]:
     """Make the examples of all files: `train` conversations, `asked` questions about the new, `old` of each task."""
     new = [new_example("lesson", i) for i in range(train)]
@@ -61,7 +54,7 @@ def lesson(train: int, asked: int, old: int) -> dict[str, list[world.Example]]:
     each = -(-train // len(evaluate.TARGETS))
     kept = [e for task in evaluate.TARGETS for e in evaluate.items(task, each, seed="lesson")][:train]
     held_out = [new_example(evaluate.HELD_OUT, i) for i in range(asked)]
-    held_out = [one_question(e, i % len(e.turns)) for i, e in enumerate(held_out)]
+    held_out = [e.alone(i % len(e.turns)) for i, e in enumerate(held_out)]
     return {"train": new, "keep": kept,
             "held-out": held_out + [e for task in evaluate.TARGETS for e in evaluate.items(task, old)]}
 

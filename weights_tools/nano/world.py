@@ -73,6 +73,12 @@ class Example:
         """Return [(question, answer), ...], as minivl.prompt takes it."""
         return [(turn.question, turn.answer) for turn in self.turns]
 
+    def alone(self, i: int) -> Example:
+        """Keep question i by itself, with what stands before the first one: a mark for each picture."""
+        turn = self.turns[i]
+        marks = "".join(re.findall(r"[^\n]*<image>\n", self.turns[0].question)) if i else ""
+        return replace(self, turns=(replace(turn, question=marks + turn.question),))
+
 
 # ---- words ----------------------------------------------------------------------------------------------------------
 
