@@ -1,8 +1,8 @@
 """Nano's own answers, learned from: where a reasoning goes wrong, what a description adds, the whole command, small."""
-from concurrent.futures import Executor, Future
 from dataclasses import replace
 
 import pytest
+from here import Here
 
 from weights_tools.nano import asked, evaluate, prefer, world
 from weights_tools.nano.draw import Scene, Thing
@@ -41,18 +41,6 @@ def test_a_description_comes_before_the_question():
     assert [turn.question for turn in told.turns] == ["<image>\nDescribe the picture.", "How many?"]
     assert told.turns[0].answer == "At the top there is a large blue ring and on the left a large red star."
     assert told.turns[1].answer == TRUTH
-
-
-class Here(Executor):
-    """Does the work at once, in this process: two others would import torch first."""
-
-    def __init__(self, *args):
-        pass
-
-    def submit(self, work, /, *args, **kwargs):
-        done = Future()
-        done.set_result(work(*args, **kwargs))
-        return done
 
 
 @pytest.mark.slow

@@ -1,10 +1,10 @@
 """A nano that errs: what the web says, how answers are judged and paired, and the whole command, small."""
 import random
 import re
-from concurrent.futures import Executor, Future
 from dataclasses import replace
 
 import pytest
+from here import Here
 
 from minivl import load
 from weights_tools.mpo.mmpr import Rows
@@ -117,18 +117,6 @@ def test_questions_are_written_once(tmp_path):
     assert all((tmp_path / image).exists() for one in rows for image in one["image"])
     asked.written(tmp_path, "q", "another seed", 3)
     assert (tmp_path / "q.jsonl").read_bytes() == before
-
-
-class Here(Executor):
-    """Does the work at once, in this process: two others would import torch first."""
-
-    def __init__(self, *args):
-        pass
-
-    def submit(self, work, /, *args, **kwargs):
-        done = Future()
-        done.set_result(work(*args, **kwargs))
-        return done
 
 
 @pytest.mark.slow
