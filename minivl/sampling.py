@@ -116,6 +116,15 @@ def penalise(logits: torch.Tensor, ids: list[int], penalty: float) -> torch.Tens
     return logits.index_copy(0, ids, penalised.clamp(max=torch.finfo(logits.dtype).max))    # a tiny penalty overflows
 
 
+def drawn(p: torch.Tensor, u: float) -> torch.Tensor:
+    """Draw from probabilities float32[V] by u in [0, 1): the first token where their running sum exceeds u -> int64[].
+
+    Summed in whole 2^-40, so that the sums are the same in any order: a GPU adds in another than a CPU.
+    """
+    below = (p.double() * 2 ** 40).round().long().cumsum(0)                 # (V)
+    return torch.searchsorted(below, (u * below[-1].double()).long(), right=True)
+
+
 class Sampler:
     """Choose the next token of one prompt: penalties, bans, then the best or a seeded draw. Remembers what it chose."""
 
@@ -143,11 +152,11 @@ class Sampler:
                 raise InputError("every token is banned, none is left to choose; shorten bad_words, bad_token_ids or "
                                  "min_new_tokens")
         if c.do_sample and c.temperature > 0:
-            # On the GPU if they are there, but for MPS, which has no float64. The draw is the CPU's: the same seed, the
-            # same token.
+            # On the GPU if they are there, but for MPS, which has no float64. The random number is the CPU's: the same
+            # seed, the same token.
             scores = logits.cpu() if logits.device.type == "mps" else logits
             p = probabilities(scores, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, min_p=c.min_p)
-            token = int(torch.multinomial(p.cpu(), 1, generator=self.generator))
+            token = int(drawn(p, torch.rand((), dtype=torch.float64, generator=self.generator).item()))
         else:
             token = int(logits.argmax())
         self.seen.append(token)
