@@ -101,8 +101,9 @@ def left_pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | Non
     """
     T = max(row.shape[1] for row in rows)
     padding = torch.tensor([T - row.shape[1] for row in rows], device=rows[0].device)
-    padded = [torch.cat([row.new_zeros(1, T - row.shape[1], *row.shape[2:]), row], dim=1) for row in rows]
-    return torch.cat(padded), padding if bool(padding.any()) else None
+    with full_memory_told(padding.device, f"{len(rows)} prompts of {T} tokens", "ask for fewer or shorter ones"):
+        padded = [torch.cat([row.new_zeros(1, T - row.shape[1], *row.shape[2:]), row], dim=1) for row in rows]
+        return torch.cat(padded), padding if bool(padding.any()) else None
 
 
 @torch.inference_mode()

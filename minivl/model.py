@@ -79,7 +79,10 @@ class MiniVL(nn.Module):
         if low < 0 or high >= vocabulary:
             raise InputError(f"input_ids span {low}..{high}, the vocabulary has ids 0..{vocabulary - 1}; "
                              "is the tokenizer that of this checkpoint?")
-        x = self.language_model.embeddings(input_ids.to(self.device))           # (B, T, D)
+        B, T = input_ids.shape
+        told = partial(full_memory_told, self.device, f"{B} prompts of {T} tokens", "ask for fewer or shorter ones")
+        with told():
+            x = self.language_model.embeddings(input_ids.to(self.device))       # (B, T, D)
         if visual_tokens is None:
             return x
         if self.img_context_token_id is None:
@@ -92,7 +95,8 @@ class MiniVL(nn.Module):
         if wanted != given:
             raise InputError(f"the prompt has {wanted} <IMG_CONTEXT> placeholders but {N} tiles x {L} give {given} "
                              "visual tokens; render the prompt with the same tile counts as the pictures")
-        return x.masked_scatter(placeholders[..., None], visual_tokens.to(x.dtype))
+        with told():
+            return x.masked_scatter(placeholders[..., None], visual_tokens.to(x.dtype))
 
     def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
         """Compute logits float32[B, T, V] of int[B, T] and float[N, 3, R, R]. Differentiable; no cache, no padding."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -78,6 +79,12 @@ def signature(language: nn.Module) -> list | None:
     return [*map(weakref.ref, modules), *code, *functions, *patched, *places]
 
 
+@lru_cache
+def stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream that everything is recorded on: cuBLAS keeps some 32 MB for each one that it ever worked on."""
+    return torch.cuda.Stream(device)
+
+
 class Recording:
     """A step of B prompts with room for `capacity` tokens, and the memory that it works on."""
 
@@ -105,14 +112,14 @@ class Recording:
 
     def record(self, language: nn.Module, length: int) -> None:
         """Run the step once, so that all it needs is set up, then record it."""
-        side = torch.cuda.Stream()
+        side = stream(self.inputs.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self.fixed.at.fill_(length)
             step(language, self.inputs, self.fixed, self.padding)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=side):
             self.scores = step(language, self.inputs, self.fixed, self.padding)
 
     def replay(self, inputs: torch.Tensor, length: int) -> torch.Tensor:

@@ -186,7 +186,9 @@ class Batch:
     def move(self, jobs: list[Job], rows: list[tuple[KVCache, int, int, int]]) -> None:
         """Copy requests and their rows into a new cache. A power of two of places: the next ones need no copy."""
         places = 1 << (len(jobs) - 1).bit_length()
-        self.cache = copied(rows, places)
+        need = f"the keys and values of {places} prompts of {max(end - start for _, _, start, end in rows)} tokens"
+        with full_memory_told(rows[0][0].layers[0][0].device, need, "allow fewer at once, or ask for fewer tokens"):
+            self.cache = copied(rows, places)
         free = places - len(jobs)
         self.jobs = jobs + [None] * free
         self.padding = [self.cache.length - (end - start) for _, _, start, end in rows] + [0] * free

@@ -16,9 +16,11 @@ def test_the_whole_script_on_the_cpu(tmp_path, capsys):
     rows = json.loads((tmp_path / "new" / "my.json").read_text())
     assert code == 0 and all(row["good"] is not False for row in rows), said
     named = " ".join(row["what"] for row in rows)
-    for what in ("qwen2, float32", "qwen2-awq, bfloat16", "12 greedy tokens", "6B tower", "an edit of qwen2.MLP",
+    for what in ("qwen2, float32", "qwen2-awq, bfloat16", "12 greedy tokens", "vit6b-internlm2, fast", "service, nano",
+                 "steps of MPO", "MPO of a LoRA", "an edit of qwen2.MLP",
                  "nano, float32, fast", "nano-awq, bfloat16, fast", "fast: load", "fast: 7 tiles", "fast: a prompt of",
-                 "fast: new tokens, 4 prompts", "generate, sampled", "released: new tokens, 1 prompt"):
+                 "fast: new tokens, 4 prompts", "generate, sampled", "released: new tokens, 1 prompt",
+                 "of 1 tiles alone"):
         assert what in named, what
     assert said.count("|") > 4 * len(rows)
     assert not torch.is_inference_mode_enabled()
@@ -27,10 +29,9 @@ def test_the_whole_script_on_the_cpu(tmp_path, capsys):
 def test_what_is_wrong_is_a_row_and_an_exit_code(tmp_path, monkeypatch, capsys):
     """Another result in one stage, a part that breaks: the others go on."""
     monkeypatch.setattr(gpu.qwen2.RMSNorm, "forward", lambda self, x: self.weight * x)
-    monkeypatch.setattr(gpu, "tower_6b", lambda report, device: 1 / 0)
-    monkeypatch.setattr(gpu, "answers", lambda *how: None)
-    monkeypatch.setattr(gpu, "questions", lambda *how: None)
-    monkeypatch.setattr(gpu, "edits", lambda *how: None)
+    monkeypatch.setattr(gpu, "service", lambda report, device: 1 / 0)
+    for part in ("answers", "questions", "edits", "learning", "full"):
+        monkeypatch.setattr(gpu, part, lambda *how: None)
     assert command.main(["--device", "cpu", "--parts", "proof"]) == 1
     said = capsys.readouterr()
     assert "ZeroDivisionError" in said.out and "WRONG" in said.out and "rows are WRONG" in said.err

@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ HALF_SLACK = 2.0            # times the CPU's own error in the same dtype
 DTYPES = ("float32", "float16", "bfloat16")
 BATCHES = (1, 4, 16, 64)
 PROMPT = 1792               # tokens of a picture of 7 tiles
+WARM = 0.3                  # seconds
 
 
 class Report:
@@ -310,13 +312,26 @@ def full(report: Report, device: str):
 
 # ---- speed ----------------------------------------------------------------------------------------------------------
 
-def usual(work: Callable[[], float], repeats: int = 5) -> float:
-    """Run a function that returns its seconds: the median, after two runs that warm up."""
-    return statistics.median([work() for _ in range(repeats + 2)][2:])
+def usual(work: Callable[[], float], device: str, repeats: int = 5) -> float:
+    """Run a function that returns its seconds: the median of some, or of all within WARM.
+
+    Before that it runs twice and for WARM: a GPU that was idle, while weights were loaded, needs time to be fast again.
+    """
+    enough = 0 if device == "cpu" else WARM
+
+    def several(least: int) -> list[float]:
+        end = time.perf_counter() + enough
+        seconds = [work() for _ in range(least)]
+        while time.perf_counter() < end:
+            seconds.append(work())
+        return seconds
+
+    several(2)
+    return statistics.median(several(repeats))
 
 
 def timed(work: Callable, device: str, repeats: int = 5) -> float:
-    """Time a function: the median of its seconds, after two runs that warm up."""
+    """Time a function: see `usual`."""
     def wait():
         if device != "cpu":
             torch.cuda.synchronize()
@@ -328,7 +343,7 @@ def timed(work: Callable, device: str, repeats: int = 5) -> float:
         wait()
         return time.perf_counter() - start
 
-    return usual(seconds, repeats)
+    return usual(seconds, device, repeats)
 
 
 def copying(device: str) -> float:
@@ -363,6 +378,7 @@ def speed(report: Report, device: str, size: str, floor: dict, engines=("fast",)
         report.add(f"{size}-AWQ: made at random in", time.perf_counter() - start, unit="s")
         for engine in engines:
             measure(report, device, checkpoint, engine, floor)
+        memory(report, device, checkpoint)
 
 
 def measure(report: Report, device: str, checkpoint: Path, engine: str, floor: dict):
@@ -378,10 +394,10 @@ def measure(report: Report, device: str, checkpoint: Path, engine: str, floor: d
         report.add(f"{engine}: weights on the device", (torch.cuda.memory_allocated() - held) / 1e9, unit="GB")
     work = work_of(ours.model.config)
     for n in (1, 7, 13):
-        ms = 1e3 * usual(lambda n=n: ours.tiles(n))
+        ms = 1e3 * usual(lambda n=n: ours.tiles(n), device)
         report.add(f"{engine}: {n} tile{'s' * (n > 1)}", ms, limit=n * work["GFLOP/tile"] / floor["TFLOP/s"], unit="ms")
     tokens = PROMPT if cuda else 64
-    ms = 1e3 * usual(lambda: ours.prompt(tokens))
+    ms = 1e3 * usual(lambda: ours.prompt(tokens), device)
     report.add(f"{engine}: a prompt of {tokens}", ms, limit=tokens * work["GFLOP/token"] / floor["TFLOP/s"], unit="ms")
     for batch in BATCHES if cuda else (1, 4):
         seconds = ours.batch(batch, 32 if engine == "fast" else 3)
@@ -392,34 +408,49 @@ def measure(report: Report, device: str, checkpoint: Path, engine: str, floor: d
         whole_answer(report, ours, cuda)
 
 
-def whole_answer(report: Report, ours: Ours, cuda: bool):
-    """Measure an answer about a picture of 7 tiles: its first token, the tokens after it, and the memory it took."""
-    model = ours.model
-    tiles = 7 if cuda else 1
+def about_a_picture(model: minivl.MiniVL, tiles: int) -> tuple[list[list[int]], torch.Tensor]:
+    """Make a prompt about noise: its ids, and its tiles float[N, 3, R, R]. Also gives the model a placeholder."""
     c = model.config
     model.img_context_token_id = c.llm_config.vocab_size - 7
     ids = [1] * 40 + [model.img_context_token_id] * (tiles * c.num_image_token) + [2] * 20
-    pixels = torch.randn(tiles, 3, c.force_image_size, c.force_image_size)
+    return [ids], torch.randn(tiles, 3, c.force_image_size, c.force_image_size)
+
+
+def whole_answer(report: Report, ours: Ours, cuda: bool):
+    """Measure an answer about a picture of 7 tiles: its first token, and the tokens after it."""
+    model = ours.model
+    tiles = 7 if cuda else 1
+    ids, pixels = about_a_picture(model, tiles)
     for name, config in (("greedy", GenerationConfig()), ("sampled", GenerationConfig(do_sample=True, random_seed=0))):
         seconds = {}
         for new in (1, 65) if cuda else (1, 5):
             seconds[new] = timed(lambda new=new, config=config: minivl.generate(
-                model, [ids], pixels, max_new_tokens=new, ignore_eos=True, config=config), "cuda" if cuda else "cpu", 3)
+                model, ids, pixels, max_new_tokens=new, ignore_eos=True, config=config), "cuda" if cuda else "cpu", 3)
         (few, first), (many, whole) = seconds.items()
         if name == "greedy":
             report.add(f"fast: picture of {tiles} tiles, until the first token", 1e3 * first, unit="ms")
         rate = (many - few) / (whole - first)
         report.add(f"fast: generate, {name}, new tokens after the picture", rate, unit="tok/s")
-    if cuda:
-        report.add("fast: most memory while it answers, batches of 64 before", torch.cuda.max_memory_allocated() / 1e9,
-                   unit="GB")
-        vars(model.language_model).pop("idle", None)        # the recordings of the batches before
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        minivl.generate(model, [ids], pixels, max_new_tokens=32, ignore_eos=True)
-        report.add(f"fast: most memory for a picture of {tiles} tiles alone", torch.cuda.max_memory_allocated() / 1e9,
-                   limit=6.0, unit="GB", good=torch.cuda.max_memory_allocated() < 6e9)
+
+
+def memory(report: Report, device: str, checkpoint: Path):
+    """Measure what an answer about a picture takes of a device, weights included, in a process that does only that."""
+    gc.collect()
+    free = torch.cuda.mem_get_info()[0] if device != "cpu" else 0
+    with get_context("spawn").Pool(1) as process:
+        tiles, tensors, left = process.apply(answer_alone, (device, checkpoint))
+    report.add(f"fast: most memory for a picture of {tiles} tiles alone: tensors", tensors / 1e9, limit=6.0, unit="GB",
+               good=tensors < 6e9)
+    report.add("fast: the same, all that the process took of the device", (free - left) / 1e9, limit=6.0, unit="GB")
+
+
+def answer_alone(device: str, checkpoint: Path) -> tuple[int, int, int]:
+    """Answer about a picture, in a new process: (tiles, most bytes of tensors, bytes that the device has left)."""
+    cuda = device != "cpu"
+    model = minivl.load(checkpoint, device=device, dtype="bfloat16", precision="fast")
+    tiles, new = (7, 32) if cuda else (1, 2)
+    minivl.generate(model, *about_a_picture(model, tiles), max_new_tokens=new, ignore_eos=True)
+    return (tiles, torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[0]) if cuda else (tiles, 0, 0)
 
 
 def peers(report: Report, device: str, size: str):
