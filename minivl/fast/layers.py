@@ -26,8 +26,8 @@ from minivl.limits import InputError
 
 FEW = 64                # rows up to which words are multiplied as they are, instead of dequantised first:
                         # 64 rows by 2048 x 11008 take 16 x 0.56 ms against 1.4 + 8.3
-FEW_ON_GPU = 32         # the same for torch's int4 product on a GPU:
-                        # 64 rows by gate and up take 206 us against 114 + 27 (H200)
+FEW_ON_GPU = 24         # the same for torch's int4 product on a GPU:
+                        # 24 rows by gate and up take 84 us against 42 + 41, 32 take 102 (H100)
 NEAR = 2 ** 15          # bytes of x that stay in the nearest cache while the words of a part pass by
 BLOCK = 2 ** 22         # weights dequantised at a time, which stay in the cache until they are multiplied
 PIECE = 1024            # rows that one product takes, which stay in the cache beside the weights
