@@ -1,4 +1,5 @@
 """Sampling against loops a beginner believes; what a GenerationConfig refuses."""
+import itertools
 import math
 import warnings
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from minivl import GenerationConfig, InputError
-from minivl.sampling import Sampler, penalise, probabilities
+from minivl.sampling import Sampler, drawn, penalise, probabilities
 
 
 def test_top_k_keeps_k_tokens_also_where_scores_tie():
@@ -92,6 +93,19 @@ def test_seeded_draws_repeat_and_follow_the_distribution():
         assert first.count(i) / 3000 == pytest.approx(p, abs=0.03)
     other = Sampler(GenerationConfig(do_sample=True, temperature=1.0, top_k=0, random_seed=4), [])
     assert first[:100] != [other(logits) for _ in range(100)]
+
+
+def test_a_draw_is_where_the_running_sum_exceeds_u():
+    p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    for u, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.7499, 3), (0.75, 4), (1 - 2 ** -53, 4)):
+        assert drawn(p, u) == token, u
+    p = torch.randn(5000).mul(4).softmax(-1).index_fill(0, torch.arange(0, 5000, 3), 0.0)
+    p /= p.sum()
+    for u in torch.rand(50, dtype=torch.float64).tolist():
+        shares = p.double().tolist()
+        below = itertools.accumulate(shares)
+        token = next(i for i, sum_to in enumerate(below) if sum_to > u * math.fsum(shares))     # the slow spec
+        assert drawn(p, u) == token and p[token] > 0
 
 
 def test_sampling_values_without_do_sample_warn():
