@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 from functools import partial
@@ -16,7 +17,7 @@ from pathlib import Path
 from minivl import load, options
 from minivl.files.find import SHIPPED
 from minivl.files.formats import safetensors_header
-from minivl.limits import InputError
+from minivl.limits import InputError, is_there
 from minivl.tokenizer import Tokenizer
 from weights_tools import run
 from weights_tools.files import told, unfinished, write_text
@@ -27,6 +28,7 @@ from weights_tools.quantize.prompts import from_nano
 
 LIMIT = 16_000_000      # bytes of everything in minivl/nano
 WAYS = 1200             # conversations on which the ways to int4 are compared
+PREFERENCES = "## What preferences teach it"
 METHOD = "lmdeploy"     # as the shipped weights were made; no group of nano's has one sign, so it hurts none
 
 
@@ -154,12 +156,24 @@ The float16 model on the same {ablation_n} questions, with one thing changed.
 
 {ablations}
 
+{preferences}
 ## Limits
 
 Outside of drawn shapes, words of up to six capitals and numbers of up to four digits it should say that it cannot
 tell; it may also describe shapes that are not there. Lower-case letters, other fonts, photographs and languages were
 never seen.
 """
+
+
+def preferences(card: Path, same: bool) -> str:
+    """Return a card's section on preferences: what stands there if it is of the same weights, else how to measure it.
+
+    It is written by hand around the tables of two commands that take up to an hour each.
+    """
+    if same and (found := re.search(rf"^{PREFERENCES}\n.*?(?=^## )", card.read_text("utf-8"), re.M | re.S)):
+        return found[0]
+    return (f"{PREFERENCES}\n\nNot measured with these weights: `python -m weights_tools.nano.web` and "
+            "`python -m weights_tools.nano.prefer`.\n\n")
 
 
 def ship(source, n: int = 500, ablation_n: int = 500, to: Path | None = None) -> Path:
@@ -173,6 +187,8 @@ def ship(source, n: int = 500, ablation_n: int = 500, to: Path | None = None) ->
         raise InputError(f"{source} does not say of which recipe it is; give a folder that weights_tools.nano.train "
                          "wrote")
     note = {key: note[key] for key in ("recipe", "stage") if key in note}
+    before = to / "float16" / "model.safetensors"
+    same = is_there(before) and before.read_bytes() == (source / "model.safetensors").read_bytes()
     with unfinished(to, "what was there before is left as it was") as new, told(to / "float16", "run again"):
         shutil.copytree(source, new / "float16")
         shutil.rmtree(to / "float16", ignore_errors=True)
@@ -190,7 +206,8 @@ def ship(source, n: int = 500, ablation_n: int = 500, to: Path | None = None) ->
         mlp=4 * recipe.VISION["hidden_size"], recipe=note["recipe"], method=METHOD, n=n, ablation_n=ablation_n,
         float_mb=(to / "float16" / "model.safetensors").stat().st_size / 1e6,
         awq_mb=(to / "awq" / "model.safetensors").stat().st_size / 1e6,
-        table=evaluate.table(list(scores), list(scores.values())), way_n=WAYS, ways=int4.table(ways),
+        preferences=preferences(to / "README.md", same), table=evaluate.table(list(scores), list(scores.values())),
+        way_n=WAYS, ways=int4.table(ways),
         ablations="\n".join(["| change | task | as it is | so |", "|---|---|---|---|", *(
             f"| {what} | {task} | {100 * before:.1f} | {100 * after:.1f} |" for what, task, before, after in rows)]))
     write_text(to / "README.md", card)
