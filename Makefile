@@ -32,7 +32,7 @@ test: setup     ## all tests
 lint: setup     ## ruff: imports, width, likely mistakes; the rules are in pyproject.toml
 	$(PY) -m ruff check .
 
-test-all: setup     ## all tests, also those of over half a minute
+test-all: setup     ## all tests, also the slow ones
 	$(PY) -m pytest -m "not gpu"
 
 # A few of one kind: make fuzz FUZZ="pictures=500 --seed 7"

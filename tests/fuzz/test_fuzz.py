@@ -19,6 +19,7 @@ def modules(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
 
 
+@pytest.mark.slow
 def test_altered_files_are_refused_or_loaded_whole(modules):
     results = runner.run(FEW, seed=1, workers=1)
     assert not [(kind, name, outcome, text[-300:]) for _, kind, name, outcome, text in results.failures]
@@ -111,6 +112,7 @@ worker.main(**json.loads(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_crash_a_hang_and_silence_cost_one_case_each(modules, monkeypatch):
     """In workers: a segmentation fault, an endless loop, a wait for ever, an exit."""
     monkeypatch.setattr(runner, "START", ["-c", PLANTED])

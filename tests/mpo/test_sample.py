@@ -181,6 +181,7 @@ def questions(tmp_path):
     return tmp_path / "q.jsonl"
 
 
+@pytest.mark.slow
 def test_killed_and_run_again(questions, nano, capsys, monkeypatch):
     """The killed run ends as one that was never stopped: with the bytes that `answers` alone gives."""
     out = questions.with_name("o.jsonl")

@@ -337,6 +337,7 @@ def test_drills_ask_what_they_are_for():
     assert asked["yes", True] > 120 and asked["no", True] > 60 and asked["no", False] > 30 and asked.total() == 360
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_the_weights_whole(tmp_path, monkeypatch):
     """Products in bfloat16 where the machine is fast at them and the stage allows it; weights stay float32."""
     dtypes = []
@@ -381,6 +382,7 @@ def test_first_words_leave_the_tower_alone(tmp_path):
     assert not any(same[n] for n in same if n.startswith("language_model.") and n.endswith("proj.weight"))
 
 
+@pytest.mark.slow
 def test_what_is_faster_is_measured_once_for_all_stages(tmp_path, monkeypatch):
     """Stopped in the second stage, and again between stages, by processes that would measure otherwise."""
     stages = tuple(replace(TINY, name=name, steps=2, warmup=0) for name in ("one", "two", "three"))

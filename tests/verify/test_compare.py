@@ -373,6 +373,7 @@ def test_a_stage_that_is_missing(golden, tmp_path):
         compare.compare(folder, Recording.open(tmp_path / "t.safetensors"), model=model)
 
 
+@pytest.mark.slow
 def test_exit_codes(tiny, recorded, tmp_path):
     """0 agrees, 1 differs, 2 could not run."""
     path, _ = recorded

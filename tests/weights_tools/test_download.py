@@ -116,6 +116,7 @@ def test_hub_errors_become_words(name, message, tool, hub):
         tool("Org/name", revision="v1")
 
 
+@pytest.mark.slow
 def test_real_client_against_a_local_hub(made, tmp_path):
     """The installed huggingface_hub itself, on real requests; in a process of its own, for this one is offline."""
     repository = tmp_path / "repository"

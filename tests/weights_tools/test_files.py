@@ -119,6 +119,7 @@ def test_weights_are_not_overwritten_unasked(tmp_path):
     assert same(stored(tmp_path), second)
 
 
+@pytest.mark.slow
 def test_one_shard_in_memory_at_a_time(tmp_path):
     import gc
     import weakref

@@ -22,6 +22,7 @@ def killed(folder, **steps) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_killed_and_run_again(tmp_path):
     for tool, found in killed(tmp_path, **STEPS).items():
         assert found["killed"] >= found["operations"] // STEPS[tool] > 0 and not found["wrong"], (tool, found)

@@ -231,6 +231,7 @@ def test_what_is_kept_is_held_to_what_was_said_before(small_lesson):
     assert all(module.scale == 1 for module in model.modules() if isinstance(module, lora.LoRA))
 
 
+@pytest.mark.slow
 def test_keeping_keeps(small_lesson, tmp_path):
     """A few steps at a high rate: with rows to keep the answers there move less."""
     data, kept = (rows.read_rows(small_lesson / f"{name}.jsonl") for name in ("train", "keep"))
