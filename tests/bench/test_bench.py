@@ -25,6 +25,7 @@ def test_a_whole_run(tiny):
     assert "| decode 4, tok/s |" in table and "lean" in table and "peak memory" in table
 
 
+@pytest.mark.slow
 def test_accuracy(tiny, capsys):
     found = workers.accuracy(tiny, ["released", "lean", "op"])
     assert found["lean"] == {"logits": 0.0, "KL": pytest.approx(0, abs=1e-6),

@@ -314,6 +314,7 @@ def test_half_precision_is_left_alone(tiny, every_model_is_large):
     assert any(isinstance(m, AWQLinear) for m in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not fast.has_compiler(), reason="no C++ compiler")
 def test_compiled_loops_are_the_functions():
     """One compilation serves all shapes, with gradients on, off and in inference mode."""

@@ -201,6 +201,7 @@ def test_the_samples_are_drawn_from_their_scenes(tmp_path):
         assert difference < 2, path.name        # another Pillow draws letters a little differently
 
 
+@pytest.mark.slow
 def test_evaluate_counts_right_answers(nano, capsys):
     items = evaluate.items("follow-up", 6)
     assert all(len(item.turns) >= 2 and item.turns[-1].task == "follow-up" for item in items)

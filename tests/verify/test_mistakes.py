@@ -52,6 +52,7 @@ def run(*arguments, json_to) -> tuple:
     return done, json.loads(json_to.read_text())
 
 
+@pytest.mark.slow
 @needs_reference
 @pytest.mark.parametrize("decoder", [mistakes.QWEN2, mistakes.INTERNLM2])
 def test_mistakes_against_transformers(tiny, tmp_path, decoder, warm_reference):
