@@ -242,3 +242,12 @@ def test_training_starts_from_the_recipe():
     assert train.rate(recipe.STAGES[-1], 10**6 % 2) >= 0
     models = (recipe.initial(), minivl.load("nano"))
     assert len({sum(p.numel() for p in model.parameters()) for model in models}) == 1
+
+
+def test_what_the_card_says_of_preferences_stays_with_its_weights():
+    card = NANO / "README.md"
+    kept = ship.preferences(card, True)
+    assert kept.startswith(ship.PREFERENCES) and kept in card.read_text("utf-8") and "MPO, beta 3" in kept
+    assert card.read_text("utf-8").split(kept)[1].startswith("## Limits")
+    other = ship.preferences(card, False)
+    assert other.startswith(ship.PREFERENCES) and "Not measured with these weights" in other and "beta" not in other
