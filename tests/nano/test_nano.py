@@ -249,5 +249,7 @@ def test_what_the_card_says_of_preferences_stays_with_its_weights():
     kept = ship.preferences(card, True)
     assert kept.startswith(ship.PREFERENCES) and kept in card.read_text("utf-8") and "MPO, beta 3" in kept
     assert card.read_text("utf-8").split(kept)[1].startswith("## Limits")
+    lines = kept.splitlines()           # each table has a head
+    assert all(lines[i - 1].startswith("|") for i, line in enumerate(lines) if line.startswith("|---"))
     other = ship.preferences(card, False)
     assert other.startswith(ship.PREFERENCES) and "Not measured with these weights" in other and "beta" not in other
