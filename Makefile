@@ -4,6 +4,9 @@ PYTHON ?= python3
 #   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 PY := .venv/bin/python
+# Tests run in a few processes side by side, each with one thread; `make test PROCESSES=0` runs them in one.
+PROCESSES ?= logical --maxprocesses 4
+PYTEST := $(PY) -m pytest -n $(PROCESSES) --dist worksteal
 
 .PHONY: help setup demo test test-all fuzz gpu lint reference verify notebooks html lab clean
 
@@ -27,13 +30,13 @@ demo: setup     ## a small trained model answers questions about pictures
 	@echo 'The 4B model:  .venv/bin/python -m minivl chat -m OpenGVLab/InternVL2_5-4B-MPO-AWQ PICTURE     (downloads 3.3 GB)'
 
 test: setup     ## all tests
-	$(PY) -m pytest
+	$(PYTEST)
 
 lint: setup     ## ruff: imports, width, likely mistakes; the rules are in pyproject.toml
 	$(PY) -m ruff check .
 
 test-all: setup     ## all tests, also the slow ones
-	$(PY) -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 # A few of one kind: make fuzz FUZZ="pictures=500 --seed 7"
 fuzz: setup     ## thousands of altered files of every kind, some minutes; the table and the failing ones: tests/fuzz/

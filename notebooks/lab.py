@@ -24,6 +24,9 @@ from dataclasses import replace
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # nothing here needs it
+# Where a notebook takes all threads, to train, one that waits sleeps and does not spin. Spinning, two threads beside
+# two busy programs took more than ten times as long; asleep they lose their share. Alone both are as fast.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch  # noqa: E402
 

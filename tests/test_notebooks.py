@@ -207,6 +207,19 @@ def test_changed_numbers_are_noticed():
     assert not run.same("1", "2") and not run.same("(2, 2)", "(3, 3)")
 
 
+def test_a_busy_machine_gets_more_time(monkeypatch):
+    import run
+    assert 1 <= run.slower() < 100
+    path = run.HERE / "00_a_picture_becomes_words.ipynb"
+    notebook = run.nbformat.read(path, as_version=4)
+    monkeypatch.setattr(run, "execute", lambda path: (notebook, 100.0))
+    monkeypatch.setattr(run, "slower", lambda: 1.5)
+    assert run.problems(path) == ["took 100 s, the limit is 90 on a machine 1.5 times slower than a quiet laptop; make "
+                                  "it shorter, or run it again when the machine is quiet"]
+    monkeypatch.setattr(run, "slower", lambda: 2.0)
+    assert run.problems(path) == []
+
+
 def test_source_says_where_it_lies():
     """Also in a folder of the package."""
     shown = lab.source(minivl.load_image, "def load_image", "allow_hosts")
