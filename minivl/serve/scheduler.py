@@ -43,7 +43,7 @@ from minivl.model import MiniVL
 CHUNK = 256                     # tokens of prompts that are read between two tokens of the others
 TILES = 4                       # tiles that count as that many
 PICTURE_BYTES = 256 * 2**20     # of visual tokens kept
-TILES_KEPT = 512
+TILES_KEPT = 128
 BEGINNING_BYTES = 2**30         # of keys and values kept: of the 4B in float32, some 14,000 tokens
 BEGINNINGS = 32                 # prompts and answers they are of; each is compared with each new prompt
 
