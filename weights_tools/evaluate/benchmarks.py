@@ -16,15 +16,20 @@ class Benchmark:
     """One column of the card's table: which files it can come in, and how it is asked and scored."""
     name: str                       # what --benchmark takes
     card: str                       # the column of the card's table
-    datasets: tuple[str, ...]       # VLMEvalKit's names of its files, NAME.tsv; the first one that a folder has is taken
+    datasets: tuple[str, ...]       # VLMEvalKit's names of its files, NAME.tsv; the first that a folder has is taken
     kind: Literal["mcq", "yes_no", "ocr", "math", "vet"]
     columns: tuple[str, ...]        # must be there, beside index, image (or image_path) and question
     circular: bool = False          # a question is right when it is right with its options in every order
     split: str | None = None        # only rows of this split make the number, where the file has several
+    ruled: bool = False             # kind "vet" without a judge: score.named compares with the truth
     questions: dict = field(default_factory=dict)       # dataset -> rows it has as released, for estimates
 
 
 OPTIONS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXY")    # letters that can be columns of options; Z means "none of them"
+
+# What pandas takes for a missing value: of a cell (None then), and of a prediction, which VLMEvalKit reads as "nan".
+MISSING = frozenset(("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
+                     "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"))
 
 BENCHMARKS = {b.name: b for b in (
     Benchmark("MMBench_V11", "MMBench v1.1",
