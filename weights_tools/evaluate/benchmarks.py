@@ -16,7 +16,7 @@ class Benchmark:
     """One column of the card's table: which files it can come in, and how it is asked and scored."""
     name: str                       # what --benchmark takes
     card: str                       # the column of the card's table
-    datasets: tuple[str, ...]       # VLMEvalKit's names of its files, NAME.tsv; the first one that a folder has is taken
+    datasets: tuple[str, ...]       # VLMEvalKit's names of its files, NAME.tsv; the first that a folder has is taken
     kind: Literal["mcq", "yes_no", "ocr", "math", "vet"]
     columns: tuple[str, ...]        # must be there, beside index, image (or image_path) and question
     circular: bool = False          # a question is right when it is right with its options in every order
