@@ -8,7 +8,7 @@ The judge's key is taken from MINIVL_JUDGE_KEY or OPENAI_API_KEY. On several dev
 
     torchrun --nproc-per-node 8 -m weights_tools.evaluate CHECKPOINT --out RUN --device cuda
 
-Did a change hurt? python -m weights_tools.evaluate --compare RUN1 RUN2
+Did a change hurt? python -m weights_tools.evaluate --compare RUN1 RUN2 --out FOLDER
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from minivl import InputError, Pipeline, options
-from minivl.limits import clip, is_there
+from minivl.limits import is_there
 from weights_tools import run
 from weights_tools.evaluate import answers, compare, report, score
 from weights_tools.evaluate.benchmarks import BENCHMARKS, Answer, Broken, Row
@@ -108,7 +108,7 @@ def arguments(argv: list | None = None) -> argparse.Namespace:
     place = os.environ.get("LMUData") or "~/LMUData"      # noqa: SIM112  the variable's name in VLMEvalKit
     add("--data", metavar="FOLDER", default=place, type=os.path.expanduser,
         help="of the TSV files (default where VLMEvalKit puts them, %(default)s)")
-    add("--out", metavar="RUN", help="folder to write; it must be given")
+    add("--out", metavar="RUN", required=True, help="folder to write")
     add("-n", type=int, help="questions of each benchmark, from all its categories, for a first look (default all)")
     add("--seed", type=int, default=0, help="of the choice of these (default %(default)s)")
     add("--setting", choices=[*answers.SETTINGS, "both"], default="default",
@@ -138,11 +138,8 @@ def check(args: argparse.Namespace, given: dict[str, str]):
     """Refuse what is missing, has no effect or cannot be."""
     if args.compare:
         options.refuse(given, set(given) - {"compare", "out"}, "with --compare, which reads what was answered already")
-        return
-    for name in ("checkpoint", "out"):
-        if getattr(args, name) is None:
-            raise InputError(f"no {'checkpoint' if name == 'checkpoint' else '--out'} is given; write CHECKPOINT --out "
-                             "RUN, or --compare RUN1 RUN2")
+    elif args.checkpoint is None:
+        raise InputError("no checkpoint is given; write CHECKPOINT --out RUN, or --compare RUN1 RUN2 --out FOLDER")
     if args.n is None:
         options.refuse(given, ["seed"], "without -n, which chooses questions")
     if not args.judge:
@@ -157,10 +154,10 @@ def check(args: argparse.Namespace, given: dict[str, str]):
 def main(argv: list | None = None) -> int:
     """Run the command; return its exit code."""
     args = arguments(argv)
-    if not args.compare:
-        return measure(args)
-    compared = compare.compare(*args.compare)
-    raise NotImplementedError(clip(compared))
+    if args.compare:
+        print(compare.write(Path(args.out), *args.compare))
+        return 0
+    return measure(args)
 
 
 if __name__ == "__main__":
