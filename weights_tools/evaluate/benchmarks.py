@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from minivl.limits import InputError, clip
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -21,10 +23,15 @@ class Benchmark:
     columns: tuple[str, ...]        # must be there, beside index, image (or image_path) and question
     circular: bool = False          # a question is right when it is right with its options in every order
     split: str | None = None        # only rows of this split make the number, where the file has several
+    ruled: bool = False             # kind "vet" without a judge: score.named compares with the truth
     questions: dict = field(default_factory=dict)       # dataset -> rows it has as released, for estimates
 
 
 OPTIONS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXY")    # letters that can be columns of options; Z means "none of them"
+
+# What pandas takes for a missing value: of a cell (None then), and of a prediction, which VLMEvalKit reads as "nan".
+MISSING = frozenset(("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
+                     "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"))
 
 BENCHMARKS = {b.name: b for b in (
     Benchmark("MMBench_V11", "MMBench v1.1",
@@ -40,6 +47,15 @@ BENCHMARKS = {b.name: b for b in (
     Benchmark("OCRBench", "OCRBench", ("OCRBench",), "ocr", ("answer", "category")),
     Benchmark("MMVet", "MMVet", ("MMVet",), "vet", ("answer", "category")),
 )}
+
+
+def of(dataset: str) -> Benchmark:
+    """Find the benchmark that a file NAME.tsv belongs to, by its name. Raises InputError."""
+    known = {name: benchmark for benchmark in BENCHMARKS.values() for name in benchmark.datasets}
+    if dataset not in known:
+        raise InputError(f"{clip(dataset)!r} is none of the datasets known here: {', '.join(known)}; give the file one "
+                         "of these names")
+    return known[dataset]
 
 
 @dataclass(frozen=True)
