@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from minivl.limits import InputError, clip
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -45,6 +47,15 @@ BENCHMARKS = {b.name: b for b in (
     Benchmark("OCRBench", "OCRBench", ("OCRBench",), "ocr", ("answer", "category")),
     Benchmark("MMVet", "MMVet", ("MMVet",), "vet", ("answer", "category")),
 )}
+
+
+def of(dataset: str) -> Benchmark:
+    """Find the benchmark that a file NAME.tsv belongs to, by its name. Raises InputError."""
+    known = {name: benchmark for benchmark in BENCHMARKS.values() for name in benchmark.datasets}
+    if dataset not in known:
+        raise InputError(f"{clip(dataset)!r} is none of the datasets known here: {', '.join(known)}; give the file one "
+                         "of these names")
+    return known[dataset]
 
 
 @dataclass(frozen=True)
