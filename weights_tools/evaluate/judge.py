@@ -253,6 +253,8 @@ class Judge:
         try:
             with self._opener.open(urllib.request.Request(self.url, body, headers), timeout=self.seconds) as reply:
                 got = reply.read(MOST_BYTES + 1)
+                if reply.length and len(got) <= MOST_BYTES:     # read(n) is content with less than was announced
+                    raise http.client.IncompleteRead(got, reply.length)
         except urllib.error.HTTPError as error:
             raise _status(error) from None
         except TimeoutError:
