@@ -90,6 +90,7 @@ class Answer:
     seconds: float
     finish_reason: str | None   # "stop", "length"
     refused: str | None = None  # why it was not asked
+    line: int = 0               # of the row, which knows it by this: an index may be missing or be there twice
 
 
 @dataclass(frozen=True)
