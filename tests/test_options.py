@@ -23,7 +23,7 @@ from weights_tools.language import __main__ as language
 from weights_tools.language import cut
 from weights_tools.mpo import cost, dropout, pairs, sample, show
 from weights_tools.mpo import train as mpo_train
-from weights_tools.nano import evaluate, int4, lesson, prefer, ship, train, web
+from weights_tools.nano import eight, evaluate, int4, lesson, prefer, ship, train, web
 from weights_tools.quantize import __main__ as quantize
 from weights_tools.quantize import rederive
 from weights_tools.quantize.hurts import __main__ as hurts
@@ -247,6 +247,7 @@ COMMANDS = [
             {"checkpoints": "m", "n": "-n 500", "tasks": "--tasks colour", "precision": "--precision exact",
              "ablations": "--ablations", "wrong": "--wrong 0", "json": "--json j"},
             apart={"ablations": "tasks precision"}),
+    Command("weights_tools/nano/eight.py", eight.arguments, {"out": "m", "n": "-n 5", "seed": "--seed 1"}, base="m"),
     Command("weights_tools/nano/int4.py", int4.arguments, {"out": "m", "n": "-n 5", "json": "--json j"}, base="m"),
     Command("weights_tools/nano/prefer.py", prefer.arguments,
             {"out": "m", "questions": "--questions 5", "n": "-n 5", "seed": "--seed 1"}, base="m"),

@@ -20,6 +20,7 @@
     python -m weights_tools.mpo.train FOLDER DATA OUT       learn from such pairs what is preferred
     python -m weights_tools.mpo.cost SIZE                   memory and time of a step of that at the real sizes
     python -m weights_tools.nano.train OUT                  nano, the small model in the package (also .evaluate, .ship)
+    python -m weights_tools.nano.eight OUT                  nano's own eight benchmarks, as files
 
 `files` writes files, whole or not at all: weights_tools.files.save_checkpoint. `train` holds optimisers, step and loop
 for any training. README.md names every file.
