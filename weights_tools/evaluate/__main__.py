@@ -44,8 +44,17 @@ def scored(task: Task, given: Sequence[Answer], version: str, judge) -> report.R
 
 
 def differences(task: Task) -> list[str]:
-    """Say what differs from the released files, which only the reader of them knows."""
-    return []
+    """Say what only the reader of the file and who asks know: where it is not the released one, what is left out."""
+    table, found = task.table, []
+    if table.released is False:
+        found.append(f"{table.path.name} is none of the released files (md5 {table.md5}).")
+    if table.dropped:
+        found.append(f"{table.dropped:,} rows have no picture and were left out, as VLMEvalKit does.")
+    if task.benchmark.split:
+        found.append(f"Only questions of the split {task.benchmark.split} were asked, which make the number.")
+    if task.same:
+        found.append("Its questions are those of the default setting, to the letter: the answers are taken from there.")
+    return found
 
 
 def settings_of(args: argparse.Namespace, mpo: bool, digest: str, pipe: Pipeline | None) -> dict:

@@ -13,7 +13,7 @@ from minivl.files.find import find
 from minivl.limits import is_there
 from weights_tools.evaluate import answers, prompts, tsv
 from weights_tools.evaluate.answers import How
-from weights_tools.evaluate.benchmarks import BENCHMARKS, Benchmark, Broken, Row, of
+from weights_tools.evaluate.benchmarks import BENCHMARKS, NANO, Benchmark, Broken, Row, of
 from weights_tools.mpo.begun import digest_of_checkpoint, digest_of_file
 
 
@@ -42,11 +42,12 @@ class Task:
 
 
 def files(data: Path, names: Sequence[str]) -> list[tuple[Benchmark, Path]]:
-    """Find the files of benchmarks, or of single datasets; without names all that a folder has."""
+    """Find the files of benchmarks, or of datasets by their own names; without names all that a folder has."""
     found = []
-    for name in names or BENCHMARKS:
-        benchmark = BENCHMARKS.get(name) or of(name)
-        paths = [data / f"{one}.tsv" for one in (benchmark.datasets if name in BENCHMARKS else [name])]
+    known = BENCHMARKS | NANO
+    for name in names or known:
+        benchmark = known.get(name) or of(name)
+        paths = [data / f"{one}.tsv" for one in (benchmark.datasets if name in known else [name])]
         there = next((path for path in paths if is_there(path)), None)
         if there is None and names:
             raise InputError(f"{data} has no {' or '.join(path.name for path in paths)}, the questions of {name}; put "
@@ -81,9 +82,14 @@ def plan(args: argparse.Namespace) -> list[Task]:
 
 
 def chosen(table: tsv.Table, n: int | None, seed: int) -> list[Row | Broken]:
-    """Pick the rows to ask: n of them, or all; of the benchmark's split alone, where the file has it."""
-    numbers = range(len(table)) if n is None else set(table.sample(n, seed))
-    return [row for number, row in enumerate(table) if number in numbers]
+    """Pick the rows to ask: n questions, or all; of the benchmark's split alone. Raises InputError if it has none."""
+    split = table.benchmark.split
+    rows = list(table if n is None else table.pick(table.sample(n, seed)))
+    rows = [row for row in rows if isinstance(row, Broken) or split is None or row.fields["split"] == split]
+    if not any(isinstance(row, Row) for row in rows):
+        raise InputError(f"{table.path} has no question that makes the number of {table.benchmark.name}"
+                         f"{f', of the split {split}' if split else ''}; take the file as released")
+    return rows
 
 
 def same_questions(rows: Sequence[Row | Broken], a: How, b: How) -> bool:
