@@ -383,15 +383,16 @@ def test_a_judge_that_fails_loses_nothing(whole, tiny, data, opened, monkeypatch
 # ---- killed ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_killed_and_gone_on(tiny, data, whole, tmp_path, workers):
+@pytest.mark.parametrize("workers, kills", [("1", (3, 11)), ("2", (5,))])
+def test_killed_and_gone_on(tiny, data, whole, tmp_path, workers, kills):
     """SIGKILL after some lines, again and again; no helper outlives it; the end is that of a run nobody disturbed."""
     command = [sys.executable, "-W", "ignore", "-m", "weights_tools.evaluate", *words(
-        tiny, data, tmp_path, "--setting", "both", "--mpo-prompt", "yes", "--workers", workers)]
+        tiny, data, tmp_path, "--setting", "both", "--mpo-prompt", "yes", "--workers", workers, "--benchmark",
+        "MMBench_V11", "MMStar", "AI2D")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     count = lambda: sum(max(0, content.count(b"\n") - 1) for content in said(tmp_path).values())
     (tmp_path / "answers").mkdir()
-    for wanted in (3, 15, 30):
+    for wanted in kills:
         running = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         while count() < wanted and running.poll() is None:
             time.sleep(0.005)
@@ -400,7 +401,7 @@ def test_killed_and_gone_on(tiny, data, whole, tmp_path, workers):
         assert running.returncode == -signal.SIGKILL
     after = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert after.returncode == 0, after.stderr
-    assert said(tmp_path) == said(whole)
+    assert len(said(tmp_path)) == 6 and said(tmp_path).items() <= said(whole).items()
 
 
 @pytest.mark.slow
