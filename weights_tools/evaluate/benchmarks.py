@@ -28,6 +28,10 @@ class Benchmark:
 
 OPTIONS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXY")    # letters that can be columns of options; Z means "none of them"
 
+# What pandas takes for a missing value: of a cell (None then), and of a prediction, which VLMEvalKit reads as "nan".
+MISSING = frozenset(("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
+                     "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"))
+
 BENCHMARKS = {b.name: b for b in (
     Benchmark("MMBench_V11", "MMBench v1.1",
               ("MMBench_DEV_EN_V11", "MMBench_TEST_EN_V11", "MMBench_TEST_CN_V11", "MMBench_DEV_CN_V11"), "mcq",
