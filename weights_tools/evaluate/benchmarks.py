@@ -7,7 +7,7 @@ Source: VLMEvalKit @00e0cf87 (December 2024, the commit that added InternVL2.5-M
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from minivl.limits import InputError, clip
@@ -47,11 +47,14 @@ BENCHMARKS = {b.name: b for b in (
     Benchmark("OCRBench", "OCRBench", ("OCRBench",), "ocr", ("answer", "category")),
     Benchmark("MMVet", "MMVet", ("MMVet",), "vet", ("answer", "category")),
 )}
+# Nano's own, each asked and scored as the one after which it is named: weights_tools.nano.eight writes their files.
+NANO = {name: replace(benchmark, name=name, datasets=(name,), ruled=benchmark.kind == "vet")
+        for benchmark in BENCHMARKS.values() for name in (f"Nano{benchmark.name}",)}
 
 
 def of(dataset: str) -> Benchmark:
     """Find the benchmark that a file NAME.tsv belongs to, by its name. Raises InputError."""
-    known = {name: benchmark for benchmark in BENCHMARKS.values() for name in benchmark.datasets}
+    known = {name: benchmark for benchmark in (BENCHMARKS | NANO).values() for name in benchmark.datasets}
     if dataset not in known:
         raise InputError(f"{clip(dataset)!r} is none of the datasets known here: {', '.join(known)}; give the file one "
                          "of these names")
@@ -69,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Broken:
-    """A row that cannot be asked, and the sentence that says why. It counts as wrong and is named in the report."""
+    """A row that cannot be asked, and the sentence that says why. It is in no number, and named in the report."""
     index: int | str | None
     line: int
     why: str
@@ -87,6 +90,7 @@ class Answer:
     seconds: float
     finish_reason: str | None   # "stop", "length"
     refused: str | None = None  # why it was not asked
+    line: int = 0               # of the row, which knows it by this: an index may be missing or be there twice
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,10 @@ def after(text: str, dataset: str, mpo: bool) -> str:
     """Take the answer out of what was said to the MPO prompt (`mpo`): of multiple choice and yes/no questions only.
 
     It is the rest of the line after the first "Final answer:" or "Answer:"; if that line ends there, the next one.
+    Of nano's reasoning it is what follows the last "Final Answer:", by which its world judges it.
     """
+    if dataset == f"{NANO}MathVista":
+        return text.rpartition("Final Answer:")[2].strip()
     if not mpo or of(dataset).kind not in ("mcq", "yes_no"):
         return text
     found = re.search(r"(?:Final answer:|Answer:)\s*(.*)", text, re.IGNORECASE)
@@ -100,7 +103,9 @@ def tiles(dataset: str, images: int = 1) -> int:
     """Look up the most tiles of each picture of a question with so many. Raises InputError without a picture."""
     if images < 1:
         raise InputError(f"a question of {dataset} has {images} pictures; it needs at least 1")
-    most = next((most for most, names in TILES.items() if any(name in dataset for name in names)), OTHER_TILES)
+    own = dataset.startswith(NANO)
+    most = next((most for most, names in TILES.items() if any(name in dataset for name in names) and not own),
+                OTHER_TILES)
     return max(1, min(most, ALL_TILES // images))
 
 

@@ -247,14 +247,28 @@ def _math(benchmark: Benchmark, row: Row, prediction: str, version: str, judge: 
 
 # ---- MMVet ----------------------------------------------------------------------------------------------------------
 
+STATEMENTS = re.compile(r"[,;.\n]|\b[Aa]nd\b")
+FILLERS = frozenset(("a", "an", "the", "there", "is", "are", "i", "see", "it", "says", "in", "on", "at"))
+
+
 def named(truth: str, prediction: str) -> float:
     """Give the share of the things in a truth, joined by <AND>, that a prediction names; of <OR>, one is enough.
 
-    Our own rule, for truths that are words to be found: as whole words in this order, whatever the case.
+    Our own rule, for truths that are short statements: "at the top large red star". The prediction is cut at commas,
+    stops and "and"; a statement of it is right that has the same words, in any order, articles and the like aside.
+    Where it makes more statements than there are things, the share is of those: who names everything is not right.
     """
-    words = lambda text: " " + " ".join(re.findall(r"[^\W_]+", text.lower())) + " "
+    words = lambda text: sorted(word for word in re.findall(r"[^\W_]+", text.lower()) if word not in FILLERS)
     things = [[words(one) for one in thing.split("<OR>")] for thing in truth.split("<AND>")]
-    return sum(any(one in words(prediction) for one in thing) for thing in things) / len(things)
+    said = [found for statement in STATEMENTS.split(prediction) if (found := words(statement))]
+    most = max(len(things), len(said))
+    right = 0
+    for thing in things:
+        match = next((one for one in said if one in thing), None)
+        if match:
+            said.remove(match)
+            right += 1
+    return right / most
 
 
 def _vet(benchmark: Benchmark, row: Row, prediction: str, version: str, judge: Judge | None) -> Verdict:
