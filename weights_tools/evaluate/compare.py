@@ -1,6 +1,6 @@
 """Two runs beside each other, question by question: did a change hurt, and which answers did it change?
 
-    RUN1, RUN2 -> the questions that both were asked -> difference, its interval, McNemar's test -> compare.md .json .html
+    RUN1, RUN2 -> the questions both were asked -> difference, its interval, McNemar's test -> compare.md .json .html
 
 Both runs answer the same questions, so most of the chance in a score is in both and falls out of the difference: its
 interval is narrower than those of the scores, and is what to look at.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from minivl.limits import InputError, is_there
+from minivl.limits import InputError, clip, is_there
 from weights_tools.evaluate import intervals, page, results, score, tsv
 from weights_tools.evaluate.benchmarks import Row
 from weights_tools.evaluate.report import COLUMNS, markdown_table, plain
@@ -164,8 +164,8 @@ def notes(found: Sequence[Difference], settings1: dict, settings2: dict) -> list
     """Say how to read the table, in what the runs differ, and what was left out."""
     names = [name for name in {**settings1, **settings2} if settings1.get(name) != settings2.get(name)]
     said = [f"{name}: {settings1.get(name)} in the first run, {settings2.get(name)} in the second." for name in names]
-    said.append("Difference: second minus first, with its 95 % interval (bootstrap over pairs). p: how likely so uneven "
-                "a split of the changed ones is if both runs are equally good (McNemar's exact test).")
+    said.append("Difference: second minus first, with its 95 % interval (bootstrap over pairs). p: how likely so "
+                "uneven a split of the changed ones is if both runs are equally good (McNemar's exact test).")
     if any(one.units < one.questions for one in found):
         said.append("Rows that are right or wrong together (a question with its options in every order, all questions "
                     "of a figure) count as one where only one run is right.")
@@ -176,8 +176,8 @@ def notes(found: Sequence[Difference], settings1: dict, settings2: dict) -> list
         if one.only_one_asked:
             said.append(f"{one.name}: {one.only_one_asked:,} rows were asked in one run only and are left out.")
         if one.other_text:
-            said.append(f"{one.name}: {len(one.other_text):,} rows do not say the same in both runs' files and are left "
-                        f"out ({', '.join(map(str, one.other_text[:5]))}{' ..' if len(one.other_text) > 5 else ''}).")
+            said.append(f"{one.name}: {len(one.other_text):,} rows do not say the same in both runs' files and are "
+                        f"left out ({clip(', '.join(map(str, one.other_text)))}).")
         said.append(f"{one.name}: {len(one.changed):,} verdicts changed, {one.reworded:,} answers changed and are "
                     "judged as before.")
     return said

@@ -5,8 +5,10 @@ Sources: VLMEvalKit @00e0cf87 for what it does, the model card for what it says,
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from minivl.limits import clip
+from weights_tools.evaluate.benchmarks import BENCHMARKS
 from weights_tools.evaluate.results import Result
 
 # Kind of a benchmark -> who judges there what no rule can tell: the defaults of VLMEvalKit's run.py.
@@ -16,22 +18,30 @@ FEW = 30        # pieces, below which an interval is rough
 NAMED = 5       # of what went wrong, each by its index
 
 
-def of_run(settings: dict) -> list[str]:
+def of_run(results: Sequence[Result], settings: dict) -> list[str]:
     """List what holds of the whole run."""
-    found = ["The card does not say which of its numbers were made with reasoning before the answer (USE_COT=1)."]
+    if not any(result.benchmark.name in BENCHMARKS for result in results):
+        return ["The card has no number of these benchmarks.", *_of_settings(settings)]
+    return ["The card does not say which of its numbers were made with reasoning before the answer (USE_COT=1).",
+            *_of_settings(settings)]
+
+
+def _of_settings(settings: dict) -> list[str]:
+    found = []
     name = str(settings["checkpoint"]).rstrip("/").rpartition("/")[2]
     if "awq" in name.lower():
         found.append(f"{name} is in int4 (AWQ); the numbers of the card are of the model in its own precision.")
     if settings["dtype"] != "bfloat16":
-        found.append(f"It was computed in {settings['dtype']}; VLMEvalKit computes in bfloat16.")
+        found.append(f"It was computed in {settings['dtype'] or 'a precision not known'}; VLMEvalKit computes in "
+                     "bfloat16.")
     if settings["precision"] != "exact":
         found.append(f"--precision {settings['precision']} may round where the exact path does not.")
     if settings["mpo_prompt"] != ("mpo" in name.lower()):
         given = "with" if settings["mpo_prompt"] else "without"
         found.append(f"It was asked {given} the prompt of MPO, which does not go with the name {name}.")
     if settings["limit_tiles"] is not None:
-        found.append(f"A picture was cut into at most {settings['limit_tiles']} tiles; VLMEvalKit allows 24 for "
-                     "OCRBench, 12 for MMMU and 6 for the others.")
+        found.append(f"Most tiles of a picture: {settings['limit_tiles']}; VLMEvalKit allows 24 for OCRBench, 12 for "
+                     "MMMU and 6 for the others.")
     if settings["max_new_tokens"] != 4096:
         found.append(f"Answers had at most {settings['max_new_tokens']} tokens; VLMEvalKit allows 4096.")
     if settings["n"] is not None:
@@ -61,11 +71,12 @@ def _file(result: Result) -> list[str]:
     strange = [one for one in untold if one.note]
     if strange:
         named = "; ".join(f"{clip(one.index, 60)}: {clip(one.note)}" for one in strange[:NAMED])
-        found.append(f"{len(strange):,} true answers could not be read and are in no number: {named}{_more(strange)}.")
+        found.append(f"True answers that could not be read, so that their questions are in no number: "
+                     f"{len(strange):,} ({named}{_more(strange)}).")
     missing = len(untold) - len(strange)
     if missing and not _needs_judge(result):
-        found.append(f"Whether {missing:,} answers are right cannot be told, the file holds no truth for them: they are "
-                     "in no number.")
+        found.append("Questions to which the file holds no true answer, so that they are in no number: "
+                     f"{missing:,}.")
     return found
 
 
@@ -81,10 +92,10 @@ def _unclear(result: Result, settings: dict) -> list[str]:
     total = len(result.verdicts)
     found = []
     if by["judge"]:
-        found.append(f"{by['judge']:,} of {total:,} answers were judged by {settings['judge_model'] or 'a model'} with "
-                     f"our own instruction; VLMEvalKit asks {theirs} with its own.")
+        found.append(f"Judged by {settings['judge_model'] or 'a model'} with our own instruction: {by['judge']:,} of "
+                     f"{total:,} answers; VLMEvalKit asks {theirs} with its own.")
     if _needs_judge(result) and not settings["judge"]:
-        found.append(f"No rule can tell how right an answer is, and no judge was given (--judge): there is no number; "
+        found.append("No rule can tell how right an answer is, and no judge was given (--judge): there is no number; "
                      f"VLMEvalKit asks {theirs}.")
         return found
     nobody = sum(one.by == "nobody" and one.right is not None and answer.refused is None
@@ -93,8 +104,7 @@ def _unclear(result: Result, settings: dict) -> list[str]:
         why = "the judge gave no verdict either" if settings["judge"] else "no judge was given (--judge)"
         chance = ", and where that fails draws an option by chance" if result.benchmark.kind == "mcq" else ""
         asks = f"; VLMEvalKit asks {theirs}{chance}" if theirs else ""
-        found.append(f"{nobody:,} of {total:,} answers could not be read by the rules, and {why}: they count as "
-                     f"wrong{asks}.")
+        found.append(f"Answers that no rule could read, which count as wrong: {nobody:,} of {total:,}; {why}{asks}.")
     return found
 
 
@@ -104,18 +114,19 @@ def _lost(result: Result) -> list[str]:
     refused = [one for one in result.answers if one.refused is not None]
     if refused:
         named = "; ".join(f"{clip(one.index, 60)}: {clip(one.refused)}" for one in refused[:NAMED])
-        found.append(f"{len(refused):,} questions could not be asked and count as wrong ({named}{_more(refused)}).")
+        found.append(f"Questions that could not be asked, which count as wrong: {len(refused):,} ({named}"
+                     f"{_more(refused)}).")
     if result.broken:
         named = "; ".join(f"line {one.line}: {clip(one.why)}" for one in result.broken[:NAMED])
         counted = ""
         if result.score is not None:
             rows = len(result.rows)
-            counted = f" (counted as wrong: about {result.score * rows / (rows + len(result.broken)):.1f})"
-        found.append(f"{len(result.broken):,} rows of the file are broken and not in the number{counted}: {named}"
-                     f"{_more(result.broken)}.")
+            counted = f", as wrong ones would make it about {result.score * rows / (rows + len(result.broken)):.1f}"
+        found.append(f"Broken rows of the file, which are not in the number{counted}: {len(result.broken):,} ({named}"
+                     f"{_more(result.broken)}).")
     cut = sum(one.finish_reason == "length" for one in result.answers)
     if cut:
-        found.append(f"{cut:,} answers were cut at the token limit, before they ended.")
+        found.append(f"Answers that the token limit cut before they ended: {cut:,}.")
     return found
 
 

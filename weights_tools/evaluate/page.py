@@ -8,9 +8,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from html import escape
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from weights_tools.files import new_file
 
 SIDE = 320      # of a picture on the page, at most
 MOST = 400      # questions on a page, with a picture 20 kB each
+READ_BY = {"rule": "read by a rule", "judge": "read by the judge", "nobody": "read by nobody"}
 HERE = Path(__file__).parent
 
 
@@ -48,26 +48,29 @@ def state(answer: Answer, verdict: Verdict) -> str:
 def write_report(path: Path, results: Sequence[Result], settings: dict, cells: Sequence[Sequence[str]]):
     """Write the page of a run: the table, what differs from the card, and questions of each benchmark."""
     items = []
-    said = []
+    part = []
     for result in results:
         chosen = choose(result, MOST // len(results))
-        said.append(f"{result.name}: {len(chosen):,} of {len(result.rows):,}")
         items += [_item(result, i) for i in chosen]
+        if len(chosen) < len(result.rows):
+            part.append(f"{len(chosen):,} of {len(result.rows):,} of {result.name}")
+    shown = (f"On this page are {', '.join(part)}, evenly from the file, half of them not right if there are as many."
+             if part else "All questions are on this page.")
     sections = "".join(
         f"<h3>{_text(result.name)}</h3>{sentences(differences.of_result(result, settings))}"
         f"<details><summary>Parts of the number</summary>{table([[n, f'{v:.1f}'] for n, v in result.numbers.items()])}"
         "</details>" for result in results)
-    head = (f"{table(cells)}<p class=faint>In brackets: the 95 % interval.</p><details><summary>What differs from the "
-            f"card's setting, and the parts of each number</summary>{sentences(differences.of_run(settings))}{sections}"
-            f"</details><p class=faint>On this page, half of them wrong where there are as many, evenly from the file: "
-            f"{_text('; '.join(said))}.</p>")
+    of_run = sentences(differences.of_run(results, settings))
+    head = (f"{table([*zip(*cells)])}<p class=faint>In brackets: the 95 % interval.</p><details><summary>What differs "
+            f"from the card's setting, and the parts of each number</summary>{of_run}{sections}</details>"
+            f"<p class=faint>{_text(shown)}</p>")
     write(path, f"{settings['checkpoint']}: answers", head, items)
 
 
 def _item(result: Result, i: int) -> Item:
     answer = result.answers[i]
     verdict = result.verdicts[i]
-    states = [state(answer, verdict), f"read by {'a rule' if verdict.by == 'rule' else verdict.by}"]
+    states = [state(answer, verdict), READ_BY[verdict.by]]
     if answer.finish_reason == "length":
         states.append("cut at the token limit")
     return Item(result.name, result.rows[i], tuple(states), (("", answer, verdict),))
@@ -150,22 +153,29 @@ class Marks:
 
 def article(item: Item, marks: Sequence[str], number: int) -> str:
     """Write one question."""
-    fields = item.row.fields
     first, *_ = item.states
     place = ", ".join([item.benchmark, f"index {item.row.index}", *dict.fromkeys(categories(item.row))])
-    options = "".join(f"<li{' class=truth' if fields.get('answer') == letter else ''}><b>{letter}.</b> "
-                      f"{_text(fields[letter])}</li>" for letter in OPTIONS if fields.get(letter) is not None)
-    hint = f"<p class=words dir=auto>{_text(fields['hint'])}</p>" if fields.get("hint") else ""
-    choices = f"<p class=words dir=auto>{_text(fields['choices'])}</p>" if fields.get("choices") else ""
-    truth = fields.get("answer_option") or fields.get("answer")
     kind = {"right": "good", "wrong": "bad", "not asked": "bad"}.get(first, "")
+    said = "".join(_said(*one) for one in item.said)
     return (f'<article id="q{number}" tabindex="-1" data-marks="{" ".join(marks)}"><h2>{_text(place)} '
             f'<span class="state {kind}">{_text(first)}</span></h2><div class="pictures">{_pictures(item.row)}</div>'
-            f"{hint}<p class=words dir=auto>{_text(fields.get('question') or '')}</p>{choices}"
-            f"{f'<ul class=options dir=auto>{options}</ul>' if options else ''}"
-            f"<p class=line><span class=faint>Truth</span> <bdi>{_text('not known' if truth is None else truth)}</bdi></p>"
-            f'<div class="said{" both" if len(item.said) > 1 else ""}">{"".join(_said(*one) for one in item.said)}'
-            "</div></article>\n")
+            f'{_question(item.row.fields)}<div class="said{" both" if len(item.said) > 1 else ""}">{said}</div>'
+            "</article>\n")
+
+
+def _question(fields: Mapping[str, str | None]) -> str:
+    """Write what the file asks, and the answer that it calls true."""
+    parts = [f"<p class=words dir=auto>{_text(fields[name])}</p>" for name in ("hint", "question", "choices")
+             if fields.get(name)]
+    options = [letter for letter in OPTIONS if fields.get(letter) is not None]
+    truth = fields.get("answer_option") or fields.get("answer") or "not known"
+    mark = lambda letter: " class=truth" if letter == truth else ""
+    item = lambda letter: f"<li{mark(letter)}><b>{letter}.</b> {_text(fields[letter])}</li>"
+    if options:
+        parts.append(f"<ul class=options dir=auto>{''.join(map(item, options))}</ul>")
+    if truth not in options:
+        parts.append(f"<p><span class=faint>Truth</span> <bdi>{_text(truth)}</bdi></p>")
+    return "".join(parts)
 
 
 def _said(who: str, answer: Answer, verdict: Verdict) -> str:
@@ -175,16 +185,16 @@ def _said(who: str, answer: Answer, verdict: Verdict) -> str:
     if answer.refused is not None:
         return f'<div class="one bad">{name}<p class=words>Not asked: {_text(answer.refused)}</p></div>'
     found = "nothing" if verdict.extracted is None else verdict.extracted
-    by = {"rule": "by a rule", "judge": "by the judge", "nobody": "by nobody"}[verdict.by]
+    by = {"rule": "by a rule", "judge": "by the judge", "nobody": ""}[verdict.by]
     partly = f"; worth {verdict.right:g}" if verdict.right not in (None, 0, 1) else ""
-    note = f'<p class="line faint"><bdi>{_text(verdict.note)}</bdi></p>' if verdict.note else ""
+    note = f'<p class=faint><bdi>{_text(verdict.note)}</bdi></p>' if verdict.note else ""
     more = [("All that it said", answer.said)] if answer.said is not None else []
     more.append(("As it was asked", answer.question))
     details = "".join(f"<details><summary>{label}</summary><pre dir=auto>{_text(text)}</pre></details>"
                       for label, text in more)
     cut = ", cut at the limit" if answer.finish_reason == "length" else ""
     tiles = " + ".join(map(str, answer.tiles)) or "no"
-    return (f'<div class="one {kind}">{name}<pre dir=auto>{_text(answer.prediction or "")}</pre><p class=line><span '
+    return (f'<div class="one {kind}">{name}<pre dir=auto>{_text(answer.prediction or "")}</pre><p><span '
             f"class=faint>Read in it</span> <bdi>{_text(found)}</bdi> <span class=faint>{by}{partly}</span></p>{note}"
             f"{details}<p class=faint>{answer.tokens:,} tokens{cut}, {tiles} tiles, {answer.seconds:.1f} s</p></div>")
 
@@ -210,7 +220,8 @@ def small(image, name: str) -> str:
 def table(lines: Sequence[Sequence[str]]) -> str:
     """Write a table whose first row is its head, where it has more than two columns."""
     head = len(lines) and len(lines[0]) > 2
-    row = lambda tag, line: f"<tr><th>{_text(line[0])}</th>{''.join(f'<{tag}>{_text(x)}</{tag}>' for x in line[1:])}</tr>"
+    cell = lambda tag, text: f"<{tag}>{_text(text)}</{tag}>"
+    row = lambda tag, line: f"<tr>{cell('th', line[0])}{''.join(cell(tag, one) for one in line[1:])}</tr>"
     return (f'<div class="wide" tabindex="0"><table>{row("th", lines[0]) if head else ""}'
             f'{"".join(row("td", line) for line in lines[head:])}</table></div>')
 

@@ -14,7 +14,7 @@ import torch
 
 from minivl.limits import InputError, clip, is_there, reading
 from weights_tools.evaluate import intervals
-from weights_tools.evaluate.benchmarks import Answer, Benchmark, Broken, Row, Verdict
+from weights_tools.evaluate.benchmarks import BENCHMARKS, Answer, Benchmark, Broken, Row, Verdict
 from weights_tools.files import new_file
 
 # What the settings of a run must say. Others may stand there too; the report shows all.
@@ -53,6 +53,11 @@ class Result:
     def name(self) -> str:
         """Name it in a list and in files."""
         return f"{self.dataset}.{self.setting}"
+
+    @property
+    def column(self) -> str:
+        """Name the column of the table: the card's, or the benchmark's own name where the card has none of it."""
+        return self.benchmark.card if self.benchmark.name in BENCHMARKS else self.benchmark.name
 
     @cached_property
     def pieces(self) -> torch.Tensor:
@@ -121,8 +126,7 @@ def read(out: str | Path) -> tuple[list[Result], dict]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{report} is not what a run writes ({clip(repr(error))}); run the evaluation again, which only "
-                         "scores what is answered") from None
+        raise _strange(report, error) from None
 
 
 def _read(path: Path) -> Result:
@@ -135,14 +139,18 @@ def _read(path: Path) -> Result:
                 for answer, line in zip(answers, lines)]
         result = Result(_benchmark(head["benchmark"]), head["dataset"], head["setting"], rows, answers,
                         [Verdict(**line["verdict"]) for line in lines], head["numbers"], head["differences"],
-                        [Broken(**one) for one in head["broken"]])
+                        tuple(Broken(**one) for one in head["broken"]))
         check(result)
         return result
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is not what a run writes ({clip(repr(error))}); run the evaluation again, which only "
-                         "scores what is answered") from None
+        raise _strange(path, error) from None
+
+
+def _strange(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is not what a run writes ({clip(repr(error))}); run the evaluation again, which only "
+                      "scores what is answered")
 
 
 def _benchmark(stored: dict) -> Benchmark:
