@@ -137,6 +137,8 @@ def test_what_is_asked():
      [FAILED, "0.50"], [0, 0.5], 1),
     ("MathVista", {"question_type": "free_form", "answer_type": "integer", "answer": "7", "question": "q"},
      ["seven"], [0], 0),
+    ("MathVista", {"question_type": "free_form", "answer_type": "integer", "answer": "7", "question": "q"},
+     [FAILED], [0, 0.5, 1, 1.5, 2], 0),
     ("MMVet", {"answer": "x", "question": "q"}, ["2", "x", "nan", "0.7"], [0, 0.5, 1, 1.5], 0.7),
     ("MMVet", {"answer": "x", "question": "q"}, [FAILED], [0, 0.5, 1, 1.5, 2], 0)])
 def test_tries(name, item, outputs, temperatures, right):

@@ -176,6 +176,7 @@ def test_mmvet_as_the_original():
 @pytest.mark.parametrize("answer, then, today", [
     ("C", "C", "C"), ("(C).", "C", "C"), ("**B** a blue boat", "B", "B"), ("Z", "Z", "Z"), ("c", False, False),
     ("A man flies a kite in the park", "A", False), ("A, B", False, False), ("A or A", "A", "A"),
+    ("A, B or Z", False, False), ("A or Z", "A", "A"),
     ("B, since there is water all around it", "B", False), ("I see a blue boat", "B", "B"),
     ("one two three B five six seven", "B", "B"), ("one two B four five six seven", "B", False),
     ("The answer is B, for it is on the water and has a sail", "B", "B"),
@@ -270,6 +271,7 @@ def test_circular():
     found = verdicts(bench, rows, ["A", "B", "A", "A"])
     assert [verdict.right for verdict in found] == [1, 1, 1, 0]
     assert numbers(bench, rows, found) == {"score": 50, "vanilla": 75, "perception": 50, "thing": 50}
+    assert len(units(bench, [row(i, answer="A") for i in (7, 100007, 1100007)])) == 2
     named_by_group = [row(i, g_index="9", **both, answer="A") for i in (9, 1000010)]
     assert units(bench, named_by_group) == [[0, 1]]
 
