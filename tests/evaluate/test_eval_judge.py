@@ -84,14 +84,15 @@ def test_yes_no_as_the_original():
         assert all(prompt.endswith(want["prompt_tail"]) for prompt in judge.prompts)
 
 
-def test_mathvista_as_the_original():
+@pytest.mark.parametrize("version", ["2024", "head"])
+def test_mathvista_as_the_original(version):
     for case in golden("mathvista"):
         judge = Says(case["judge_outputs"])
         want = case["expected"]
         # A number in the prediction's place is what a spreadsheet makes of "7"; its text is what a model says.
         prediction = case["line"]["prediction"]
         line = {**case["line"], "prediction": int(prediction) if isinstance(prediction, float) else prediction}
-        verdict = judged("MathVista", line, judge)
+        verdict = judged("MathVista", line, judge, version)
         assert bool(verdict.right) == want["hit"], case
         assert verdict.extracted == str(want["res"])
         assert judge.temperatures == want["temperatures"]
@@ -136,6 +137,8 @@ def test_what_is_asked():
      [FAILED, "0.50"], [0, 0.5], 1),
     ("MathVista", {"question_type": "free_form", "answer_type": "integer", "answer": "7", "question": "q"},
      ["seven"], [0], 0),
+    ("MathVista", {"question_type": "free_form", "answer_type": "integer", "answer": "7", "question": "q"},
+     [FAILED], [0, 0.5, 1, 1.5, 2], 0),
     ("MMVet", {"answer": "x", "question": "q"}, ["2", "x", "nan", "0.7"], [0, 0.5, 1, 1.5], 0.7),
     ("MMVet", {"answer": "x", "question": "q"}, [FAILED], [0, 0.5, 1, 1.5, 2], 0)])
 def test_tries(name, item, outputs, temperatures, right):
@@ -155,6 +158,13 @@ def test_a_right_zero_goes_to_the_judge_where_there_is_one():
     item = {"question_type": "free_form", "answer_type": "integer", "answer": "0", "question": "q", "prediction": "0"}
     assert judged("MathVista", item, judge).right == 0
     assert judged("MathVista", item, None).right == 1
+
+
+def test_what_a_judge_says_at_length_is_clipped():
+    item = {"question_type": "free_form", "answer_type": "integer", "answer": "7", "question": "q", "prediction": "hm"}
+    verdict = judged("MathVista", item, Says(["7" + " " * 3000]))
+    assert verdict.right == 1
+    assert max(len(verdict.note), len(verdict.extracted)) < 300
 
 
 def test_why_a_judge_failed_is_noted():
@@ -258,6 +268,11 @@ def test_a_key_that_is_none():
     assert "secret" not in str(caught.value)
 
 
+def test_half_a_surrogate_pair():
+    with service(completion("B \ud83d")) as (url, _):
+        assert Judge(url)("q", 0.0) == "B ?"
+
+
 NO_COMPLETIONS = {
     "text": b"Service up!", "nothing": b"", "a list": b"[1]", "no choices": b'{"choices": []}', "null": b"null",
     "an error": b'{"error": {"message": "no such model"}}', "a text": b'{"choices": "abc"}',
@@ -273,8 +288,8 @@ def test_json_that_is_no_completion(name):
 
 @pytest.mark.parametrize("reply, why", [
     (completion(None), "sent an answer without text"), (completion(""), "sent an answer without text"),
-    (completion(None, refusal="I cannot judge people."), "refused: I cannot judge people."),
-    (completion(["B"]), "sent an answer without text"),
+    (completion(None, refusal="I cannot judge people."), "refused: 'I cannot judge people.'"),
+    (completion(None, refusal="\ud800"), r"refused: '\ud800'"), (completion(["B"]), "sent an answer without text"),
     (b'"' + b"x" * 2**20 + b'"', "sent more than 1048576 bytes"),
     ((401, {}, b'{"error": "wrong key: secret"}'), "HTTP 401: '{\"error\": \"wrong key: ...\"}'"),
     ((404, {}, b"no such model"), "HTTP 404: 'no such model'"),
@@ -348,7 +363,7 @@ def test_a_service_that_fails_again_and_again_is_left_alone():
 def test_bad_answers_among_others():
     """Each kind of failure in the midst of a run: named, wrong, and the row after it is judged."""
     bad = [((500, {}, b"oh"), "HTTP 500"), ((429, {}, b""), "HTTP 429"), (closes, "closed the connection"),
-           (b"no JSON", "no chat completion"), (completion(None, refusal="No."), "refused: No."),
+           (b"no JSON", "no chat completion"), (completion(None, refusal="No."), "refused: 'No.'"),
            (completion("I would rather not say"), "said 'I would rather not say'")]
     fields = {"A": "north", "B": "south", "answer": "B", "question": "q"}
     rows = [Row(f"row {i}", fields, list, i + 2) for i in range(2 * len(bad))]

@@ -177,7 +177,7 @@ def ask(judge: Callable[[str, float], str], prompt: str, read: Callable[[str], o
         warmer: float = 0.5) -> tuple[object, str]:
     """Ask up to `tries` times, each time `warmer` by so much, until `read` makes something of what the judge says.
 
-    read: what was said -> what it means, or None. Returns that and what was said; or None and why.
+    read: what was said -> what it means, or None. Returns that and what was said, clipped; or None and why.
     """
     failed = Counter()
     for i in range(tries):
@@ -188,7 +188,7 @@ def ask(judge: Callable[[str, float], str], prompt: str, read: Callable[[str], o
             continue
         value = read(said)
         if value is not None:
-            return value, said
+            return value, clip(said)
         failed[f"said {clip(said, 60)!r}"] += 1
     return None, "the judge " + "; ".join(f"{why} ({times}x)" if times > 1 else why for why, times in failed.items())
 
@@ -208,7 +208,7 @@ class Judge:
         self.url = completions(url)
         if key is not None and (not key.isascii() or not key.isprintable()):
             raise InputError("the judge's key has characters that no key has, perhaps the end of a line; set it anew")
-        self.key = key
+        self.key = key or None
         self.model = model
         self.seconds = seconds
         self.pause = pause
@@ -312,9 +312,9 @@ def said_in(reply: bytes) -> str:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise JudgeError(f"sent what is no chat completion: {_start(reply)}") from None
     if isinstance(said, str) and said:
-        return said
+        return said.encode("utf-8", "replace").decode()     # half a surrogate pair could not be written anywhere
     if refusal:
-        raise JudgeError(f"refused: {clip(refusal)}")
+        raise JudgeError(f"refused: {clip(ascii(refusal))}")
     raise JudgeError("sent an answer without text")
 
 

@@ -242,7 +242,7 @@ def _math(benchmark: Benchmark, row: Row, prediction: str, version: str, judge: 
     said, note = judging.ask(judge, judging.math_prompt(row.fields.get("question") or "", prediction), str, 5)
     if said is None:
         return Verdict(row.index, None, 0.0, "nobody", note)
-    return Verdict(row.index, said, float(math_hit(fields, said, version)), "judge", note)
+    return Verdict(row.index, clip(said), float(math_hit(fields, said, version)), "judge", note)
 
 
 # ---- MMVet ----------------------------------------------------------------------------------------------------------
@@ -316,8 +316,8 @@ def verdicts(benchmark: Benchmark, rows: Sequence[Row], predictions: Sequence[st
         raise InputError(f"there are {len(rows)} rows and {len(predictions)} predictions; give one for each row")
     score = KINDS[benchmark.kind]
     made = []
-    for row, prediction in tqdm(zip(rows, predictions), total=len(rows), desc="judged", leave=False,
-                                disable=judge is None):
+    for row, prediction in tqdm(zip(rows, predictions), total=len(rows), desc="judging", unit="answer",
+                                disable=None if judge else True):
         if prediction is None:
             # What a scorer makes of an empty answer shows whether it could have told.
             known = score(benchmark, row, "", version, judge and _nobody).right is not None
