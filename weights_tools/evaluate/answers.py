@@ -195,9 +195,12 @@ def write(path: Path, job: dict, make: Callable[[Collection[int]], Iterable[Answ
             wrote()
 
 
-def put_in_order(path: Path, job: dict, lines: Iterable[int]) -> list[Answer]:
-    """Make one file of all parts, in the order of the rows; return its answers."""
-    found = known(path, job)
+def put_in_order(path: Path, job: dict, lines: Iterable[int], same: Path | None = None) -> list[Answer]:
+    """Make one file of all parts, in the order of the rows; return its answers.
+
+    same: a file whose answers are taken instead, as the questions are the same.
+    """
+    found = known(path, job) if same is None else load(same)[1]
     answers = [found[line] for line in lines]
     seconds, texts = b"", json.dumps(job).encode() + b"\n"
     for answer in answers:
@@ -205,7 +208,7 @@ def put_in_order(path: Path, job: dict, lines: Iterable[int]) -> list[Answer]:
         seconds += json.dumps({"line": answer.line, "seconds": line.pop("seconds")}).encode() + b"\n"
         texts += json.dumps(line).encode() + b"\n"
     for file, content in ((_beside(path), seconds), (path, texts)):
-        if file.read_bytes() != content:
+        if not is_there(file) or file.read_bytes() != content:
             with new_file(file) as to:
                 to.write(content)
     for part in _parts(path):

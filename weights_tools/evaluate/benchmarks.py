@@ -72,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Broken:
-    """A row that cannot be asked, and the sentence that says why. It counts as wrong and is named in the report."""
+    """A row that cannot be asked, and the sentence that says why. It is in no number, and named in the report."""
     index: int | str | None
     line: int
     why: str
