@@ -23,6 +23,7 @@ class Benchmark:
     columns: tuple[str, ...]        # must be there, beside index, image (or image_path) and question
     circular: bool = False          # a question is right when it is right with its options in every order
     split: str | None = None        # only rows of this split make the number, where the file has several
+    ruled: bool = False             # kind "vet" without a judge: score.named compares with the truth
     questions: dict = field(default_factory=dict)       # dataset -> rows it has as released, for estimates
 
 
