@@ -197,6 +197,7 @@ def write(out: Path, run1: str | Path, run2: str | Path) -> str:
     said = notes(found, settings1, settings2)
     title = f"{run1} and {run2}"
     text = f"# {plain(title)}\n\n{table(found)}\n{''.join(f'- {plain(one)}' + chr(10) for one in said)}"
+    out.mkdir(parents=True, exist_ok=True)
     write_text(out / "compare.md", text)
     write_page(out / "compare.html", title, found, said, settings1)
     write_text(out / "compare.json", json.dumps({
