@@ -194,7 +194,7 @@ def test_what_cannot_be_told_is_left_out(tmp_path):
     run(tmp_path / "2", [untold, result("AI2D", seed=2)])
     vet, _ = compare.compare(tmp_path / "1", tmp_path / "2")
     assert vet.first is None and vet.questions == 0
-    assert "| MMVet, default | 0 | unknown | unknown | unknown | 0 | 0 | 1.00 |" in compare.table([vet])
+    assert "| MMVet, default | unknown | unknown | unknown | 0 | 0 | 1.00 | 0 | 0 | 0 |" in compare.table([vet])
 
 
 def test_written(tmp_path):
