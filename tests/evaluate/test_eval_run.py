@@ -107,6 +107,13 @@ def test_settings_reach_the_prompt(pipe, data):
     assert max(asked(limit_tiles=99)[0].tiles) == max(plain[0].tiles)
 
 
+def test_only_the_first_picture_of_mmmu_is_doubled(pipe):
+    """A square of 60 pixels is one tile, one of 120 pixels is 3 x 3 and a thumbnail (tiles of 56)."""
+    row = Row(1, {"question": "Which?", "A": "this"}, lambda: [made.picture(k, (60, 60)) for k in range(2)], 2)
+    asked = lambda name: next(iter(answers.ask(pipe, [row], How(name, max_new_tokens=1)))).tiles
+    assert asked("MMMU_DEV_VAL") == (10, 1) and asked("AI2D_TEST") == (1, 1)
+
+
 def test_reasoning_is_kept_beside_its_answer(pipe, data, monkeypatch):
     (table,) = tables(data, ["MMStar"]).values()
     write = answers.write_batch
@@ -418,16 +425,18 @@ def test_killed_and_gone_on(tiny, data, whole, tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "weights_tools.evaluate", *words(
         tiny, data, tmp_path, "--setting", "both", "--mpo-prompt", "yes", "--benchmark", "MMBench_V11", "AI2D")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    count = lambda: sum(max(0, content.count(b"\n") - 1) for content in said(tmp_path).values())
+    rows = lambda files: sum(max(0, content.count(b"\n") - 1) for content in files.values())
+    of_helper = lambda files: {name: content for name, content in files.items() if "part-1" in name}
+    total = rows({name: content for name, content in said(whole).items() if name.startswith(("MMBench", "AI2D"))})
     (tmp_path / "answers").mkdir()
-    for wanted, workers in ((5, "2"), (12, "1")):
+    for workers, written in (("2", lambda: rows(of_helper(said(tmp_path)))), ("1", lambda: rows(said(tmp_path)) - 12)):
         running = subprocess.Popen([*command, "--workers", workers], env=env, cwd=ROOT, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE)
-        while count() < wanted and running.poll() is None:
+        while written() < 1 and running.poll() is None:
             time.sleep(0.005)
         running.send_signal(signal.SIGKILL)
         running.communicate(timeout=60)         # to the end of its pipes: helpers hold them too
-        assert running.returncode == -signal.SIGKILL
+        assert running.returncode == -signal.SIGKILL and rows(said(tmp_path)) < total
     after = subprocess.run([*command, "--workers", "2"], env=env, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert after.returncode == 0, after.stderr
     assert len(said(tmp_path)) == 4 and said(tmp_path).items() <= said(whole).items()
