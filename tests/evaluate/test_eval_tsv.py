@@ -321,7 +321,7 @@ def test_files_of_pictures_never_lie_outside(tmp_path):
         if cells[cell] is not None:
             assert one.pictures()[0].tobytes() == made.picture(cells[cell]).tobytes()
             continue
-        outside = ".." in cell or cell.startswith("/")
+        outside = cell.startswith(("../../..", "/"))
         with pytest.raises(InputError, match=f"index {one.index}, picture 1 of 1: .*"
                                              f"{'lies outside' if outside else 'is in none of'}"):
             one.pictures()
