@@ -14,7 +14,7 @@ from weights_tools.evaluate.benchmarks import NANO, Row
 from weights_tools.evaluate.prompts import after, build
 from weights_tools.evaluate.score import infer_option, numbers, verdicts
 from weights_tools.nano import choices, eight, evaluate, recipe, twins, world
-from weights_tools.nano.draw import COLOURS, SHAPES, SIZES, Scene
+from weights_tools.nano.draw import COLOURS, SHAPES, SIZES, Scene, Thing
 
 N = 48
 csv.field_size_limit(10 ** 8)
@@ -225,6 +225,28 @@ def test_sums_are_added():
         seen += bool(pair) or "sum" in one.question
         assert "step" not in one.question
     assert seen > 10
+
+
+def test_only_one_change_is_true():
+    moved = 0
+    for _, part, one, options, right in eight.questions("MMMU", eight.MMMU, 8 * N, 0, closed=True):
+        if part.category == "changes":
+            then, now = ({world.place(thing): thing for thing in scene.shapes} for scene in one.scenes)
+            places = [place for place in choices.PLACES if then.get(place) != now.get(place)]
+            true = {world.changed(then.get(place), now.get(place), place) for place in places} or {"Nothing changed"}
+            if len(places) == 2:
+                moved += 1
+                true |= {f"{gone}, it is now {place}" for gone in true for place in places if place in now}
+            assert [letter for letter, text in options.items() if text in true] == [right], one
+    assert moved
+
+
+def test_that_a_moved_thing_appeared_is_no_wrong_option():
+    first = Scene((Thing("star", "red", 0, 0), Thing("ring", "blue", 2, 2)))
+    second = Scene((Thing("star", "red", 1, 1), Thing("ring", "blue", 2, 2)))
+    said = {text for seed in range(400) for text in choices.other_changes(random.Random(seed), first, second)}
+    assert "In the middle a red star appeared" not in said
+    assert {"In the middle a blue star appeared", "At the top a red star appeared", "Nothing changed"} <= said
 
 
 def so(scene: Scene, question: str) -> bool:

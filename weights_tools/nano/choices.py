@@ -33,10 +33,6 @@ class Asked:
     wrong: tuple            # texts of the same kind that are not right
     task: str
 
-    @property
-    def things(self) -> list[Thing]:
-        return [thing for scene in self.scenes for thing in scene.things]
-
 
 def asked(seed: str, task: str, mix: dict, style: Style | None = None) -> Iterator[Asked]:
     """Yield questions of a task, endless, one from each example of the mix that has one."""
@@ -99,13 +95,16 @@ def findable(text: str) -> bool:
 
 
 def other_changes(rng: random.Random, first, second) -> list[str]:
-    """List what else might have become of two pictures: a change of another thing, place or kind."""
+    """List what else might have become of two pictures: a change of another thing, place or kind; none that did."""
     found = ["Nothing changed"]
-    then = {(thing.row, thing.column): thing for thing in first.shapes}
+    then, now = ({(thing.row, thing.column): thing for thing in scene.shapes} for scene in (first, second))
     for cell in cells(rng, 9):
         place, old = world.PLACES[cell[0]][cell[1]], then.get(cell)
         if old is None:
-            found.append(world.changed(None, shape(rng, cell), place))
+            new = shape(rng, cell)
+            # of a thing that moved it is true that it appeared there
+            if cell not in now or world.name(new, size=False) != world.name(now[cell], size=False):
+                found.append(world.changed(None, new, place))
         else:
             found += [world.changed(old, None, place), world.changed(old, world.another(rng, old), place)]
             free = [(r, c) for r, c in cells(rng, 9) if (r, c) not in then]
@@ -117,14 +116,14 @@ def other_changes(rng: random.Random, first, second) -> list[str]:
 
 def supposed(question: str) -> tuple:
     """List what might be said if the thing that is asked about were there; () for a text."""
-    asked = question.lower()
-    if "colour" in asked or "color" in asked:
+    said = question.lower()
+    if "colour" in said or "color" in said:
         return tuple(COLOURS)
-    if asked.startswith("where"):
+    if said.startswith("where"):
         return PLACES
-    if "how big" in asked or "small or large" in asked:
+    if "how big" in said or "small or large" in said:
         return SIZES
-    return tuple(SHAPES) if any(place in asked for place in PLACES) else ()
+    return tuple(SHAPES) if any(place in said for place in PLACES) else ()
 
 
 def like(final: str) -> list[str]:

@@ -139,7 +139,7 @@ def picture(*scenes: Scene) -> str:
     return found[0] if len(found) == 1 else str(found)
 
 
-# ---- benchmarks: rows without their index, {column: cell} -----------------------------------------------------------
+# ---- benchmarks: (n, seed) -> rows, {column: cell} ------------------------------------------------------------------
 
 def mmbench(n: int, seed: int) -> Iterator[dict]:
     """Each question once with its options in every order that turning them round gives; the copies refer to the first.
@@ -255,7 +255,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m weights_tools.nano.eight", description=__doc__,
                                      formatter_class=command.Help)
     parser.add_argument("out", metavar="OUT", help="folder for the eight files")
-    parser.add_argument("-n", type=int, default=200, help="questions of each (default %(default)s)")
+    parser.add_argument("-n", type=int, default=200,
+                        help="questions of each, NanoHallusionBench in fours (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0,
                         help="others with another one, never those of a training (default %(default)s)")
     args = parser.parse_args(argv)
