@@ -331,7 +331,14 @@ def test_vet_by_rule():
     assert score.named("red<AND>star", "red, star") == 1
     assert score.named("red <AND> star", "A hundred, RED") == 0.5
     assert score.named("big star<OR>large star<AND>left", "a large star, on the right") == 0.5
+    assert score.named("at the top red star<AND>LAMP", 'It says "lamp", and there is a RED star at the top.') == 1
+    assert score.named("red star <AND> blue ring", "A red star and a green ring") == 0.5
+    assert score.named("big star<OR>large star<AND>left", "a large star on the right") == 0
+    assert score.named("big star<OR>large star<AND>left", "a large star") == 0.5
     assert score.named("star", "stars") == 0
+    assert score.named("star", "a star, a ring\nand a cross.") == pytest.approx(1 / 3)      # who invents says more
+    assert score.named("star<AND>star", "a star") == 0.5
+    assert score.named("star", "") == 0
     bench = Benchmark("NanoMMVet", "MMVet", ("NanoMMVet",), "vet", ("answer",), ruled=True)
     rows = [row(0, answer="red<AND>star", category="rec"), row(1, answer="left", category="rec,spat")]
     found = verdicts(bench, rows, ["a red, a kite", "the left"])
