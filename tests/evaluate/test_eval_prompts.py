@@ -90,7 +90,12 @@ def test_when_the_mpo_prompt_is_used():
             if uses_mpo(name, True, cot)}
     assert {name for name, cot in used if not cot} == {"MMStar", "HallusionBench", "OCRBench"}
     assert {b.name for b in BENCHMARKS.values()} - {of(name).name for name, cot in used if cot} == {"MMVet"}
+    assert not uses_mpo("NanoMMStar", True, True)
     assert not any(uses_mpo(name, False, cot) for name, cot in used)
+
+
+def test_the_mpo_prompt_has_no_space_around_it():
+    assert ask({"question": " Why? "}, "MMStar", 1, True).endswith("\n\nQuestion:\n\n Why?")
 
 
 def test_what_cannot_be_asked():

@@ -2,6 +2,7 @@
 import http.server
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from weights_tools.evaluate import __main__ as command
 from weights_tools.evaluate import answers, shares, tsv
 from weights_tools.evaluate.answers import How
 from weights_tools.evaluate.benchmarks import BENCHMARKS, Broken, Row
-from weights_tools.evaluate.tasks import plan
+from weights_tools.evaluate.tasks import is_mpo, plan
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--max-new-tokens", "6", "--batch", "2", "--limit-tiles", "2")
@@ -191,6 +192,14 @@ def test_what_is_asked_the_same_is_asked_once(whole, tiny, data, opened):
         assert files[f"{name}.default.jsonl"].split(b"\n")[1:] == files[f"{name}.cot.jsonl"].split(b"\n")[1:]
 
 
+def test_two_runs_beside_each_other(whole, tiny, data, opened, tmp_path, capsys):
+    assert go(tiny, data, tmp_path / "one", "--mpo-prompt", "no", "--benchmark", "AI2D") == 0
+    capsys.readouterr()
+    assert command.main(["--compare", str(whole), str(tmp_path / "one"), "--out", str(tmp_path / "both")]) == 0
+    assert "AI2D" in capsys.readouterr().out
+    assert {file.name for file in (tmp_path / "both").iterdir()} == {"compare.md", "compare.json", "compare.html"}
+
+
 def test_again_only_scores(whole, tiny, data, opened, capsys):
     before, calls = said(whole), len(opened)
     assert go(tiny, data, whole, "--setting", "both", "--mpo-prompt", "yes", "--scorers", "head") == 0
@@ -275,11 +284,15 @@ def test_broken_rows_are_named_and_nothing_else_is_lost(tiny, opened, tmp_path, 
     assert go(tiny, tmp_path, tmp_path / "out") == 0
     _, *given = lines(answers.place(tmp_path / "out", "MMStar", "default"))
     assert [one["line"] for one in given] == [row.line for row in plan_of(tmp_path, "MMStar").rows]
-    refused = {one["line"]: one["refused"] for one in given if one["refused"]}
-    assert len(given) == 7 and len(refused) == 4 and all(one["prediction"] is None for one in given if one["refused"])
-    shown = json.dumps(refused)
-    report = (tmp_path / "out" / "report.md").read_text()
-    assert "picture" in shown and report
+    assert len(given) == 7 and all((one["prediction"] is None) == bool(one["refused"]) for one in given)
+    refused = {one["index"]: one["refused"] for one in given if one["refused"]}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())["results"][0]
+    said = " ".join(report["differences"])
+    for index, why in ((1, "index 1, picture 1 of 1: .* not a picture"), (0, "its index 0 is that of line 2 too"),
+                       (3, "it has no question"), ("a row", "3 cells")):
+        assert re.search(why, refused[index]) and re.search(why, said), refused[index]
+    assert report["refused"] == [1] and len(report["broken"]) == 3
+    assert "Questions not asked, which count as wrong: 1. Broken rows: 3." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("names, message", [
@@ -310,6 +323,23 @@ def test_a_damaged_file_of_answers(tiny, data, opened, tmp_path, content, messag
     with pytest.raises(InputError, match=message):
         go(tiny, data, tmp_path, "--benchmark", "MMStar")
     assert place.read_bytes() == content
+
+
+@pytest.mark.parametrize("option, message", [
+    ("-n", "-n is 0; it must be 1 or more"), ("--workers", "--workers is 0"), ("--batch", "--batch is 0"),
+    ("--limit-tiles", "--limit-tiles is 0"), ("--max-new-tokens", "--max-new-tokens is 0")])
+def test_numbers_that_cannot_be(option, message):
+    with pytest.raises(InputError, match=message):
+        command.arguments(["m", "--out", "o", option, "0"])
+    with pytest.raises(InputError, match="--max-new-tokens is 99999, the limit is 32768"):
+        command.arguments(["m", "--out", "o", "--max-new-tokens", "99999"])
+
+
+def test_the_name_says_whether_it_is_of_mpo():
+    for name, mpo in (("OpenGVLab/InternVL2_5-4B-MPO-AWQ", True), ("4b-mpo/", True), ("runs/mpo/4b", False)):
+        assert is_mpo(SimpleNamespace(checkpoint=name, mpo_prompt="auto")) == mpo
+        assert is_mpo(SimpleNamespace(checkpoint=name, mpo_prompt="yes"))
+        assert not is_mpo(SimpleNamespace(checkpoint=name, mpo_prompt="no"))
 
 
 def test_two_at_once(tiny, data, opened, tmp_path):
@@ -383,24 +413,24 @@ def test_a_judge_that_fails_loses_nothing(whole, tiny, data, opened, monkeypatch
 # ---- killed ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_killed_and_gone_on(tiny, data, whole, tmp_path, workers):
-    """SIGKILL after some lines, again and again; no helper outlives it; the end is that of a run nobody disturbed."""
+def test_killed_and_gone_on(tiny, data, whole, tmp_path):
+    """SIGKILL after some lines, with a helper and without; no helper outlives it; the end is that of a quiet run."""
     command = [sys.executable, "-W", "ignore", "-m", "weights_tools.evaluate", *words(
-        tiny, data, tmp_path, "--setting", "both", "--mpo-prompt", "yes", "--workers", workers)]
+        tiny, data, tmp_path, "--setting", "both", "--mpo-prompt", "yes", "--benchmark", "MMBench_V11", "AI2D")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     count = lambda: sum(max(0, content.count(b"\n") - 1) for content in said(tmp_path).values())
     (tmp_path / "answers").mkdir()
-    for wanted in (3, 15, 30):
-        running = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for wanted, workers in ((5, "2"), (12, "1")):
+        running = subprocess.Popen([*command, "--workers", workers], env=env, cwd=ROOT, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
         while count() < wanted and running.poll() is None:
             time.sleep(0.005)
         running.send_signal(signal.SIGKILL)
         running.communicate(timeout=60)         # to the end of its pipes: helpers hold them too
         assert running.returncode == -signal.SIGKILL
-    after = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    after = subprocess.run([*command, "--workers", "2"], env=env, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert after.returncode == 0, after.stderr
-    assert said(tmp_path) == said(whole)
+    assert len(said(tmp_path)) == 4 and said(tmp_path).items() <= said(whole).items()
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from minivl import InputError, Pipeline, options
-from minivl.limits import is_there
+from minivl.limits import Limits, is_there
+from minivl.terminal import say
 from weights_tools import run
 from weights_tools.evaluate import answers, compare, report, score
 from weights_tools.evaluate.benchmarks import BENCHMARKS, Answer, Broken, Row
@@ -57,7 +58,7 @@ def differences(task: Task) -> list[str]:
     return found
 
 
-def settings_of(args: argparse.Namespace, mpo: bool, digest: str, pipe: Pipeline | None) -> dict:
+def settings_of(args: argparse.Namespace, digest: str, pipe: Pipeline | None) -> dict:
     """Collect what run.json says. The dtype of answers that were there already is the one it said before."""
     file = Path(args.out) / "run.json"
     dtype = str(pipe.model.dtype).removeprefix("torch.") if pipe else None
@@ -68,13 +69,13 @@ def settings_of(args: argparse.Namespace, mpo: bool, digest: str, pipe: Pipeline
             dtype = None
     names = ("checkpoint", "lora", "precision", "device", "limit_tiles", "max_new_tokens", "batch", "n", "seed",
              "setting", "judge", "judge_model", "scorers", "data")
-    return {**{name: getattr(args, name) for name in names}, "digest": digest, "dtype": dtype, "mpo_prompt": mpo}
+    given = {name: getattr(args, name) for name in names}
+    return {**given, "digest": digest, "dtype": dtype, "mpo_prompt": is_mpo(args)}
 
 
 def measure(args: argparse.Namespace) -> int:
     """Answer, score and report."""
     share, shares = world(args)
-    mpo = is_mpo(args)
     out = Path(args.out)
     judge = judge_of(args)
     if share:
@@ -82,18 +83,27 @@ def measure(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         stack.enter_context(held(out))
         tasks = plan(args)
+        how = "with" if is_mpo(args) else "without"
+        say(f"{sum(len(task.rows) for task in tasks):,} questions, asked {how} the prompt of MPO models (--mpo-prompt "
+            f"{args.mpo_prompt})")
         missing = any(not task.is_answered() for task in tasks)
         started = stack.enter_context(helpers(args)) if args.workers > 1 and missing else ()
         asker = Asker(args, share, shares, started)
         asker.all(tasks)
-        settings = settings_of(args, mpo, tasks[0].job["checkpoint"], asker.pipe)
+        settings = settings_of(args, tasks[0].job["checkpoint"], asker.pipe)
         write_text(out / "run.json", json.dumps(settings, indent=1) + "\n")
         results = []
         for task in tasks:
             given = answers.put_in_order(task.path, task.job, task.lines, task.same)
-            results.append(scored(task, given, args.scorers, judge and Cached(judge, out / "judge.jsonl")))
+            # Each its own: it gives what was said to the first call of a prompt to the first call of the next task too.
+            kept = judge and Cached(judge, out / "judge.jsonl")
+            results.append(scored(task, given, args.scorers, kept))
         report.write(out, results, settings)
     print(report.table(results, settings))
+    lost = sum(answer.refused is not None for one in results for answer in one.answers)
+    broken = sum(len(one.broken) for one in results)
+    if lost or broken:
+        print(f"Questions not asked, which count as wrong: {lost:,}. Broken rows: {broken:,}. report.md names them.")
     print(f"{out / 'report.md'} lists what differs from the card's setting; {out / 'report.html'} shows each question")
     return 0
 
@@ -153,10 +163,13 @@ def check(args: argparse.Namespace, given: dict[str, str]):
         options.refuse(given, ["seed"], "without -n, which chooses questions")
     if not args.judge:
         options.refuse(given, ["judge_model"], "without --judge, the URL of its service")
-    for name in ("n", "limit_tiles", "batch", "workers"):
+    for name in ("n", "limit_tiles", "batch", "workers", "max_new_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"{'-n' if name == 'n' else options.option(name)} is {value}; it must be 1 or more")
+    if args.max_new_tokens > Limits().new_tokens:
+        raise InputError(f"--max-new-tokens is {args.max_new_tokens}, the limit is {Limits().new_tokens}; ask for "
+                         "fewer")
     judge_of(args)
 
 
@@ -164,7 +177,8 @@ def main(argv: list | None = None) -> int:
     """Run the command; return its exit code."""
     args = arguments(argv)
     if args.compare:
-        print(compare.write(Path(args.out), *args.compare))
+        with held(Path(args.out)):
+            print(compare.write(Path(args.out), *args.compare))
         return 0
     return measure(args)
 

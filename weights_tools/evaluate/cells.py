@@ -17,7 +17,7 @@ MOST_TEXT = 2**20       # bytes of a cell in quotes that goes over several lines
 BOM = b"\xef\xbb\xbf"
 
 INTEGER = re.compile(r"\s*[+-]?\d{1,18}\s*", re.ASCII)
-NUMBER = re.compile(r"\s*[+-]?(\d{1,18}\.?\d*|\.\d+)(e[+-]?\d+)?\s*|[+-]?(inf|infinity)", re.ASCII | re.IGNORECASE)
+NUMBER = re.compile(r"\s*[+-]?(\d{1,18}(\.\d*)?|\.\d+)(e[+-]?\d+)?\s*|[+-]?(inf|infinity)", re.ASCII | re.IGNORECASE)
 TRUTH = re.compile("(true|TRUE|True)|false|FALSE|False")
 
 
@@ -33,10 +33,10 @@ class Raw:
 def rows(file: BinaryIO, width: int, pictures: Collection[int], line: int = 1) -> Iterator[Raw]:
     """Yield the rows from where an open file stands; blank lines are none. pictures: the columns of base64.
 
-    A broken row of several lines may be a quote that was never closed: the lines after its first are read anew, and
-    those that are whole rows are yielded. What else is broken among them counts as a part of the first.
+    A broken row of several lines may be a quote that was never closed: the lines after its first are read anew. Until
+    one is a whole row, they are parts of the broken one, but for those with as many tabs as a row has.
     """
-    part_until = 0
+    parts = False
     while True:
         offset = file.tell()
         cells, lines, second, why = _row(file, pictures)
@@ -44,13 +44,23 @@ def rows(file: BinaryIO, width: int, pictures: Collection[int], line: int = 1) -
             return
         if cells and not why and len(cells) != width:
             why = f"it has {len(cells)} cells, the header has {width}"
-        if cells and not (why and offset < part_until):
+        if cells and not (parts and why and _tabs(file, offset) != width - 1):
             yield Raw(cells, offset, line, why)
+        if cells:
+            parts = bool(why) and (parts or lines > 1)
         if why and lines > 1:
-            part_until = max(part_until, file.tell())
             file.seek(second)
             lines = 1
         line += lines
+
+
+def _tabs(file: BinaryIO, offset: int) -> int:
+    """Count the tabs of the line at an offset; the file stays where it is."""
+    here = file.tell()
+    file.seek(offset)
+    tabs = file.readline(MOST_LINE).count(b"\t")
+    file.seek(here)
+    return tabs
 
 
 def header(file: BinaryIO) -> tuple[list[bytes], int]:

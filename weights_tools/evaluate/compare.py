@@ -17,6 +17,7 @@ import torch
 from minivl.limits import InputError, clip, is_there
 from weights_tools.evaluate import intervals, page, results, score, tsv
 from weights_tools.evaluate.benchmarks import Row
+from weights_tools.evaluate.differences import FEW
 from weights_tools.evaluate.report import COLUMNS, markdown_table, plain
 from weights_tools.evaluate.results import Result
 from weights_tools.files import write_text
@@ -140,7 +141,8 @@ def average(found: Sequence[Difference]) -> dict | None:
 
 # ---- what is said ---------------------------------------------------------------------------------------------------
 
-HEAD = ["benchmark", "rows", "first", "second", "difference", "only first right", "only second right", "p"]
+HEAD = ["benchmark", "difference", "first", "second", "only first right", "only second right", "p", "rows",
+        "verdicts changed", "other words only"]
 
 
 def cells(found: Sequence[Difference]) -> list[list[str]]:
@@ -149,14 +151,15 @@ def cells(found: Sequence[Difference]) -> list[list[str]]:
     lines = [HEAD]
     for one in found:
         told = (["unknown"] * 3 if one.first is None else
-                [f"{one.first:.1f}", f"{one.second:.1f}", signed(one.difference, one.interval)])
+                [signed(one.difference, one.interval), f"{one.first:.1f}", f"{one.second:.1f}"])
         of = "" if one.units == one.questions else f" of {one.units:,}"
-        lines.append([one.name, f"{one.questions:,}", *told, f"{one.only_first:,}{of}", f"{one.only_second:,}{of}",
-                      f"{one.p:.2g}" if one.p < 0.1 else f"{one.p:.2f}"])
+        lines.append([one.name, *told, f"{one.only_first:,}{of}", f"{one.only_second:,}{of}",
+                      f"{one.p:.2g}" if one.p < 0.1 else f"{one.p:.2f}", f"{one.questions:,}",
+                      f"{len(one.changed):,}", f"{one.reworded:,}"])
     mean = average(found)
     if mean:
-        lines.append(["mean of eight", "", f"{mean['first']:.1f}", f"{mean['second']:.1f}",
-                      signed(mean["difference"], mean["interval"]), "", "", ""])
+        lines.append(["mean of eight", signed(mean["difference"], mean["interval"]), f"{mean['first']:.1f}",
+                      f"{mean['second']:.1f}", *[""] * (len(HEAD) - 4)])
     return lines
 
 
@@ -165,21 +168,24 @@ def notes(found: Sequence[Difference], settings1: dict, settings2: dict) -> list
     names = [name for name in {**settings1, **settings2} if settings1.get(name) != settings2.get(name)]
     said = [f"{name}: {settings1.get(name)} in the first run, {settings2.get(name)} in the second." for name in names]
     said.append("Difference: second minus first, with its 95 % interval (bootstrap over pairs). p: how likely so "
-                "uneven a split of the changed ones is if both runs are equally good (McNemar's exact test).")
+                "uneven a split of the changed ones is if both runs are equally good (McNemar's exact test). Other "
+                "words only: the answer changed and is judged as before.")
     if any(one.units < one.questions for one in found):
         said.append("Rows that are right or wrong together (a question with its options in every order, all questions "
                     "of a figure) count as one where only one run is right.")
     if len(found) > 1:
         said.append(f"{len(found)} tests: that some p is below {LIKELY} happens in "
                     f"{100 * (1 - (1 - LIKELY) ** len(found)):.0f} of 100 cases though nothing changed.")
+    few = [one.name for one in found if 0 < len(one.pair[0].pieces) < FEW]
+    if few:
+        said.append(f"Fewer than {FEW} independent questions, or groups of them, in {'; '.join(few)}: these intervals "
+                    "are rough, and that of a mean with them is too narrow.")
     for one in found:
         if one.only_one_asked:
             said.append(f"{one.name}: {one.only_one_asked:,} rows were asked in one run only and are left out.")
         if one.other_text:
             said.append(f"{one.name}: {len(one.other_text):,} rows do not say the same in both runs' files and are "
                         f"left out ({clip(', '.join(map(str, one.other_text)))}).")
-        said.append(f"{one.name}: {len(one.changed):,} verdicts changed, {one.reworded:,} answers changed and are "
-                    "judged as before.")
     return said
 
 
@@ -197,6 +203,7 @@ def write(out: Path, run1: str | Path, run2: str | Path) -> str:
     said = notes(found, settings1, settings2)
     title = f"{run1} and {run2}"
     text = f"# {plain(title)}\n\n{table(found)}\n{''.join(f'- {plain(one)}' + chr(10) for one in said)}"
+    out.mkdir(parents=True, exist_ok=True)
     write_text(out / "compare.md", text)
     write_page(out / "compare.html", title, found, said, settings1)
     write_text(out / "compare.json", json.dumps({

@@ -118,6 +118,7 @@ def write(out: Path, results: Sequence[Result], settings: dict):
         raise ValueError(f"settings lacks {', '.join(missing)}")
     for result in results:
         files.check(result)
+    for result in results:
         files.write(out, result)
     write_text(out / "report.md", markdown(results, settings))
     page.write_report(out / "report.html", results, settings, cells(results, settings))

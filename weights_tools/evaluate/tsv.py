@@ -149,7 +149,7 @@ class Table:
                 bar.update(file.tell() - bar.n)
             file.seek(0)
             md5 = hashlib.md5(usedforsecurity=False)
-            while part := file.read(2**20):
+            while part := file.read(2**16):
                 md5.update(part)
         if len(self._broken) == len(self):
             why = f"line {self._lines[0]}: {self._broken[0]}" if self._broken else f"{self.dropped} without a picture"
