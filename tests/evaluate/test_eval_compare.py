@@ -157,6 +157,10 @@ def test_the_paired_interval_covers_and_is_narrower():
     assert 0.91 <= hits / 200 <= 0.985 and sum(wide) / 200 < 0.6
 
 
+def said_of(found):
+    return " ".join(compare.notes(found, SETTINGS, SETTINGS))
+
+
 def test_shared_questions_only(tmp_path):
     whole = result("AI2D", 40, seed=1)
     other = result("AI2D", 40, seed=2)
@@ -170,6 +174,8 @@ def test_shared_questions_only(tmp_path):
     kept = [i for i in part if i != part[3]]
     assert (one.questions, one.only_one_asked, one.other_text) == (19, 20, (part[3],))
     assert one.first == some(whole, kept).score and one.second == some(other, kept).score
+    assert "Fewer than 30 independent questions, or groups of them, in AI2D_TEST, default:" in said_of([one])
+    assert "Fewer" not in said_of([compare.paired(whole, other)])
     said = " ".join(compare.notes([one], *(results.read(tmp_path / x)[1] for x in "12")))
     assert "20 rows were asked in one run only" in said and f"left out ({part[3]})" in said
     assert "n: None in the first run, 20 in the second" in said

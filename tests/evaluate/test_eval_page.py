@@ -57,7 +57,7 @@ def test_all_of_a_question(tmp_path):
         answers[0] = answer(rows[0], "B", said="I think.\nFinal answer: B", tiles=(6, 2), tokens=1234, seconds=2.25)
     text = " ".join(Seen(written(tmp_path, [result("AI2D", change=change)])).texts)
     for part in ("Which label marks part 0?", "A.", "1", "3.5", "all", "index  0".replace("  ", " "), "foodChains",
-                 "I think.\nFinal answer: B", "Read in it", "by a rule", "1,234 tokens, 6 + 2 tiles, 2.2 s",
+                 "I think.\nFinal answer: B", "Read in it", "by a rule", "1,234 tokens, tiles 6 + 2, 2.2 s",
                  "<image>\nWhich label marks part 0?", "AI2D asks several questions of one diagram", "75"):
         assert part in text, part
 

@@ -73,6 +73,7 @@ def test_what_the_card_has_not_stands_beside_nothing_of_it():
     of = result("MMStar")
     of = replace(of, benchmark=replace(of.benchmark, name="NanoMMStar", datasets=("NanoMMStar",)))
     table = report.table([of], SETTINGS)
+    assert "no judge was given (--judge).\n" in said(of) + "\n"
     assert "NanoMMStar" in table and "card" not in table and "The card has no number of these" in said(of)
     assert "USE_COT" not in said(of)
 

@@ -17,6 +17,7 @@ import torch
 from minivl.limits import InputError, clip, is_there
 from weights_tools.evaluate import intervals, page, results, score, tsv
 from weights_tools.evaluate.benchmarks import Row
+from weights_tools.evaluate.differences import FEW
 from weights_tools.evaluate.report import COLUMNS, markdown_table, plain
 from weights_tools.evaluate.results import Result
 from weights_tools.files import write_text
@@ -175,6 +176,10 @@ def notes(found: Sequence[Difference], settings1: dict, settings2: dict) -> list
     if len(found) > 1:
         said.append(f"{len(found)} tests: that some p is below {LIKELY} happens in "
                     f"{100 * (1 - (1 - LIKELY) ** len(found)):.0f} of 100 cases though nothing changed.")
+    few = [one.name for one in found if 0 < len(one.pair[0].pieces) < FEW]
+    if few:
+        said.append(f"Fewer than {FEW} independent questions, or groups of them, in {'; '.join(few)}: these intervals "
+                    "are rough, and that of a mean with them is too narrow.")
     for one in found:
         if one.only_one_asked:
             said.append(f"{one.name}: {one.only_one_asked:,} rows were asked in one run only and are left out.")

@@ -88,15 +88,15 @@ def _needs_judge(result: Result) -> bool:
 def _unclear(result: Result, settings: dict) -> list[str]:
     """Say how many answers no rule could read, and who read them."""
     by = Counter(one.by for one, answer in zip(result.verdicts, result.answers) if answer.refused is None)
-    theirs = JUDGES.get(result.benchmark.kind)
+    theirs = JUDGES.get(result.benchmark.kind) if result.benchmark.name in BENCHMARKS else None
     total = len(result.verdicts)
     found = []
     if by["judge"]:
         found.append(f"Judged by {settings['judge_model'] or 'a model'} with our own instruction: {by['judge']:,} of "
-                     f"{total:,} answers; VLMEvalKit asks {theirs} with its own.")
+                     f"{total:,} answers{f'; VLMEvalKit asks {theirs} with its own' if theirs else ''}.")
     if _needs_judge(result) and not settings["judge"]:
-        found.append("No rule can tell how right an answer is, and no judge was given (--judge): there is no number; "
-                     f"VLMEvalKit asks {theirs}.")
+        found.append("No rule can tell how right an answer is, and no judge was given (--judge): there is no number"
+                     f"{f'; VLMEvalKit asks {theirs}' if theirs else ''}.")
         return found
     nobody = sum(one.by == "nobody" and one.right is not None and answer.refused is None
                  for one, answer in zip(result.verdicts, result.answers))

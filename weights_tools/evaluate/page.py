@@ -193,10 +193,10 @@ def _said(who: str, answer: Answer, verdict: Verdict) -> str:
     details = "".join(f"<details><summary>{label}</summary><pre dir=auto>{_text(text)}</pre></details>"
                       for label, text in more)
     cut = ", cut at the limit" if answer.finish_reason == "length" else ""
-    tiles = " + ".join(map(str, answer.tiles)) or "no"
+    tiles = " + ".join(map(str, answer.tiles)) or "none"
     return (f'<div class="one {kind}">{name}<pre dir=auto>{_text(answer.prediction or "")}</pre><p><span '
             f"class=faint>Read in it</span> <bdi>{_text(found)}</bdi> <span class=faint>{by}{partly}</span></p>{note}"
-            f"{details}<p class=faint>{answer.tokens:,} tokens{cut}, {tiles} tiles, {answer.seconds:.1f} s</p></div>")
+            f"{details}<p class=faint>{answer.tokens:,} tokens{cut}, tiles {tiles}, {answer.seconds:.1f} s</p></div>")
 
 
 def _pictures(row: Row) -> str:
