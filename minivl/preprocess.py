@@ -20,9 +20,9 @@ def tile_for(config: Config, image: Image.Image, max_num: int | None = None) -> 
                        use_thumbnail=config.use_thumbnail)
 
 
-def grid_for(config: Config, width: int, height: int) -> tuple[int, int, int]:
+def grid_for(config: Config, width: int, height: int, max_num: int | None = None) -> tuple[int, int, int]:
     """Tell how tile_for cuts a picture of a size -> columns, rows, and the number of tiles with the thumbnail."""
-    max_num = most_tiles(config)
+    max_num = most_tiles(config) if max_num is None else max_num
     columns, rows = tiling.choose_grid(width, height, min_num=min(config.min_dynamic_patch, max_num), max_num=max_num,
                                        tile_size=config.force_image_size)
     return columns, rows, columns * rows + (config.use_thumbnail and columns * rows > 1)

@@ -19,11 +19,12 @@ from weights_tools import dequantize, download, inspect, lora, merge, rows, synt
 from weights_tools.bench import __main__ as bench
 from weights_tools.bench import beside, serve
 from weights_tools.convert import __main__ as convert
+from weights_tools.evaluate import __main__ as measure
 from weights_tools.language import __main__ as language
 from weights_tools.language import cut
 from weights_tools.mpo import cost, dropout, pairs, sample, show
 from weights_tools.mpo import train as mpo_train
-from weights_tools.nano import evaluate, int4, lesson, prefer, ship, train, web
+from weights_tools.nano import eight, evaluate, int4, lesson, prefer, ship, train, web
 from weights_tools.quantize import __main__ as quantize
 from weights_tools.quantize import rederive
 from weights_tools.quantize.hurts import __main__ as hurts
@@ -243,10 +244,22 @@ COMMANDS = [
              "weight_decay": "--weight-decay 0", "warmup": "--warmup 0", "max_tiles": "--max-tiles 6",
              "max_tokens": "--max-tokens 99", "dtype": "--dtype float32", "seed": "--seed 1",
              "device": "--device cpu"}, needs={"hold": "keep"}, apart={"epochs": "steps"}, base="m d.jsonl out"),
+    Command("weights_tools/evaluate/__main__.py", measure.arguments,
+            {"checkpoint": "m --out o", "benchmark": "--benchmark MMStar", "data": "--data d", "out": "--out o",
+             "n": "-n 5", "seed": "--seed 1", "setting": "--setting both", "mpo_prompt": "--mpo-prompt yes",
+             "limit_tiles": "--limit-tiles 2", "max_new_tokens": "--max-new-tokens 9", "batch": "--batch 2",
+             "workers": "--workers 2", "judge": "--judge http://localhost:1", "judge_model": "--judge-model j",
+             "scorers": "--scorers head", "lora": "--lora l", "device": "--device cpu",
+             "precision": "--precision fast", "compare": "--compare a b --out o"},
+            needs={"seed": "n", "judge_model": "judge"},
+            apart={"compare": "checkpoint benchmark data n seed setting mpo_prompt limit_tiles max_new_tokens batch "
+                              "workers judge judge_model scorers lora device precision"},
+            base="m --out o", instead=("compare",)),
     Command("weights_tools/nano/evaluate.py", evaluate.arguments,
             {"checkpoints": "m", "n": "-n 500", "tasks": "--tasks colour", "precision": "--precision exact",
              "ablations": "--ablations", "wrong": "--wrong 0", "json": "--json j"},
             apart={"ablations": "tasks precision"}),
+    Command("weights_tools/nano/eight.py", eight.arguments, {"out": "m", "n": "-n 5", "seed": "--seed 1"}, base="m"),
     Command("weights_tools/nano/int4.py", int4.arguments, {"out": "m", "n": "-n 5", "json": "--json j"}, base="m"),
     Command("weights_tools/nano/prefer.py", prefer.arguments,
             {"out": "m", "questions": "--questions 5", "n": "-n 5", "seed": "--seed 1"}, base="m"),

@@ -113,7 +113,7 @@ def test_the_sdist_is_the_repository(built):
 def test_the_wheel_is_the_package_and_its_data(built):
     inside = {name for name in zipfile.ZipFile(built[1]).namelist() if ".dist-info/" not in name}
     wanted = {name for name in tracked() if name.startswith(("minivl/", "weights_tools/")) and (
-        name.endswith((".py", "py.typed", ".txt", "serve/page.html"))
+        name.endswith((".py", "py.typed", ".txt", "serve/page.html", "page.css", "page.js"))
         or "/nano/" in name and not name.startswith("weights_tools/nano/"))}
     assert inside == wanted
     assert {"minivl/py.typed", "minivl/nano/awq/model.safetensors", "minivl/nano/samples/shapes.png",

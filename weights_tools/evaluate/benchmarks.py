@@ -7,8 +7,10 @@ Source: VLMEvalKit @00e0cf87 (December 2024, the commit that added InternVL2.5-M
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from minivl.limits import InputError, clip
 
 
 @dataclass(frozen=True)
@@ -16,15 +18,20 @@ class Benchmark:
     """One column of the card's table: which files it can come in, and how it is asked and scored."""
     name: str                       # what --benchmark takes
     card: str                       # the column of the card's table
-    datasets: tuple[str, ...]       # VLMEvalKit's names of its files, NAME.tsv; the first one that a folder has is taken
+    datasets: tuple[str, ...]       # VLMEvalKit's names of its files, NAME.tsv; the first that a folder has is taken
     kind: Literal["mcq", "yes_no", "ocr", "math", "vet"]
     columns: tuple[str, ...]        # must be there, beside index, image (or image_path) and question
     circular: bool = False          # a question is right when it is right with its options in every order
     split: str | None = None        # only rows of this split make the number, where the file has several
+    ruled: bool = False             # kind "vet" without a judge: score.named compares with the truth
     questions: dict = field(default_factory=dict)       # dataset -> rows it has as released, for estimates
 
 
 OPTIONS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXY")    # letters that can be columns of options; Z means "none of them"
+
+# What pandas takes for a missing value: of a cell (None then), and of a prediction, which VLMEvalKit reads as "nan".
+MISSING = frozenset(("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
+                     "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"))
 
 BENCHMARKS = {b.name: b for b in (
     Benchmark("MMBench_V11", "MMBench v1.1",
@@ -40,6 +47,18 @@ BENCHMARKS = {b.name: b for b in (
     Benchmark("OCRBench", "OCRBench", ("OCRBench",), "ocr", ("answer", "category")),
     Benchmark("MMVet", "MMVet", ("MMVet",), "vet", ("answer", "category")),
 )}
+# Nano's own, each asked and scored as the one after which it is named: weights_tools.nano.eight writes their files.
+NANO = {name: replace(benchmark, name=name, datasets=(name,), ruled=benchmark.kind == "vet")
+        for benchmark in BENCHMARKS.values() for name in (f"Nano{benchmark.name}",)}
+
+
+def of(dataset: str) -> Benchmark:
+    """Find the benchmark that a file NAME.tsv belongs to, by its name. Raises InputError."""
+    known = {name: benchmark for benchmark in (BENCHMARKS | NANO).values() for name in benchmark.datasets}
+    if dataset not in known:
+        raise InputError(f"{clip(dataset)!r} is none of the datasets known here: {', '.join(known)}; give the file one "
+                         "of these names")
+    return known[dataset]
 
 
 @dataclass(frozen=True)
@@ -53,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Broken:
-    """A row that cannot be asked, and the sentence that says why. It counts as wrong and is named in the report."""
+    """A row that cannot be asked, and the sentence that says why. It is in no number, and named in the report."""
     index: int | str | None
     line: int
     why: str
@@ -71,6 +90,7 @@ class Answer:
     seconds: float
     finish_reason: str | None   # "stop", "length"
     refused: str | None = None  # why it was not asked
+    line: int = 0               # of the row, which knows it by this: an index may be missing or be there twice
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@
 """
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -61,17 +60,22 @@ def _go_on(file: BinaryIO, begun: Path, job: dict, group: int) -> int:
         file.write(wanted)
         whole = len(wanted)
     elif header != wanted:
-        raise InputError(f"{begun} holds {rows} rows of another work: {_difference(header, job)}; repeat that command, "
-                         "choose another file, or delete this one")
+        raise InputError(f"{begun} holds {rows} rows of another work: {difference(_job_of(header), job)}; repeat that "
+                         "command, choose another file, or delete this one")
     file.truncate(whole)
     file.seek(whole)
     return rows
 
 
-def _difference(header: bytes, job: dict) -> str:
-    there = {}
-    with contextlib.suppress(ValueError):
-        there = json.loads(header)
+def _job_of(header: bytes) -> dict:
+    try:
+        return json.loads(header)
+    except ValueError:
+        return {}
+
+
+def difference(there: dict, job: dict) -> str:
+    """Say in what two works differ, for a message."""
     names = [name for name in {**there, **job} if there.get(name) != job.get(name)]
     return ", ".join(f"{name} {clip(there.get(name), 60)} there and {clip(job.get(name), 60)} here" for name in names)
 

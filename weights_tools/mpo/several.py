@@ -77,7 +77,7 @@ def _write(pipe: Pipeline, turns: list[Turn], answers: list[list[Answer]], batch
         part = jobs[start:start + batch]
         wanted = dict.fromkeys(i for i, _ in part)      # each once
         prompts = {i: prompts.get(i) or read(pipe.model, turns[i]) for i in wanted}
-        _write_batch(pipe, [answer for _, answer in part], [prompts[i] for i, _ in part], bar)
+        write_batch(pipe, [answer for _, answer in part], [prompts[i] for i, _ in part], bar)
 
 
 def read(model, turn: Turn) -> tuple[torch.Tensor, KVCache]:
@@ -89,7 +89,8 @@ def read(model, turn: Turn) -> tuple[torch.Tensor, KVCache]:
 
 
 @torch.inference_mode()
-def _write_batch(pipe: Pipeline, answers: list[Answer], prompts: list[tuple], bar: tqdm):
+def write_batch(pipe: Pipeline, answers: list[Answer], prompts: list[tuple], bar: tqdm):
+    """Write some answers together, a token of each at a time; prompts: what `read` makes of each one's."""
     model = pipe.model
     caches = [cache for _, cache in prompts]
     cache = copied([(one, 0, 0, one.length) for one in caches], len(caches))
