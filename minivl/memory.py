@@ -1,7 +1,6 @@
 """How much memory is left, of a machine and of a device; and a full device told in one sentence, with the numbers."""
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 from collections.abc import Iterator
@@ -40,12 +39,6 @@ def free_memory(root: Path = Path("/")) -> int | None:
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return None
     return min([1024 * int(available[1]), *_left_by_groups(root)])
-
-
-def give_back() -> None:
-    """Give the system what the C library keeps of memory that is free again, where it can be told to (glibc)."""
-    with suppress(OSError, AttributeError, TypeError):      # no such library, no such function
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _left_by_groups(root: Path) -> Iterator[int]:

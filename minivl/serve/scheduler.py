@@ -37,7 +37,7 @@ from minivl.chat.pipeline import Pipeline
 from minivl.chat.requests import Turn
 from minivl.fast.threads import at_most, pace
 from minivl.generation import choose, visual_tokens
-from minivl.memory import full_memory_told, give_back
+from minivl.memory import full_memory_told
 from minivl.model import MiniVL
 
 CHUNK = 256                     # tokens of prompts that are read between two tokens of the others
@@ -46,7 +46,6 @@ PICTURE_BYTES = 256 * 2**20     # of visual tokens kept
 TILES_KEPT = 128
 BEGINNING_BYTES = 2**30         # of keys and values kept: of the 4B in float32, some 14,000 tokens
 BEGINNINGS = 32                 # prompts and answers they are of; each is compared with each new prompt
-TRIMMED = 128                   # requests after which freed memory is given back, or its pieces add up for a thousand
 
 
 class Job:
@@ -222,7 +221,6 @@ class Scheduler:
         self.reading = None             # the job whose prompt is read
         self.waiting = deque()
         self.closing = False
-        self.begun = 0                  # requests since memory was given back
         self.changed = threading.Condition()
         self.after = lambda: None       # called after each round: what was told in it can go out together
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)     # to be started
@@ -265,9 +263,6 @@ class Scheduler:
                 for job in batch.alive():
                     self._fail(job, error)
             self.after()
-            if self.begun >= TRIMMED:
-                self.begun = 0
-                give_back()
 
     @torch.inference_mode()
     def round(self) -> None:
@@ -300,7 +295,6 @@ class Scheduler:
         """Find the request to read on with."""
         if self.reading is None and self.waiting and len(self.batch.alive()) < self.places:
             self.reading = self.waiting.popleft()
-            self.begun += 1
         return self.reading
 
     # ---- reading ----------------------------------------------------------------------------------------------------
