@@ -198,6 +198,23 @@ def test_a_beginning_that_ends_within_a_tile(nano):
     check_same(again, nano(prompt))
 
 
+def test_tiles_of_those_who_wait_are_looked_at_together(nano, alone, monkeypatch):
+    """Each once, at most TILES at a time, in the order of the requests; a cancelled one may be among them."""
+    looked = []
+    original = module.visual_tokens
+    monkeypatch.setattr(module, "visual_tokens", lambda model, parts: looked.append(len(parts[0])) or original(
+        model, parts))
+    scheduler = Scheduler(nano)
+    numbers = [0, 2, 3, 5, 0]
+    jobs = [submit(scheduler, *REQUESTS[i]) for i in numbers]
+    jobs[-1].cancel()
+    work(scheduler)
+    for job, i in zip(jobs[:-1], numbers):
+        check_same(job, alone[i])
+    tiles = len({tile for job in jobs for tile in job.tiles})
+    assert sum(looked) == tiles and max(looked) == module.TILES and len(looked) == math.ceil(tiles / module.TILES)
+
+
 def test_visual_tokens_kept_are_bounded():
     pictures = Pictures(most=1000)
     for i in range(10):
