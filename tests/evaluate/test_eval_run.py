@@ -363,6 +363,20 @@ def test_torchrun_and_workers(monkeypatch, tiny, data, tmp_path):
         go(tiny, data, tmp_path, "--workers", "2")
 
 
+def test_no_more_processes_than_work(tiny, data, opened, tmp_path, monkeypatch):
+    """Of 3 rows in chunks of 16 one process has all; each loads the whole model, so the others are not started."""
+    kept = []
+    helpers = command.helpers
+    monkeypatch.setattr(command, "helpers", lambda args: kept.append(args.workers) or helpers(args))
+    assert go(tiny, data, tmp_path, "--benchmark", "MMStar", "--workers", "99") == 0
+    assert go(tiny, data, tmp_path, "--benchmark", "MMStar", "--workers", "99") == 0       # all answered
+    assert kept == [1, 1]
+    chunk = answers.BATCHES * 2
+    tasks = [SimpleNamespace(rows=[None] * rows, how=How("MMStar", batch=2), is_answered=lambda rows=rows: rows == 7)
+             for rows in (chunk, chunk + 1, 1, 7)]
+    assert [shares.useful(tasks, workers) for workers in (1, 3, 4, 9)] == [1, 3, 4, 4]
+
+
 def test_each_process_has_its_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [shares.device_of("cuda", share) for share in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]

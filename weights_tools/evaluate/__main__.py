@@ -27,7 +27,7 @@ from weights_tools import run
 from weights_tools.evaluate import answers, compare, report, score
 from weights_tools.evaluate.benchmarks import BENCHMARKS, Answer, Broken, Row
 from weights_tools.evaluate.judge import Cached, Judge
-from weights_tools.evaluate.shares import Asker, helpers, world
+from weights_tools.evaluate.shares import Asker, helpers, useful, world
 from weights_tools.evaluate.tasks import Task, is_mpo, plan
 from weights_tools.files import held, write_text
 
@@ -86,8 +86,9 @@ def measure(args: argparse.Namespace) -> int:
         how = "with" if is_mpo(args) else "without"
         say(f"{sum(len(task.rows) for task in tasks):,} questions, asked {how} the prompt of MPO models (--mpo-prompt "
             f"{args.mpo_prompt})")
-        missing = any(not task.is_answered() for task in tasks)
-        started = stack.enter_context(helpers(args)) if args.workers > 1 and missing else ()
+        if args.workers > 1:
+            args.workers = shares = useful(tasks, args.workers)
+        started = stack.enter_context(helpers(args))
         asker = Asker(args, share, shares, started)
         asker.all(tasks)
         settings = settings_of(args, tasks[0].job["checkpoint"], asker.pipe)

@@ -64,6 +64,11 @@ def ask(pipe: Pipeline, rows: Iterable[Row | Broken], how: How, *, done: Collect
         number += 1
 
 
+def chunks(rows: int, how: How) -> int:
+    """Compute how many chunks so many rows are asked in."""
+    return -(-rows // (BATCHES * how.batch))
+
+
 def _chunk(pipe: Pipeline, chunk: list[Row | Broken], how: How, done: Collection[int]) -> Iterator[Answer]:
     """Answer the rows of a chunk, those with prompts of like length together."""
     start = time.perf_counter()
