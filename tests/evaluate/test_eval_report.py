@@ -37,7 +37,8 @@ def test_means_of_the_card():
     ("OpenGVLab/InternVL2_5-4B-MPO-AWQ", ["4B-MPO", "4B"]), ("/data/InternVL2_5-78B/", ["78B"]),
     ("4b-mpo-awq", ["4B-MPO", "4B"]), ("8b-awq", ["8B"]), ("InternVL2-5-38B-MPO-lora", ["38B-MPO", "38B"]),
     ("internvl2_5-1b-tempo", ["1B"]), ("nano", []), ("InternVL2_5-40B", []), ("InternVL2_5-4Beta", []),
-    ("mine/4b-mpo-awq-2", []), ("InternVL3-8B", [])])
+    ("mine/4b-mpo-awq-2", []), ("/hub/models--OpenGVLab--InternVL2_5-4B-MPO/snapshots/0123abcd", ["4B-MPO", "4B"]),
+    ("InternVL3-8B", [])])
 def test_the_rows_of_a_checkpoint(name, rows):
     assert [row.removeprefix("InternVL2-5-") for row in report.card_rows(name)] == rows
 

@@ -343,10 +343,20 @@ def test_numbers_that_cannot_be(option, message):
 
 
 def test_the_name_says_whether_it_is_of_mpo():
-    for name, mpo in (("OpenGVLab/InternVL2_5-4B-MPO-AWQ", True), ("4b-mpo/", True), ("runs/mpo/4b", False)):
+    cache = "~/.cache/huggingface/hub/models--OpenGVLab--InternVL2_5-4B{}/snapshots/0123abcd"
+    for name, mpo in (("OpenGVLab/InternVL2_5-4B-MPO-AWQ", True), ("4b-mpo/", True), ("runs/mpo/4b", False),
+                      (cache.format("-MPO"), True), (cache.format("") + "/", False), ("snapshots/mpo", True),
+                      ("my-important-4b", False), ("internvl2_5-1b-tempo", False), ("InternVL2_5-1B_mpo.v2", True)):
         assert is_mpo(SimpleNamespace(checkpoint=name, mpo_prompt="auto")) == mpo
         assert is_mpo(SimpleNamespace(checkpoint=name, mpo_prompt="yes"))
         assert not is_mpo(SimpleNamespace(checkpoint=name, mpo_prompt="no"))
+
+
+def test_the_name_of_the_folder_one_stands_in(tmp_path, monkeypatch):
+    (tmp_path / "InternVL2_5-1B-MPO").mkdir()
+    monkeypatch.chdir(tmp_path / "InternVL2_5-1B-MPO")
+    assert is_mpo(SimpleNamespace(checkpoint=".", mpo_prompt="auto"))
+    assert not is_mpo(SimpleNamespace(checkpoint="..", mpo_prompt="auto"))
 
 
 def test_two_at_once(tiny, data, opened, tmp_path):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from minivl.limits import clip
 from weights_tools.evaluate.benchmarks import BENCHMARKS
+from weights_tools.evaluate.prompts import is_of_mpo, model_name
 from weights_tools.evaluate.results import Result
 
 # Kind of a benchmark -> who judges there what no rule can tell: the defaults of VLMEvalKit's run.py.
@@ -28,7 +29,7 @@ def of_run(results: Sequence[Result], settings: dict) -> list[str]:
 
 def _of_settings(settings: dict) -> list[str]:
     found = []
-    name = str(settings["checkpoint"]).rstrip("/").rpartition("/")[2]
+    name = model_name(settings["checkpoint"])
     if "awq" in name.lower():
         found.append(f"{name} is in int4 (AWQ); the numbers of the card are of the model in its own precision.")
     if settings["dtype"] != "bfloat16":
@@ -36,7 +37,7 @@ def _of_settings(settings: dict) -> list[str]:
                      "bfloat16.")
     if settings["precision"] != "exact":
         found.append(f"--precision {settings['precision']} may round where the exact path does not.")
-    if settings["mpo_prompt"] != ("mpo" in name.lower()):
+    if settings["mpo_prompt"] != is_of_mpo(name):
         given = "with" if settings["mpo_prompt"] else "without"
         found.append(f"It was asked {given} the prompt of MPO, which does not go with the name {name}.")
     if settings["limit_tiles"] is not None:

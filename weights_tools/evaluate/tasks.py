@@ -103,5 +103,5 @@ def same_questions(rows: Sequence[Row | Broken], a: How, b: How) -> bool:
 def is_mpo(args: argparse.Namespace) -> bool:
     """Tell whether the model is asked as one of MPO."""
     if args.mpo_prompt == "auto":
-        return "mpo" in Path(args.checkpoint).name.lower()
+        return prompts.is_of_mpo(prompts.model_name(args.checkpoint))
     return args.mpo_prompt == "yes"
