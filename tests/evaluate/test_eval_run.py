@@ -15,13 +15,14 @@ from types import SimpleNamespace
 import made
 import pytest
 import torch
+from PIL import Image
 
 from minivl import GenerationConfig, InputError, Picture
 from weights_tools.evaluate import __main__ as command
 from weights_tools.evaluate import answers, shares, tsv
 from weights_tools.evaluate.answers import How
 from weights_tools.evaluate.benchmarks import BENCHMARKS, Broken, Row
-from weights_tools.evaluate.tasks import is_mpo, plan
+from weights_tools.evaluate.tasks import files, is_mpo, plan
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--max-new-tokens", "6", "--batch", "2", "--limit-tiles", "2")
@@ -112,6 +113,15 @@ def test_only_the_first_picture_of_mmmu_is_doubled(pipe):
     row = Row(1, {"question": "Which?", "A": "this"}, lambda: [made.picture(k, (60, 60)) for k in range(2)], 2)
     asked = lambda name: next(iter(answers.ask(pipe, [row], How(name, max_new_tokens=1)))).tiles
     assert asked("MMMU_DEV_VAL") == (10, 1) and asked("AI2D_TEST") == (1, 1)
+
+
+def test_a_picture_too_large_to_double_is_not_doubled(pipe, monkeypatch):
+    """81 million pixels are within the limit; four times as many would take a gigabyte before they were refused."""
+    monkeypatch.setattr(Image.Image, "resize", None)
+    row = Row(1, {"question": "Which?", "A": "this"}, lambda: [Image.new("1", (9000, 9000))], 2)
+    (answer,) = answers.ask(pipe, [row], How("MMMU_DEV_VAL", max_new_tokens=1))
+    assert answer.refused == ("its first picture is 9000x9000; MMMU's is doubled in size, to more than the limit of "
+                              "100000000 pixels; make it smaller")
 
 
 def test_reasoning_is_kept_beside_its_answer(pipe, data, monkeypatch):
@@ -311,6 +321,11 @@ def test_broken_rows_are_named_and_nothing_else_is_lost(tiny, opened, tmp_path, 
 def test_files_that_are_not_there(tmp_path, names, message):
     with pytest.raises(InputError, match=message):
         go("nano", tmp_path, tmp_path / "out", *names)
+
+
+def test_a_file_named_twice_is_one(data):
+    names = ["MMBench_V11", "MMStar", "MMBench_DEV_EN_V11", "MMStar"]
+    assert [path.stem for _, path in files(data, names)] == ["MMBench_DEV_EN_V11", "MMStar"]
 
 
 def test_missing_columns(data, tmp_path):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from minivl import GenerationConfig, InputError, Picture, Pipeline
 from minivl.chat import answers as chat
 from minivl.chat.requests import Turn
-from minivl.limits import is_there, reading
+from minivl.limits import Limits, is_there, reading
 from minivl.preprocess import grid_for
 from weights_tools.evaluate import prompts
 from weights_tools.evaluate.benchmarks import Answer, Broken, Row
@@ -112,7 +112,11 @@ def _read(pipe: Pipeline, row: Row | Broken, how: How) -> tuple[Answer, Turn | N
 
 
 def doubled(picture: Image.Image) -> Image.Image:
-    """Make a picture twice as wide and high, as VLMEvalKit does with the first one of MMMU."""
+    """Make a picture twice as wide and high, as VLMEvalKit does with the first one of MMMU. Refused before it is made.
+    """
+    if 4 * picture.width * picture.height > Limits().picture_pixels:
+        raise InputError(f"its first picture is {picture.width}x{picture.height}; MMMU's is doubled in size, to more "
+                         f"than the limit of {Limits().picture_pixels} pixels; make it smaller")
     return picture.resize((2 * picture.width, 2 * picture.height), Image.BILINEAR)
 
 
