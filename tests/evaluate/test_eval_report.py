@@ -136,7 +136,9 @@ def test_what_is_said_of_the_answers():
     assert "no rule could read, which count as wrong: 1 of 40; no judge was given (--judge); VLMEvalKit asks" in text
     assert "token limit cut before they ended: 1." in text and "The md5 is another one." in text
     assert f"as wrong ones would make it about {95 * 40 / 41:.1f}: 1 (line 9: it has 3 cells)." in text
-    assert "gave no verdict either" in said(of, judge="http://x", judge_model="m")
+    noted = replace(of, verdicts=[replace(one, note="the judge said 'hm'") for one in of.verdicts])
+    assert "1 of 40; the judge gave no verdict either (1: the judge said 'hm'); VLMEvalKit" in said(
+        noted, judge="http://x", judge_model="m")
 
 
 def test_judges_are_said():
@@ -152,7 +154,17 @@ def test_which_file_is_said():
     of = replace(of, benchmark=replace(of.benchmark, questions={"AI2D_TEST": 3088}))
     assert "40 rows were asked; the file as released has 3,088" in said(of)
     assert "MMBench_DEV_EN_V11; the card's number is of the test" in said(result("MMBench_V11"))
-    assert "Only 8 questions" in said(result("AI2D")) and "Only" not in said(result("AI2D", 40))
+    assert "Only 8 questions, or groups of them, are" in said(result("AI2D"))
+    assert "Only 1 question, or group of them, is" in said(result("AI2D", 1)) and "Only" not in said(result("AI2D", 40))
+
+
+def test_a_mean_of_few_is_said_to_be_too_narrow():
+    """Of eight perfect scores of four questions every draw says 100."""
+    few = eight(n=4, share=1)
+    text = " ".join(differences.of_run(few, SETTINGS))
+    assert "The interval of the mean is too narrow" in text and "independent in MMBench_DEV_EN_V11.default, " in text
+    for of in (few[:7], eight(n=130)):
+        assert "mean" not in " ".join(differences.of_run(of, SETTINGS))
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

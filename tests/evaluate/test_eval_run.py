@@ -309,7 +309,7 @@ def test_broken_rows_are_named_and_nothing_else_is_lost(tiny, opened, tmp_path, 
                        (3, "it has no question"), ("a row", "3 cells")):
         assert re.search(why, refused[index]) and re.search(why, said), refused[index]
     assert report["refused"] == [1] and len(report["broken"]) == 3
-    assert "Questions not asked, which count as wrong: 1. Broken rows: 3." in capsys.readouterr().out
+    assert "Questions not asked, which count as wrong: 1. Broken rows: 3. report.md says why" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("names, message", [
@@ -432,6 +432,16 @@ class Service(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def test_a_judge_that_is_not_there_is_said(tiny, data, opened, monkeypatch, tmp_path, capsys):
+    """Else a wrong key looks like a model that knows nothing: MMVet 0.0."""
+    monkeypatch.setattr(command, "Judge", partial(command.Judge, pause=0.0))
+    assert go(tiny, data, tmp_path, "--benchmark", "MMVet", "--judge", "http://127.0.0.1:1") == 0
+    assert re.search(r"judge gave no verdict, which count as wrong: 3\. The last: the judge .*cannot be reached",
+                     capsys.readouterr().out)
+    assert re.search(r"3 of 3; the judge gave no verdict either \(v1_0: the judge .*cannot be reached",
+                     (tmp_path / "report.md").read_text().replace("\\", ""))
 
 
 def test_a_judge_that_fails_loses_nothing(whole, tiny, data, opened, monkeypatch, tmp_path):

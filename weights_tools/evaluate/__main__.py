@@ -26,6 +26,7 @@ from minivl.terminal import say
 from weights_tools import run
 from weights_tools.evaluate import answers, compare, report, score
 from weights_tools.evaluate.benchmarks import BENCHMARKS, Answer, Broken, Row
+from weights_tools.evaluate.differences import unread as unread_in
 from weights_tools.evaluate.judge import Cached, Judge
 from weights_tools.evaluate.shares import Asker, helpers, useful, world
 from weights_tools.evaluate.tasks import Task, is_mpo, plan
@@ -50,7 +51,7 @@ def differences(task: Task) -> list[str]:
     if table.released is False:
         found.append(f"{table.path.name} is none of the released files (md5 {table.md5}).")
     if table.dropped:
-        found.append(f"{table.dropped:,} rows have no picture and were left out, as VLMEvalKit does.")
+        found.append(f"Rows without a picture, which were left out, as VLMEvalKit does: {table.dropped:,}.")
     if task.benchmark.split:
         found.append(f"Only questions of the split {task.benchmark.split} were asked, which make the number.")
     if task.same:
@@ -104,7 +105,12 @@ def measure(args: argparse.Namespace) -> int:
     lost = sum(answer.refused is not None for one in results for answer in one.answers)
     broken = sum(len(one.broken) for one in results)
     if lost or broken:
-        print(f"Questions not asked, which count as wrong: {lost:,}. Broken rows: {broken:,}. report.md names them.")
+        print(f"Questions not asked, which count as wrong: {lost:,}. Broken rows: {broken:,}. report.md says why, "
+              "report.json names all.")
+    unread = [verdict for one in results for verdict in (unread_in(one) if judge else ())]
+    if unread:
+        print(f"Answers on which the judge gave no verdict, which count as wrong: {len(unread):,}. The last: "
+              f"{unread[-1].note}")
     print(f"{out / 'report.md'} lists what differs from the card's setting; {out / 'report.html'} shows each question")
     return 0
 
