@@ -336,8 +336,8 @@ def test_missing_columns(data, tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b'{"a": 1}\n{"index"\n', "damaged line"), (b'{"a": 1}\n{"index": 1}\n', "damaged line"),
-    (b'{"a": 1}\n[1]\n', "damaged line"), (b'\xff\n', "damaged line")])
+    (b'{"a": 1}\n{"index"\n', "line 2, is damaged"), (b'{"a": 1}\n{"index": 1}\n', "line 2, is damaged"),
+    (b'{"a": 1}\n[1]\n', "line 2, is damaged"), (b'\xff\n', "line 1, is damaged"), (b"[1]\n", "does not begin with")])
 def test_a_damaged_file_of_answers(tiny, data, opened, tmp_path, content, message):
     place = answers.place(tmp_path, "MMStar", "default")
     place.parent.mkdir()
@@ -345,6 +345,27 @@ def test_a_damaged_file_of_answers(tiny, data, opened, tmp_path, content, messag
     with pytest.raises(InputError, match=message):
         go(tiny, data, tmp_path, "--benchmark", "MMStar")
     assert place.read_bytes() == content
+
+
+@pytest.mark.parametrize("change", [{"tokens": "x"}, {"prediction": 7}, {"tiles": [None]}, {"line": "2"}, {"said": []}])
+def test_values_of_another_kind_are_damage(whole, tmp_path, change):
+    head, first, second, *_ = lines(answers.place(whole, "MMStar", "default"))
+    place = answers.place(tmp_path, "MMStar", "default")
+    place.parent.mkdir()
+    place.write_text("".join(json.dumps(one) + "\n" for one in (head, first, {**second, **change})))
+    with pytest.raises(InputError, match="line 3, is damaged .*take it out, or delete the file, to ask anew"):
+        answers.load(place)
+
+
+def test_damaged_seconds(whole, tmp_path):
+    content = answers.place(whole, "MMStar", "default").read_bytes()
+    place = answers.place(tmp_path, "MMStar", "default")
+    place.parent.mkdir()
+    place.write_bytes(content)
+    for text in ('{"line": 2, "seconds": "x"}', "{}", "[]", "x"):
+        place.with_name("MMStar.default.seconds.jsonl").write_text(text + "\n")
+        with pytest.raises(InputError, match="MMStar.default.seconds.jsonl, line 1, is damaged"):
+            answers.load(place)
 
 
 @pytest.mark.parametrize("option, message", [
