@@ -205,10 +205,20 @@ def test_a_report_of_nothing_is_none(tmp_path):
     path.unlink()
     with pytest.raises(InputError, match=re.escape(str(path))):
         results.read(tmp_path)
-    for content in ("{", "[]", '{"results": 3, "settings": {}}'):
+    without = json.dumps({"results": [], "settings": {name: 0 for name in SETTINGS if name != "data"}})
+    for content in ("{", "[]", '{"results": 3, "settings": {}}', without):
         (tmp_path / "report.json").write_text(content)
         with pytest.raises(InputError, match="is not what a run writes"):
             results.read(tmp_path)
+
+
+def test_a_scoring_that_was_not_finished_is_none(tmp_path):
+    """The files of each question are written first: a full disk then leaves the report of the rules before."""
+    of = result("MMStar")
+    report.write(tmp_path, [of], SETTINGS)
+    results.write(tmp_path, replace(of, numbers={**of.numbers, "score": of.score + 1}))
+    with pytest.raises(InputError, match="of a later scoring than .*report.json, which was not finished"):
+        results.read(tmp_path)
 
 
 def test_what_does_not_belong_together_is_not_written(tmp_path):
