@@ -186,7 +186,8 @@ def test_any_bytes_give_rows_or_say_why(tmp_path, seed):
 
 @pytest.mark.parametrize("text, says", [
     ("", "does not begin with a line of columns"), ("index\tquestion\n".encode("utf-16"), "does not begin"),
-    (HEADER.replace("\n", "\r") + line(1), "does not begin"), (HEADER, "no row that can be read (0 without a picture)"),
+    (HEADER.replace("\n", "\r") + line(1), "does not begin"),
+    (HEADER, "no row that can be read (it has only a header)"),
     (HEADER + line(1, image=""), "no row that can be read (1 without a picture)"),
     (HEADER + "1\n2\n", "no row that can be read (line 2: it has 1 cells, the header has 8)"),
     (HEADER.replace("category", "A"), "has the column A twice; take one out")])
@@ -204,6 +205,11 @@ def test_columns_that_are_missing(tmp_path):
     with pytest.raises(InputError, match=r"lacks the columns image \(or image_path\) of MMVet and has .*; nearest is "
                                          r".*, for which it lacks image \(or image_path\)$"):
         written(tmp_path, "index\tquestion\tanswer\tcategory\n", "MMVet", BENCHMARKS["MMVet"])
+    for text, says in (("index,question,image,A\n1,2,3,4\n", "image,A; write it with tabs between the cells$"),
+                       ("Index\tquestion\timage\tA\tB\tanswer\tcategory\tl2-category\n",
+                        "lacks the columns index of MMStar and has .*; take the file as released$")):
+        with pytest.raises(InputError, match=says):
+            written(tmp_path, text, "MMStar", MMSTAR)
     with pytest.raises(InputError, match="AI2D.tsv is not there"):
         tsv.read(tmp_path / "AI2D.tsv", BENCHMARKS["AI2D"])
 

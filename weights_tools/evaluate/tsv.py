@@ -152,7 +152,8 @@ class Table:
             while part := file.read(2**16):
                 md5.update(part)
         if len(self._broken) == len(self):
-            why = f"line {self._lines[0]}: {self._broken[0]}" if self._broken else f"{self.dropped} without a picture"
+            why = f"line {self._lines[0]}: {self._broken[0]}" if self._broken else (
+                f"{self.dropped} without a picture" if self.dropped else "it has only a header")
             raise InputError(f"{self.path} has no row that can be read ({why}); check how it was written: tabs between "
                              "the cells, UTF-8, quotes doubled")
         return md5.hexdigest()
@@ -279,11 +280,20 @@ def check_columns(source: Source):
     """Refuse a file that lacks columns; say which, and which benchmark it looks like."""
     missing = lacks(source.columns, source.benchmark)
     if missing:
-        nearest = min(BENCHMARKS.values(), key=lambda b: (len(lacks(source.columns, b)), -len(b.columns)))
-        guess = f"by its columns it may be {nearest.name}" if not lacks(source.columns, nearest) else (
-            f"nearest is {nearest.name}, for which it lacks {', '.join(lacks(source.columns, nearest))}")
         raise InputError(f"{source.path} lacks the columns {', '.join(missing)} of {source.benchmark.name} and has "
-                         f"{clip(', '.join(source.columns))}; {guess}")
+                         f"{clip(', '.join(source.columns))}; {_guess(source)}")
+
+
+def _guess(source: Source) -> str:
+    """Say what a file without the columns of its benchmark may be."""
+    if len(source.columns) == 1:
+        return "write it with tabs between the cells"
+    nearest = min(BENCHMARKS.values(), key=lambda one: (len(lacks(source.columns, one)), -len(one.columns)))
+    lacking = lacks(source.columns, nearest)
+    if nearest.name == source.benchmark.name.removeprefix("Nano"):
+        return "take the file as released"
+    return (f"nearest is {nearest.name}, for which it lacks {', '.join(lacking)}" if lacking else
+            f"by its columns it may be {nearest.name}")
 
 
 def lacks(columns: tuple[str, ...], benchmark: Benchmark) -> list[str]:
