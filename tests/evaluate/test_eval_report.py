@@ -117,7 +117,7 @@ def test_pieces_share_nothing():
 @pytest.mark.parametrize("settings, words", [
     ({"dtype": "float32"}, "float32; VLMEvalKit computes in bfloat16"), ({"dtype": None}, "precision not known"),
     ({"precision": "fast"}, "--precision fast"), ({"limit_tiles": 1}, "Most tiles of a picture: 1;"),
-    ({"max_new_tokens": 64}, "at most 64 tokens"), ({"n": 50, "seed": 7}, "at most 50 questions.*seed 7"),
+    ({"max_new_tokens": 64}, "at most 64 tokens"), ({"n": 50, "seed": 7}, "look: 50 questions.*seed 7"),
     ({"scorers": "head"}, "--scorers head"), ({"mpo_prompt": False}, "without the prompt of MPO"),
     ({"checkpoint": "InternVL2_5-4B"}, "with the prompt of MPO")])
 def test_each_setting_is_said(settings, words):

@@ -367,6 +367,21 @@ def test_a_sample_has_each_category_by_its_share(tmp_path):
     assert len(table(tmp_path, [*rows[:9], row(None)]).sample(10)) == 10            # what is broken is drawn as well
 
 
+def test_a_sample_of_hallusionbench_has_whole_sets(tmp_path):
+    """A figure, or a question, of which only a part is asked is right more often: the score would be too high."""
+    rows = made.MAKERS["HallusionBench"](80)
+    found = tsv.read(made.tsv(tmp_path / "HallusionBench.tsv", rows), BENCHMARKS["HallusionBench"])
+    of = lambda one: (one.fields["l2-category"], one.index.split("_")[3])
+    for n, least, most in ((1, 1, 4), (20, 14, 20), (40, 30, 40), (1000, 80, 80)):
+        drawn = list(found.pick(found.sample(n, seed=n)))
+        assert least <= len(drawn) <= most
+        chosen = {of(one) for one in drawn}
+        assert {one.index for one in drawn} == {one.index for one in found if of(one) in chosen}
+    rows = [{**one, "index": k} for k, one in enumerate(rows[:20]) if one["image"]]       # an index that names no set
+    found = tsv.read(made.tsv(tmp_path / "HallusionBench.tsv", rows), BENCHMARKS["HallusionBench"])
+    assert len(found.sample(7)) == 7
+
+
 def test_a_sample_of_circular_questions_and_of_one_split(tmp_path):
     paths = made.write(tmp_path, n=10)
     found = tsv.read(paths["MMBench_V11"], BENCHMARKS["MMBench_V11"])

@@ -135,7 +135,8 @@ def arguments(argv: list | None = None) -> argparse.Namespace:
     add("--data", metavar="FOLDER", default=place, type=os.path.expanduser,
         help="of the TSV files (default where VLMEvalKit puts them, %(default)s)")
     add("--out", metavar="RUN", required=True, help="folder to write")
-    add("-n", type=int, help="questions of each benchmark, from all its categories, for a first look (default all)")
+    add("-n", type=int, help="questions of each benchmark, from all its categories, for a first look (default all); of "
+        "HallusionBench about so many, in whole sets")
     add("--seed", type=int, default=0, help="of the choice of these (default %(default)s)")
     add("--setting", choices=[*answers.SETTINGS, "both"], default="default",
         help="cot: reasoning before the answer, as VLMEvalKit with USE_COT=1 (default: as without)")

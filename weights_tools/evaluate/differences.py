@@ -57,8 +57,8 @@ def _of_settings(settings: dict) -> list[str]:
     if settings["max_new_tokens"] != 4096:
         found.append(f"Answers had at most {settings['max_new_tokens']} tokens; VLMEvalKit allows 4096.")
     if settings["n"] is not None:
-        found.append(f"A first look: at most {settings['n']} questions of each benchmark, chosen with seed "
-                     f"{settings['seed']}.")
+        found.append(f"A first look: {settings['n']} questions of each benchmark, of HallusionBench about so many, in "
+                     f"whole sets, chosen with seed {settings['seed']}.")
     if settings["scorers"] != "2024":
         found.append(f"Scored with the rules of --scorers {settings['scorers']}; the card is older: those of 2024 are "
                      "its.")
