@@ -119,10 +119,16 @@ def test_pieces_share_nothing():
     ({"precision": "fast"}, "--precision fast"), ({"limit_tiles": 1}, "Most tiles of a picture: 1;"),
     ({"max_new_tokens": 64}, "at most 64 tokens"), ({"n": 50, "seed": 7}, "look: 50 questions.*seed 7"),
     ({"scorers": "head"}, "--scorers head"), ({"mpo_prompt": False}, "without the prompt of MPO"),
-    ({"checkpoint": "InternVL2_5-4B"}, "with the prompt of MPO")])
+    ({"checkpoint": "InternVL2_5-4B"}, "with the prompt of MPO"), ({"lora": "mine"}, "what --lora mine has learned")])
 def test_each_setting_is_said(settings, words):
     of = result("AI2D", 40)
     assert re.search(words, said(of, **settings)) and not re.search(words, said(of))
+
+
+def test_int4_is_said_whatever_the_name():
+    of = result("AI2D", 40)
+    for name, int4 in (("mine", True), ("InternVL2_5-4B-AWQ", True), ("mine", False), ("drawqueen", False)):
+        assert ("is in int4 (AWQ)" in said(of, checkpoint=name, int4=int4)) == int4
 
 
 def test_what_is_said_of_the_answers():

@@ -323,6 +323,12 @@ def test_files_that_are_not_there(tmp_path, names, message):
         go("nano", tmp_path, tmp_path / "out", *names)
 
 
+@pytest.mark.parametrize("name, int4", [("awq", True), ("float16", False)])
+def test_int4_is_read_from_the_checkpoint(name, int4, tmp_path):
+    args = command.arguments([str(ROOT / "minivl" / "nano" / name), "--out", str(tmp_path)])
+    assert command.settings_of(args, "", None)["int4"] == int4
+
+
 def test_a_file_named_twice_is_one(data):
     names = ["MMBench_V11", "MMStar", "MMBench_DEV_EN_V11", "MMStar"]
     assert [path.stem for _, path in files(data, names)] == ["MMBench_DEV_EN_V11", "MMStar"]

@@ -21,6 +21,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from minivl import InputError, Pipeline, options
+from minivl.config import Config
+from minivl.files.find import find
 from minivl.limits import Limits, is_there
 from minivl.terminal import say
 from weights_tools import run
@@ -71,7 +73,8 @@ def settings_of(args: argparse.Namespace, digest: str, pipe: Pipeline | None) ->
     names = ("checkpoint", "lora", "precision", "device", "limit_tiles", "max_new_tokens", "batch", "n", "seed",
              "setting", "judge", "judge_model", "scorers", "data")
     given = {name: getattr(args, name) for name in names}
-    return {**given, "digest": digest, "dtype": dtype, "mpo_prompt": is_mpo(args)}
+    int4 = Config.load(find(args.checkpoint)).quantization_config is not None
+    return {**given, "digest": digest, "dtype": dtype, "int4": int4, "mpo_prompt": is_mpo(args)}
 
 
 def measure(args: argparse.Namespace) -> int:

@@ -41,8 +41,10 @@ def _of_mean(results: Sequence[Result]) -> list[str]:
 def _of_settings(settings: dict) -> list[str]:
     found = []
     name = model_name(settings["checkpoint"])
-    if "awq" in name.lower():
+    if settings.get("int4", "awq" in name.lower()):
         found.append(f"{name} is in int4 (AWQ); the numbers of the card are of the model in its own precision.")
+    if settings.get("lora") is not None:
+        found.append(f"With what --lora {settings['lora']} has learned, which the model of the card has not.")
     if settings["dtype"] != "bfloat16":
         found.append(f"It was computed in {settings['dtype'] or 'a precision not known'}; VLMEvalKit computes in "
                      "bfloat16.")
