@@ -125,6 +125,11 @@ def test_each_setting_is_said(settings, words):
     assert re.search(words, said(of, **settings)) and not re.search(words, said(of))
 
 
+def test_a_limit_that_changes_nothing_is_no_difference():
+    of = result("AI2D", 40)
+    assert "Most tiles" in said(of, limit_tiles=23) and said(of, limit_tiles=24) == said(of)
+
+
 def test_int4_is_said_whatever_the_name():
     of = result("AI2D", 40)
     for name, int4 in (("mine", True), ("InternVL2_5-4B-AWQ", True), ("mine", False), ("drawqueen", False)):

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from minivl.limits import clip
+from weights_tools.evaluate import prompts
 from weights_tools.evaluate.benchmarks import BENCHMARKS, Verdict
 from weights_tools.evaluate.prompts import is_of_mpo, model_name
 from weights_tools.evaluate.results import Result
@@ -53,7 +54,7 @@ def _of_settings(settings: dict) -> list[str]:
     if settings["mpo_prompt"] != is_of_mpo(name):
         given = "with" if settings["mpo_prompt"] else "without"
         found.append(f"It was asked {given} the prompt of MPO, which does not go with the name {name}.")
-    if settings["limit_tiles"] is not None:
+    if settings["limit_tiles"] is not None and settings["limit_tiles"] < max(prompts.TILES):
         found.append(f"Most tiles of a picture: {settings['limit_tiles']}; VLMEvalKit allows 24 for OCRBench, 12 for "
                      "MMMU and 6 for the others.")
     if settings["max_new_tokens"] != 4096:
