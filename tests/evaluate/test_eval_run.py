@@ -200,6 +200,11 @@ def test_only_the_split_that_counts_is_asked(data):
     assert {row.fields["split"] for row in plan_of(data, "MMMU").rows} == {"validation"}
 
 
+def test_what_is_asked_twice_is_counted_once(tiny, data, opened, tmp_path, capsys):
+    assert go(tiny, data, tmp_path, "--benchmark", "OCRBench", "--setting", "both") == 0
+    assert capsys.readouterr().err.startswith("3 rows to ask, without the prompt of MPO models (--mpo-prompt auto)")
+
+
 def test_what_is_asked_the_same_is_asked_once(whole, tiny, data, opened):
     same = {task.how.dataset for task in plan(command.arguments(words(
         tiny, data, whole, "--setting", "both", "--mpo-prompt", "yes"))) if task.same}

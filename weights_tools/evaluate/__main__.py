@@ -88,8 +88,8 @@ def measure(args: argparse.Namespace) -> int:
         stack.enter_context(held(out))
         tasks = plan(args)
         how = "with" if is_mpo(args) else "without"
-        say(f"{sum(len(task.rows) for task in tasks):,} questions, asked {how} the prompt of MPO models (--mpo-prompt "
-            f"{args.mpo_prompt})")
+        rows = sum(len(task.rows) for task in tasks if task.same is None)
+        say(f"{rows:,} rows to ask, {how} the prompt of MPO models (--mpo-prompt {args.mpo_prompt})")
         if args.workers > 1:
             args.workers = shares = useful(tasks, args.workers)
         started = stack.enter_context(helpers(args))
