@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -1384,4 +1385,112 @@ SLIPS["per_token"] = (
     (lambda c, r, c0, r0, n, m, b: _gains(r, c, r0, c0, m, n, b), "Chosen above rejected, not the other way round."),
     (lambda c, r, c0, r0, n, m, b: _preferred(b * ((c - c0) - (r - r0)) / (n + m)),
      "Each gain by its own tokens, not both by all."),
+)
+
+
+# ---- 14 measure -----------------------------------------------------------------------------------------------------
+
+def _uneven(b, c, *, terms=lambda b, c: range(min(b, c) + 1), sides=2, most=1.0):
+    return min(most, sides * sum(math.comb(b + c, i) for i in terms(b, c)) / 2 ** (b + c))
+
+
+SLIPS["mcnemar_p"] = (
+    (lambda b, c: _uneven(b, c, sides=1), "Both sides count: as uneven the other way round is as likely. Twice."),
+    (lambda b, c: _uneven(b, c, most=math.inf), "It is a probability: at most 1."),
+    (lambda b, c: _uneven(b, c, terms=lambda b, c: range(min(b, c))),
+     "The sum includes min(b1, b2) itself: range(.. + 1)."),
+    (lambda b, c: _uneven(b, c, terms=lambda b, c: [min(b, c)]), "So uneven or more: the sum of all smaller i, too."),
+    (lambda b, c: _uneven(b, c, terms=lambda b, c: range(max(b, c) + 1)),
+     "Up to the smaller of the two, not the larger."),
+    (lambda b, c: _uneven(b, c, terms=lambda b, c: range(b + 1)),
+     "Up to the smaller of the two, whichever comes first."),
+    (lambda b, c: math.erfc(abs(b - c) / math.sqrt(2 * (b + c) or 1)),
+     "That is the approximation by chi square; exact is the sum of binomials."),
+    (lambda b, c: 1 - _uneven(b, c), "Small where the split is uneven: not 1 minus it."),
+)
+
+
+def _told(text, *, words=lambda text: re.findall("[a-z]+", text.lower()), both="Unknown", neither="Unknown",
+          part=lambda words: words):
+    found = part(words(text))
+    if "yes" in found and "no" in found:
+        return both
+    return "Yes" if "yes" in found else "No" if "no" in found else neither
+
+
+SLIPS["says"] = (
+    (lambda text: _told(text, words=str.lower),
+     '"know" and "not" hold a "no", "yesterday" a "yes": compare whole words.'),
+    (lambda text: _told(text, words=lambda text: re.findall("[A-Za-z]+", text)),
+     "Capitals do not matter: lower() first."),
+    (lambda text: _told(text, words=lambda text: text.lower().split()),
+     "A comma or a stop hangs on the word: take marks off."),
+    (lambda text: _told(text, both="Yes"), "With both words in it the answer is Unknown, not Yes."),
+    (lambda text: _told(text, both="No"), "With both words in it the answer is Unknown, not No."),
+    (lambda text: _told(text, neither="No"), "With neither word in it the answer is Unknown, not No."),
+    (lambda text: _told(text, part=lambda words: words[:1]), "The word may stand anywhere, not only first."),
+    (lambda text: _told(text, part=lambda words: words[-1:]), "The word may stand anywhere, not only last."),
+    (lambda text: _told(text).lower(), '"Yes", "No" and "Unknown", with a capital.'),
+)
+
+
+def _hits(indices, right, *, key=lambda index: index % 10**6, hit=all, scale=100):
+    questions = {}
+    for index, one in zip(indices, right):
+        questions.setdefault(key(index), []).append(one)
+    return scale * torch.tensor([sum(right) / len(right), sum(map(hit, questions.values())) / len(questions)])
+
+
+def _in_fours(indices, right):
+    fours = [all(right[i:i + 4]) for i in range(0, len(right), 4)]
+    return 100 * torch.tensor([sum(right) / len(right), sum(fours) / len(fours)])
+
+
+SLIPS["circular_hits"] = (
+    (lambda i, r: _hits(i, r, key=lambda index: index // 10**6),
+     "index // 10**6 is the turn; index % 10**6 the question."),
+    (lambda i, r: _hits(i, r, key=lambda index: index), "Each row stands alone: rows of one question belong together."),
+    (lambda i, r: _hits(i, r, hit=any), "All rows of a question must be right, not one of them."),
+    (lambda i, r: _hits(i, r, hit=lambda of: sum(of) / len(of)),
+     "A question counts whole or not at all, not by its share."),
+    (lambda i, r: _hits(i, r, hit=lambda of: sum(of) > len(of) / 2), "All rows of a question, not most."),
+    (lambda i, r: _hits(i, r, scale=1), "Per cent: times 100."),
+    (lambda i, r: _hits(i, r).flip(0), "[plain, circular], in this order."),
+    (_in_fours, "Rows come in any order, and not each question has four: go by the index."),
+    (lambda i, r: torch.stack([_hits(i, r)[0], _hits(i, r)[1] * len({x % 10**6 for x in i}) / len(i)]),
+     "Circular is a share of the questions, not of the rows."),
+)
+
+
+def _between(gaps, low=0.025, high=0.975):
+    return torch.quantile(gaps, torch.tensor([low, high]))
+
+
+def _drawn_gaps(a, b, drawn, scale=100):
+    return scale * (b[drawn].mean(1) - a[drawn].mean(1))
+
+
+def _apart(a, b, drawn):
+    return 100 * (b[drawn].mean(1) - a[drawn.flip(0)].mean(1))
+
+
+def _by_spread(a, b, drawn):
+    gaps = _drawn_gaps(a, b, drawn)
+    return torch.stack([gaps.mean() - 1.96 * gaps.std(), gaps.mean() + 1.96 * gaps.std()])
+
+
+SLIPS["paired_interval"] = (
+    (lambda a, b, d: _between(_drawn_gaps(b, a, d)), "Second minus first."),
+    (lambda a, b, d: _between(_apart(a, b, d)), "The same questions of both runs in each draw."),
+    (lambda a, b, d: torch.stack([_between(100 * b[d].mean(1))[0] - _between(100 * a[d].mean(1))[1],
+                                  _between(100 * b[d].mean(1))[1] - _between(100 * a[d].mean(1))[0]]),
+     "The interval of the differences, not the difference of two intervals."),
+    (lambda a, b, d: _between(_drawn_gaps(a, b, d), 0.05, 0.95), "95 % lie between the quantiles 0.025 and 0.975."),
+    (lambda a, b, d: _between(_drawn_gaps(a, b, d, scale=1)), "In points: times 100."),
+    (lambda a, b, d: torch.stack([_drawn_gaps(a, b, d).min(), _drawn_gaps(a, b, d).max()]),
+     "The middle 95 %, not all draws."),
+    (_by_spread, "Quantiles of the draws, not 1.96 times their spread."),
+    (lambda a, b, d: _between(100 * b[d].mean(1)), "That is the second run's score; the difference is asked."),
+    (lambda a, b, d: _between(100 * (b - a)[d].mean(0)), "The mean over the questions of a draw: axis 1."),
+    (lambda a, b, d: _between(100 * (b - a)), "Nothing is drawn: the scores of `drawn` are asked."),
 )

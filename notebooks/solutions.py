@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ import minivl
 from minivl import awq, prompt, qwen2, tiling
 from minivl.cache import KVCache
 from minivl.files.find import SHIPPED
+from weights_tools.evaluate import intervals, score
 from weights_tools.mpo import pairs as mpo_pairs
 from weights_tools.mpo.loss import RewardShift
 
@@ -892,6 +894,58 @@ def per_token(l_c, l_r, l0_c, l0_r, n_c, n_r, beta):
     return -F.logsigmoid(beta * ((l_c - l0_c) / n_c - (l_r - l0_r) / n_r))
 
 
+# ---- 14 measure -----------------------------------------------------------------------------------------------------
+
+def mcnemar_p(only_first, only_second):
+    changed = only_first + only_second
+    tail = sum(math.comb(changed, i) for i in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**changed)
+
+
+def says(text):
+    words = re.findall("[a-z]+", text.lower())
+    if ("yes" in words) == ("no" in words):
+        return "Unknown"
+    return "Yes" if "yes" in words else "No"
+
+
+def _circular_hits_spec(indices, right):
+    questions = {}
+    for index, hit in zip(indices, right):
+        questions.setdefault(index % 10**6, []).append(hit)
+    return torch.tensor([100 * sum(right) / len(right), 100 * sum(map(all, questions.values())) / len(questions)])
+
+
+def circular_hits(indices, right):
+    wrong = {index % 10**6 for index, hit in zip(indices, right) if not hit}
+    questions = len({index % 10**6 for index in indices})
+    return 100 * torch.tensor([sum(right) / len(right), 1 - len(wrong) / questions])
+
+
+def _turns(seed, *counts):
+    """Make rows of questions with so many turns each, in an order of their own, three of four of them right."""
+    indices = [7 * q + turn * 10**6 for q, turns in enumerate(counts, start=1) for turn in range(turns)]
+    mixed = _random(len(indices), seed=seed).argsort().tolist()
+    return [indices[i] for i in mixed], (_random(len(indices), seed=seed + 1) > -0.67).tolist()
+
+
+def _paired_interval_spec(first, second, drawn):
+    gaps = [100 * (sum(float(second[i]) for i in draw) - sum(float(first[i]) for i in draw)) / len(draw)
+            for draw in drawn.tolist()]
+    return torch.quantile(torch.tensor(gaps), torch.tensor([0.025, 0.975]))
+
+
+def paired_interval(first, second, drawn):
+    gaps = 100 * (second - first)[drawn].mean(1)                            # (R)
+    return torch.quantile(gaps, torch.tensor([0.025, 0.975]))
+
+
+def _two_runs(n, draws, seed):
+    first = (_random(n, seed=seed) > -1).float()
+    second = torch.where(_random(n, seed=seed + 1) > 1, 1 - first, first)
+    return first, second, torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
+
+
 EXERCISES = {
     "blind": Exercise(
         spec=_blind_spec,
@@ -1085,6 +1139,42 @@ EXERCISES = {
                      torch.arange(12, 12 - B, -1), beta) for B, beta in ((1, 2.0), (4, 5.0), (3, 1.0))),
         hint="Divide what an answer gained over the reference by its own number of tokens; the rest is L_p.",
         solution=per_token,
+        tolerance=1e-05,
+    ),
+    "mcnemar_p": Exercise(
+        spec=intervals.mcnemar,
+        cases=((5, 1), (0, 0), (3, 3), (2, 10), (0, 6), (17, 2), (4, 5)),
+        hint="Of b1 + b2 changed questions: math.comb counts the ways, up to the smaller number; twice, at most 1.",
+        solution=mcnemar_p,
+        tolerance=1e-09,
+    ),
+    "says": Exercise(
+        spec=score.yes_no,
+        cases=tuple((text,) for text in (
+            "A star is in the picture, so yes.", "The triangle is not in the picture.", "No.", "YES! It is there",
+            "Yes, and no", "Yesterday it was there", "I know nothing of it", "no", "yes", "",
+            "There is no star, so the answer is no", "It is not blue (no)")),
+        hint='Take the words out first: re.findall("[a-z]+", text.lower()). Then look for both.',
+        solution=says,
+    ),
+    "circular_hits": Exercise(
+        spec=_circular_hits_spec,
+        cases=(
+            ([1, 1000001, 2, 1000002], [True, False, True, True]),
+            ([3, 2000003, 1000003, 3000003, 9], [True, True, True, False, True]),
+            _turns(0, 4, 2, 4, 3, 4, 4),
+            _turns(2, 1, 4, 4, 2),
+            ([5, 1000005, 2000005], [False, False, False]),
+        ),
+        hint="index % 10**6 is the question; collect its rows, then ask all() of each.",
+        solution=circular_hits,
+        tolerance=1e-05,
+    ),
+    "paired_interval": Exercise(
+        spec=_paired_interval_spec,
+        cases=(_two_runs(12, 50, 0), _two_runs(30, 200, 4), _two_runs(25, 80, 9)),
+        hint="first[drawn] is [R, n]: the mean over questions, of both runs, then the quantiles of the differences.",
+        solution=paired_interval,
         tolerance=1e-05,
     ),
     "smoothed_error": Exercise(

@@ -380,6 +380,13 @@ def fewer_bits(model, ids, pixel_values):
     return slips._bits_away(model, ids, pixel_values, lambda n: n & 0xE)
 
 
+def circular_hits(indices, right):
+    last = {}
+    for index, hit in sorted(zip(indices, right)):
+        last[index % 10**6] = min(hit, last.get(index % 10**6, True))
+    return torch.tensor([sum(right) / len(right) * 100, sum(last.values()) / len(last) * 100])
+
+
 RIGHT = {
     "prompt_length": lambda text_tokens, tiles, L: sum([text_tokens, 1, L * tiles, 1]),
     "best_tokens": lambda scores, n: tuple(scores.argsort(descending=True)[:n].tolist()),
@@ -436,6 +443,13 @@ RIGHT = {
     "truncate": lambda text, ratio: " ".join((words := re.split(" ", text))[:math.floor(ratio * len(words))]).strip(),
     "per_token": lambda c, r, c0, r0, n, m, beta: torch.log1p(
         torch.exp(beta * (r / m - c / n + c0 / n - r0 / m))),
+    "mcnemar_p": lambda b, c: 1.0 if b == c else sum(math.comb(b + c, i) for i in range(b + c + 1)
+                                                     if abs(2 * i - b - c) >= abs(b - c)) / 2 ** (b + c),
+    "says": lambda text: {(True, False): "Yes", (False, True): "No"}.get(
+        tuple(bool(re.search(rf"\b{word}\b", text, re.IGNORECASE)) for word in ("yes", "no")), "Unknown"),
+    "circular_hits": circular_hits,
+    "paired_interval": lambda a, b, drawn: 100 * torch.stack(
+        [(b[drawn].mean(1) - a[drawn].mean(1)).quantile(q) for q in (0.025, 0.975)]),
 }
 
 

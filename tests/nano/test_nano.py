@@ -244,12 +244,14 @@ def test_training_starts_from_the_recipe():
     assert len({sum(p.numel() for p in model.parameters()) for model in models}) == 1
 
 
-def test_what_the_card_says_of_preferences_stays_with_its_weights():
+@pytest.mark.parametrize("heading, number, then", [(ship.PREFERENCES, "MPO, beta 3", "## Limits"),
+                                                   (ship.EIGHT, "NanoOCRBench", "## Ways to int4")])
+def test_what_is_measured_by_other_commands_stays_with_its_weights(heading, number, then):
     card = NANO / "README.md"
-    kept = ship.preferences(card, True)
-    assert kept.startswith(ship.PREFERENCES) and kept in card.read_text("utf-8") and "MPO, beta 3" in kept
-    assert card.read_text("utf-8").split(kept)[1].startswith("## Limits")
+    kept = ship.kept(card, heading, True)
+    assert kept.startswith(heading) and kept in card.read_text("utf-8") and number in kept
+    assert card.read_text("utf-8").split(kept)[1].startswith(then)
     lines = kept.splitlines()           # each table has a head
     assert all(lines[i - 1].startswith("|") for i, line in enumerate(lines) if line.startswith("|---"))
-    other = ship.preferences(card, False)
-    assert other.startswith(ship.PREFERENCES) and "Not measured with these weights" in other and "beta" not in other
+    other = ship.kept(card, heading, False)
+    assert other.startswith(heading) and "Not measured with these weights" in other and number not in other

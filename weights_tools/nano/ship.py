@@ -28,7 +28,11 @@ from weights_tools.quantize.prompts import from_nano
 
 LIMIT = 16_000_000      # bytes of everything in minivl/nano
 WAYS = 1200             # conversations on which the ways to int4 are compared
+# Sections of the card that are written by hand around tables of other commands -> which those are.
+EIGHT = "## Its own eight benchmarks"
 PREFERENCES = "## What preferences teach it"
+MEASURED_BY = {EIGHT: "`python -m weights_tools.nano.eight`, then `python -m weights_tools.evaluate`",
+               PREFERENCES: "`python -m weights_tools.nano.web` and `python -m weights_tools.nano.prefer`"}
 METHOD = "lmdeploy"     # as the shipped weights were made; no group of nano's has one sign, so it hurts none
 
 
@@ -139,7 +143,7 @@ written in training; *read letters*: letters at random; *yes*, *no*: questions w
 "where is the star?" where there is none; *unknown*: pictures and questions from outside its world. "rounded" is int4
 by plain rounding to nearest, without AWQ's smoothing.
 
-## Ways to int4
+{eight}## Ways to int4
 
 The mean of the tasks over {way_n} held-out conversations, each answer after the right tokens before it, and the mean
 KL(float16 || int4) at the answers' tokens, in nats
@@ -165,15 +169,14 @@ never seen.
 """
 
 
-def preferences(card: Path, same: bool) -> str:
-    """Return a card's section on preferences: what stands there if it is of the same weights, else how to measure it.
+def kept(card: Path, heading: str, same: bool) -> str:
+    """Return a section of a card that is written by hand: as it stands, or how to measure it if the weights are others.
 
-    It is written by hand around the tables of two commands that take up to an hour each.
+    The tables in it come from commands of their own, which take up to an hour each.
     """
-    if same and (found := re.search(rf"^{PREFERENCES}\n.*?(?=^## )", card.read_text("utf-8"), re.M | re.S)):
+    if same and (found := re.search(rf"^{heading}\n.*?(?=^## )", card.read_text("utf-8"), re.M | re.S)):
         return found[0]
-    return (f"{PREFERENCES}\n\nNot measured with these weights: `python -m weights_tools.nano.web` and "
-            "`python -m weights_tools.nano.prefer`.\n\n")
+    return f"{heading}\n\nNot measured with these weights: {MEASURED_BY[heading]}.\n\n"
 
 
 def ship(source, n: int = 500, ablation_n: int = 500, to: Path | None = None) -> Path:
@@ -206,7 +209,8 @@ def ship(source, n: int = 500, ablation_n: int = 500, to: Path | None = None) ->
         mlp=4 * recipe.VISION["hidden_size"], recipe=note["recipe"], method=METHOD, n=n, ablation_n=ablation_n,
         float_mb=(to / "float16" / "model.safetensors").stat().st_size / 1e6,
         awq_mb=(to / "awq" / "model.safetensors").stat().st_size / 1e6,
-        preferences=preferences(to / "README.md", same), table=evaluate.table(list(scores), list(scores.values())),
+        eight=kept(to / "README.md", EIGHT, same), preferences=kept(to / "README.md", PREFERENCES, same),
+        table=evaluate.table(list(scores), list(scores.values())),
         way_n=WAYS, ways=int4.table(ways),
         ablations="\n".join(["| change | task | as it is | so |", "|---|---|---|---|", *(
             f"| {what} | {task} | {100 * before:.1f} | {100 * after:.1f} |" for what, task, before, after in rows)]))
