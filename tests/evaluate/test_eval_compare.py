@@ -193,6 +193,15 @@ def test_settings_against_each_other(tmp_path):
         compare.compare(tmp_path / "1", tmp_path)
 
 
+def test_only_a_mean_is_called_too_narrow(tmp_path):
+    of = [run(tmp_path / str(seed), [result("AI2D", 8, seed=seed)]) for seed in (1, 2)]
+    (said,) = [one for one in compare.notes(compare.compare(*of), SETTINGS, SETTINGS) if one.startswith("Fewer than")]
+    assert said.endswith("in AI2D_TEST, default: there the interval is rough.")
+    of = [run(tmp_path / str(seed), eight(n=4, seed=seed)) for seed in (3, 4)]
+    (said,) = [one for one in compare.notes(compare.compare(*of), SETTINGS, SETTINGS) if one.startswith("Fewer than")]
+    assert said.endswith("there the interval is rough, and that of the mean is too narrow.")
+
+
 def test_what_cannot_be_told_is_left_out(tmp_path):
     of = result("MMVet")
     untold = replace(of, verdicts=[replace(one, right=None, by="nobody") for one in of.verdicts], numbers={})

@@ -37,7 +37,8 @@ def test_means_of_the_card():
     ("OpenGVLab/InternVL2_5-4B-MPO-AWQ", ["4B-MPO", "4B"]), ("/data/InternVL2_5-78B/", ["78B"]),
     ("4b-mpo-awq", ["4B-MPO", "4B"]), ("8b-awq", ["8B"]), ("InternVL2-5-38B-MPO-lora", ["38B-MPO", "38B"]),
     ("internvl2_5-1b-tempo", ["1B"]), ("nano", []), ("InternVL2_5-40B", []), ("InternVL2_5-4Beta", []),
-    ("mine/4b-mpo-awq-2", []), ("InternVL3-8B", [])])
+    ("mine/4b-mpo-awq-2", []), ("/hub/models--OpenGVLab--InternVL2_5-4B-MPO/snapshots/0123abcd", ["4B-MPO", "4B"]),
+    ("InternVL3-8B", [])])
 def test_the_rows_of_a_checkpoint(name, rows):
     assert [row.removeprefix("InternVL2-5-") for row in report.card_rows(name)] == rows
 
@@ -116,12 +117,23 @@ def test_pieces_share_nothing():
 @pytest.mark.parametrize("settings, words", [
     ({"dtype": "float32"}, "float32; VLMEvalKit computes in bfloat16"), ({"dtype": None}, "precision not known"),
     ({"precision": "fast"}, "--precision fast"), ({"limit_tiles": 1}, "Most tiles of a picture: 1;"),
-    ({"max_new_tokens": 64}, "at most 64 tokens"), ({"n": 50, "seed": 7}, "at most 50 questions.*seed 7"),
+    ({"max_new_tokens": 64}, "at most 64 tokens"), ({"n": 50, "seed": 7}, "look: 50 questions.*seed 7"),
     ({"scorers": "head"}, "--scorers head"), ({"mpo_prompt": False}, "without the prompt of MPO"),
-    ({"checkpoint": "InternVL2_5-4B"}, "with the prompt of MPO")])
+    ({"checkpoint": "InternVL2_5-4B"}, "with the prompt of MPO"), ({"lora": "mine"}, "what --lora mine has learned")])
 def test_each_setting_is_said(settings, words):
     of = result("AI2D", 40)
     assert re.search(words, said(of, **settings)) and not re.search(words, said(of))
+
+
+def test_a_limit_that_changes_nothing_is_no_difference():
+    of = result("AI2D", 40)
+    assert "Most tiles" in said(of, limit_tiles=23) and said(of, limit_tiles=24) == said(of)
+
+
+def test_int4_is_said_whatever_the_name():
+    of = result("AI2D", 40)
+    for name, int4 in (("mine", True), ("InternVL2_5-4B-AWQ", True), ("mine", False), ("drawqueen", False)):
+        assert ("is in int4 (AWQ)" in said(of, checkpoint=name, int4=int4)) == int4
 
 
 def test_what_is_said_of_the_answers():
@@ -135,7 +147,9 @@ def test_what_is_said_of_the_answers():
     assert "no rule could read, which count as wrong: 1 of 40; no judge was given (--judge); VLMEvalKit asks" in text
     assert "token limit cut before they ended: 1." in text and "The md5 is another one." in text
     assert f"as wrong ones would make it about {95 * 40 / 41:.1f}: 1 (line 9: it has 3 cells)." in text
-    assert "gave no verdict either" in said(of, judge="http://x", judge_model="m")
+    noted = replace(of, verdicts=[replace(one, note="the judge said 'hm'") for one in of.verdicts])
+    assert "1 of 40; the judge gave no verdict either (1: the judge said 'hm'); VLMEvalKit" in said(
+        noted, judge="http://x", judge_model="m")
 
 
 def test_judges_are_said():
@@ -151,7 +165,17 @@ def test_which_file_is_said():
     of = replace(of, benchmark=replace(of.benchmark, questions={"AI2D_TEST": 3088}))
     assert "40 rows were asked; the file as released has 3,088" in said(of)
     assert "MMBench_DEV_EN_V11; the card's number is of the test" in said(result("MMBench_V11"))
-    assert "Only 8 questions" in said(result("AI2D")) and "Only" not in said(result("AI2D", 40))
+    assert "Only 8 questions, or groups of them, are" in said(result("AI2D"))
+    assert "Only 1 question, or group of them, is" in said(result("AI2D", 1)) and "Only" not in said(result("AI2D", 40))
+
+
+def test_a_mean_of_few_is_said_to_be_too_narrow():
+    """Of eight perfect scores of four questions every draw says 100."""
+    few = eight(n=4, share=1)
+    text = " ".join(differences.of_run(few, SETTINGS))
+    assert "The interval of the mean is too narrow" in text and "independent in MMBench_DEV_EN_V11.default, " in text
+    for of in (few[:7], eight(n=130)):
+        assert "mean" not in " ".join(differences.of_run(of, SETTINGS))
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -192,10 +216,20 @@ def test_a_report_of_nothing_is_none(tmp_path):
     path.unlink()
     with pytest.raises(InputError, match=re.escape(str(path))):
         results.read(tmp_path)
-    for content in ("{", "[]", '{"results": 3, "settings": {}}'):
+    without = json.dumps({"results": [], "settings": {name: 0 for name in SETTINGS if name != "data"}})
+    for content in ("{", "[]", '{"results": 3, "settings": {}}', without):
         (tmp_path / "report.json").write_text(content)
         with pytest.raises(InputError, match="is not what a run writes"):
             results.read(tmp_path)
+
+
+def test_a_scoring_that_was_not_finished_is_none(tmp_path):
+    """The files of each question are written first: a full disk then leaves the report of the rules before."""
+    of = result("MMStar")
+    report.write(tmp_path, [of], SETTINGS)
+    results.write(tmp_path, replace(of, numbers={**of.numbers, "score": of.score + 1}))
+    with pytest.raises(InputError, match="of a later scoring than .*report.json, which was not finished"):
+        results.read(tmp_path)
 
 
 def test_what_does_not_belong_together_is_not_written(tmp_path):

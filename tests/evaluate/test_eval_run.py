@@ -15,13 +15,14 @@ from types import SimpleNamespace
 import made
 import pytest
 import torch
+from PIL import Image
 
 from minivl import GenerationConfig, InputError, Picture
 from weights_tools.evaluate import __main__ as command
 from weights_tools.evaluate import answers, shares, tsv
 from weights_tools.evaluate.answers import How
 from weights_tools.evaluate.benchmarks import BENCHMARKS, Broken, Row
-from weights_tools.evaluate.tasks import is_mpo, plan
+from weights_tools.evaluate.tasks import plan
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--max-new-tokens", "6", "--batch", "2", "--limit-tiles", "2")
@@ -114,6 +115,15 @@ def test_only_the_first_picture_of_mmmu_is_doubled(pipe):
     assert asked("MMMU_DEV_VAL") == (10, 1) and asked("AI2D_TEST") == (1, 1)
 
 
+def test_a_picture_too_large_to_double_is_not_doubled(pipe, monkeypatch):
+    """81 million pixels are within the limit; four times as many would take a gigabyte before they were refused."""
+    monkeypatch.setattr(Image.Image, "resize", None)
+    row = Row(1, {"question": "Which?", "A": "this"}, lambda: [Image.new("1", (9000, 9000))], 2)
+    (answer,) = answers.ask(pipe, [row], How("MMMU_DEV_VAL", max_new_tokens=1))
+    assert answer.refused == ("its first picture is 9000x9000; MMMU's is doubled in size, to more than the limit of "
+                              "100000000 pixels; make it smaller")
+
+
 def test_reasoning_is_kept_beside_its_answer(pipe, data, monkeypatch):
     (table,) = tables(data, ["MMStar"]).values()
     write = answers.write_batch
@@ -188,6 +198,11 @@ def plan_of(data, name, *more, checkpoint="nano"):
 
 def test_only_the_split_that_counts_is_asked(data):
     assert {row.fields["split"] for row in plan_of(data, "MMMU").rows} == {"validation"}
+
+
+def test_what_is_asked_twice_is_counted_once(tiny, data, opened, tmp_path, capsys):
+    assert go(tiny, data, tmp_path, "--benchmark", "OCRBench", "--setting", "both") == 0
+    assert capsys.readouterr().err.startswith("3 rows to ask, without the prompt of MPO models (--mpo-prompt auto)")
 
 
 def test_what_is_asked_the_same_is_asked_once(whole, tiny, data, opened):
@@ -299,30 +314,12 @@ def test_broken_rows_are_named_and_nothing_else_is_lost(tiny, opened, tmp_path, 
                        (3, "it has no question"), ("a row", "3 cells")):
         assert re.search(why, refused[index]) and re.search(why, said), refused[index]
     assert report["refused"] == [1] and len(report["broken"]) == 3
-    assert "Questions not asked, which count as wrong: 1. Broken rows: 3." in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("names, message", [
-    ((), "has none of the files MMBench_DEV_EN_V11.tsv, MMStar.tsv"),
-    (("--benchmark", "MMStar"), "has no MMStar.tsv, the questions of MMStar; put it there, or name its folder with"),
-    (("--benchmark", "MMBench_TEST_CN_V11"), "has no MMBench_TEST_CN_V11.tsv"),
-    (("--benchmark", "MMSta"), "'MMSta' is none of the datasets known"),
-])
-def test_files_that_are_not_there(tmp_path, names, message):
-    with pytest.raises(InputError, match=message):
-        go("nano", tmp_path, tmp_path / "out", *names)
-
-
-def test_missing_columns(data, tmp_path):
-    rows = [{key: value for key, value in row.items() if key != "answer"} for row in made.MAKERS["MMStar"](2)]
-    made.tsv(tmp_path / "MMStar.tsv", rows)
-    with pytest.raises(InputError, match="answer"):
-        go("nano", tmp_path, tmp_path / "out")
+    assert "Questions not asked, which count as wrong: 1. Broken rows: 3. report.md says why" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content, message", [
-    (b'{"a": 1}\n{"index"\n', "damaged line"), (b'{"a": 1}\n{"index": 1}\n', "damaged line"),
-    (b'{"a": 1}\n[1]\n', "damaged line"), (b'\xff\n', "damaged line")])
+    (b'{"a": 1}\n{"index"\n', "line 2, is damaged"), (b'{"a": 1}\n{"index": 1}\n', "line 2, is damaged"),
+    (b'{"a": 1}\n[1]\n', "line 2, is damaged"), (b'\xff\n', "line 1, is damaged"), (b"[1]\n", "does not begin with")])
 def test_a_damaged_file_of_answers(tiny, data, opened, tmp_path, content, message):
     place = answers.place(tmp_path, "MMStar", "default")
     place.parent.mkdir()
@@ -332,21 +329,25 @@ def test_a_damaged_file_of_answers(tiny, data, opened, tmp_path, content, messag
     assert place.read_bytes() == content
 
 
-@pytest.mark.parametrize("option, message", [
-    ("-n", "-n is 0; it must be 1 or more"), ("--workers", "--workers is 0"), ("--batch", "--batch is 0"),
-    ("--limit-tiles", "--limit-tiles is 0"), ("--max-new-tokens", "--max-new-tokens is 0")])
-def test_numbers_that_cannot_be(option, message):
-    with pytest.raises(InputError, match=message):
-        command.arguments(["m", "--out", "o", option, "0"])
-    with pytest.raises(InputError, match="--max-new-tokens is 99999, the limit is 32768"):
-        command.arguments(["m", "--out", "o", "--max-new-tokens", "99999"])
+@pytest.mark.parametrize("change", [{"tokens": "x"}, {"prediction": 7}, {"tiles": [None]}, {"line": "2"}, {"said": []}])
+def test_values_of_another_kind_are_damage(whole, tmp_path, change):
+    head, first, second, *_ = lines(answers.place(whole, "MMStar", "default"))
+    place = answers.place(tmp_path, "MMStar", "default")
+    place.parent.mkdir()
+    place.write_text("".join(json.dumps(one) + "\n" for one in (head, first, {**second, **change})))
+    with pytest.raises(InputError, match="line 3, is damaged .*take it out, or delete the file, to ask anew"):
+        answers.load(place)
 
 
-def test_the_name_says_whether_it_is_of_mpo():
-    for name, mpo in (("OpenGVLab/InternVL2_5-4B-MPO-AWQ", True), ("4b-mpo/", True), ("runs/mpo/4b", False)):
-        assert is_mpo(SimpleNamespace(checkpoint=name, mpo_prompt="auto")) == mpo
-        assert is_mpo(SimpleNamespace(checkpoint=name, mpo_prompt="yes"))
-        assert not is_mpo(SimpleNamespace(checkpoint=name, mpo_prompt="no"))
+def test_damaged_seconds(whole, tmp_path):
+    content = answers.place(whole, "MMStar", "default").read_bytes()
+    place = answers.place(tmp_path, "MMStar", "default")
+    place.parent.mkdir()
+    place.write_bytes(content)
+    for text in ('{"line": 2, "seconds": "x"}', "{}", "[]", "x"):
+        place.with_name("MMStar.default.seconds.jsonl").write_text(text + "\n")
+        with pytest.raises(InputError, match="MMStar.default.seconds.jsonl, line 1, is damaged"):
+            answers.load(place)
 
 
 def test_two_at_once(tiny, data, opened, tmp_path):
@@ -361,6 +362,20 @@ def test_torchrun_and_workers(monkeypatch, tiny, data, tmp_path):
     assert shares.world(SimpleNamespace(workers=1)) == (1, 2)
     with pytest.raises(InputError, match="--workers 2 is given to 2 processes of torchrun; leave it out"):
         go(tiny, data, tmp_path, "--workers", "2")
+
+
+def test_no_more_processes_than_work(tiny, data, opened, tmp_path, monkeypatch):
+    """Of 3 rows in chunks of 16 one process has all; each loads the whole model, so the others are not started."""
+    kept = []
+    helpers = command.helpers
+    monkeypatch.setattr(command, "helpers", lambda args: kept.append(args.workers) or helpers(args))
+    assert go(tiny, data, tmp_path, "--benchmark", "MMStar", "--workers", "99") == 0
+    assert go(tiny, data, tmp_path, "--benchmark", "MMStar", "--workers", "99") == 0       # all answered
+    assert kept == [1, 1]
+    chunk = answers.BATCHES * 2
+    tasks = [SimpleNamespace(rows=[None] * rows, how=How("MMStar", batch=2), is_answered=lambda rows=rows: rows == 7)
+             for rows in (chunk, chunk + 1, 1, 7)]
+    assert [shares.useful(tasks, workers) for workers in (1, 3, 4, 9)] == [1, 3, 4, 4]
 
 
 def test_each_process_has_its_device(monkeypatch):
@@ -393,6 +408,16 @@ class Service(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def test_a_judge_that_is_not_there_is_said(tiny, data, opened, monkeypatch, tmp_path, capsys):
+    """Else a wrong key looks like a model that knows nothing: MMVet 0.0."""
+    monkeypatch.setattr(command, "Judge", partial(command.Judge, pause=0.0))
+    assert go(tiny, data, tmp_path, "--benchmark", "MMVet", "--judge", "http://127.0.0.1:1") == 0
+    assert re.search(r"judge gave no verdict, which count as wrong: 3\. The last: the judge .*cannot be reached",
+                     capsys.readouterr().out)
+    assert re.search(r"3 of 3; the judge gave no verdict either \(v1_0: the judge .*cannot be reached",
+                     (tmp_path / "report.md").read_text().replace("\\", ""))
 
 
 def test_a_judge_that_fails_loses_nothing(whole, tiny, data, opened, monkeypatch, tmp_path):

@@ -186,7 +186,8 @@ def test_any_bytes_give_rows_or_say_why(tmp_path, seed):
 
 @pytest.mark.parametrize("text, says", [
     ("", "does not begin with a line of columns"), ("index\tquestion\n".encode("utf-16"), "does not begin"),
-    (HEADER.replace("\n", "\r") + line(1), "does not begin"), (HEADER, "no row that can be read (0 without a picture)"),
+    (HEADER.replace("\n", "\r") + line(1), "does not begin"),
+    (HEADER, "no row that can be read (it has only a header)"),
     (HEADER + line(1, image=""), "no row that can be read (1 without a picture)"),
     (HEADER + "1\n2\n", "no row that can be read (line 2: it has 1 cells, the header has 8)"),
     (HEADER.replace("category", "A"), "has the column A twice; take one out")])
@@ -204,6 +205,11 @@ def test_columns_that_are_missing(tmp_path):
     with pytest.raises(InputError, match=r"lacks the columns image \(or image_path\) of MMVet and has .*; nearest is "
                                          r".*, for which it lacks image \(or image_path\)$"):
         written(tmp_path, "index\tquestion\tanswer\tcategory\n", "MMVet", BENCHMARKS["MMVet"])
+    for text, says in (("index,question,image,A\n1,2,3,4\n", "image,A; write it with tabs between the cells$"),
+                       ("Index\tquestion\timage\tA\tB\tanswer\tcategory\tl2-category\n",
+                        "lacks the columns index of MMStar and has .*; take the file as released$")):
+        with pytest.raises(InputError, match=says):
+            written(tmp_path, text, "MMStar", MMSTAR)
     with pytest.raises(InputError, match="AI2D.tsv is not there"):
         tsv.read(tmp_path / "AI2D.tsv", BENCHMARKS["AI2D"])
 
@@ -359,6 +365,21 @@ def test_a_sample_has_each_category_by_its_share(tmp_path):
     assert found.sample(1000) == list(range(200))
     assert len({found.sample(1, seed)[0] % 10 < 6 for seed in range(20)}) == 1      # the larger category has the one
     assert len(table(tmp_path, [*rows[:9], row(None)]).sample(10)) == 10            # what is broken is drawn as well
+
+
+def test_a_sample_of_hallusionbench_has_whole_sets(tmp_path):
+    """A figure, or a question, of which only a part is asked is right more often: the score would be too high."""
+    rows = made.MAKERS["HallusionBench"](80)
+    found = tsv.read(made.tsv(tmp_path / "HallusionBench.tsv", rows), BENCHMARKS["HallusionBench"])
+    of = lambda one: (one.fields["l2-category"], one.index.split("_")[3])
+    for n, least, most in ((1, 1, 4), (20, 14, 20), (40, 30, 40), (1000, 80, 80)):
+        drawn = list(found.pick(found.sample(n, seed=n)))
+        assert least <= len(drawn) <= most
+        chosen = {of(one) for one in drawn}
+        assert {one.index for one in drawn} == {one.index for one in found if of(one) in chosen}
+    rows = [{**one, "index": k} for k, one in enumerate(rows[:20]) if one["image"]]       # an index that names no set
+    found = tsv.read(made.tsv(tmp_path / "HallusionBench.tsv", rows), BENCHMARKS["HallusionBench"])
+    assert len(found.sample(7)) == 7
 
 
 def test_a_sample_of_circular_questions_and_of_one_split(tmp_path):

@@ -21,13 +21,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from minivl import InputError, Pipeline, options
+from minivl.config import Config
+from minivl.files.find import find
 from minivl.limits import Limits, is_there
 from minivl.terminal import say
 from weights_tools import run
 from weights_tools.evaluate import answers, compare, report, score
 from weights_tools.evaluate.benchmarks import BENCHMARKS, Answer, Broken, Row
+from weights_tools.evaluate.differences import unread as unread_in
 from weights_tools.evaluate.judge import Cached, Judge
-from weights_tools.evaluate.shares import Asker, helpers, world
+from weights_tools.evaluate.shares import Asker, helpers, useful, world
 from weights_tools.evaluate.tasks import Task, is_mpo, plan
 from weights_tools.files import held, write_text
 
@@ -50,7 +53,7 @@ def differences(task: Task) -> list[str]:
     if table.released is False:
         found.append(f"{table.path.name} is none of the released files (md5 {table.md5}).")
     if table.dropped:
-        found.append(f"{table.dropped:,} rows have no picture and were left out, as VLMEvalKit does.")
+        found.append(f"Rows without a picture, which were left out, as VLMEvalKit does: {table.dropped:,}.")
     if task.benchmark.split:
         found.append(f"Only questions of the split {task.benchmark.split} were asked, which make the number.")
     if task.same:
@@ -70,7 +73,8 @@ def settings_of(args: argparse.Namespace, digest: str, pipe: Pipeline | None) ->
     names = ("checkpoint", "lora", "precision", "device", "limit_tiles", "max_new_tokens", "batch", "n", "seed",
              "setting", "judge", "judge_model", "scorers", "data")
     given = {name: getattr(args, name) for name in names}
-    return {**given, "digest": digest, "dtype": dtype, "mpo_prompt": is_mpo(args)}
+    int4 = Config.load(find(args.checkpoint)).quantization_config is not None
+    return {**given, "digest": digest, "dtype": dtype, "int4": int4, "mpo_prompt": is_mpo(args)}
 
 
 def measure(args: argparse.Namespace) -> int:
@@ -84,10 +88,11 @@ def measure(args: argparse.Namespace) -> int:
         stack.enter_context(held(out))
         tasks = plan(args)
         how = "with" if is_mpo(args) else "without"
-        say(f"{sum(len(task.rows) for task in tasks):,} questions, asked {how} the prompt of MPO models (--mpo-prompt "
-            f"{args.mpo_prompt})")
-        missing = any(not task.is_answered() for task in tasks)
-        started = stack.enter_context(helpers(args)) if args.workers > 1 and missing else ()
+        rows = sum(len(task.rows) for task in tasks if task.same is None)
+        say(f"{rows:,} rows to ask, {how} the prompt of MPO models (--mpo-prompt {args.mpo_prompt})")
+        if args.workers > 1:
+            args.workers = shares = useful(tasks, args.workers)
+        started = stack.enter_context(helpers(args))
         asker = Asker(args, share, shares, started)
         asker.all(tasks)
         settings = settings_of(args, tasks[0].job["checkpoint"], asker.pipe)
@@ -103,7 +108,12 @@ def measure(args: argparse.Namespace) -> int:
     lost = sum(answer.refused is not None for one in results for answer in one.answers)
     broken = sum(len(one.broken) for one in results)
     if lost or broken:
-        print(f"Questions not asked, which count as wrong: {lost:,}. Broken rows: {broken:,}. report.md names them.")
+        print(f"Questions not asked, which count as wrong: {lost:,}. Broken rows: {broken:,}. report.md says why, "
+              "report.json names all.")
+    unread = [verdict for one in results for verdict in (unread_in(one) if judge else ())]
+    if unread:
+        print(f"Answers on which the judge gave no verdict, which count as wrong: {len(unread):,}. The last: "
+              f"{unread[-1].note}")
     print(f"{out / 'report.md'} lists what differs from the card's setting; {out / 'report.html'} shows each question")
     return 0
 
@@ -128,7 +138,8 @@ def arguments(argv: list | None = None) -> argparse.Namespace:
     add("--data", metavar="FOLDER", default=place, type=os.path.expanduser,
         help="of the TSV files (default where VLMEvalKit puts them, %(default)s)")
     add("--out", metavar="RUN", required=True, help="folder to write")
-    add("-n", type=int, help="questions of each benchmark, from all its categories, for a first look (default all)")
+    add("-n", type=int, help="questions of each benchmark, from all its categories, for a first look (default all); of "
+        "HallusionBench about so many, in whole sets")
     add("--seed", type=int, default=0, help="of the choice of these (default %(default)s)")
     add("--setting", choices=[*answers.SETTINGS, "both"], default="default",
         help="cot: reasoning before the answer, as VLMEvalKit with USE_COT=1 (default: as without)")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from minivl import GenerationConfig, InputError, Picture, Pipeline
 from minivl.chat import answers as chat
 from minivl.chat.requests import Turn
-from minivl.limits import is_there, reading
+from minivl.limits import Limits, clip, is_there, reading
 from minivl.preprocess import grid_for
 from weights_tools.evaluate import prompts
 from weights_tools.evaluate.benchmarks import Answer, Broken, Row
@@ -62,6 +62,11 @@ def ask(pipe: Pipeline, rows: Iterable[Row | Broken], how: How, *, done: Collect
                 if answer.line not in done:
                     yield answer
         number += 1
+
+
+def chunks(rows: int, how: How) -> int:
+    """Compute how many chunks so many rows are asked in."""
+    return -(-rows // (BATCHES * how.batch))
 
 
 def _chunk(pipe: Pipeline, chunk: list[Row | Broken], how: How, done: Collection[int]) -> Iterator[Answer]:
@@ -107,7 +112,11 @@ def _read(pipe: Pipeline, row: Row | Broken, how: How) -> tuple[Answer, Turn | N
 
 
 def doubled(picture: Image.Image) -> Image.Image:
-    """Make a picture twice as wide and high, as VLMEvalKit does with the first one of MMMU."""
+    """Make a picture twice as wide and high, as VLMEvalKit does with the first one of MMMU. Refused before it is made.
+    """
+    if 4 * picture.width * picture.height > Limits().picture_pixels:
+        raise InputError(f"its first picture is {picture.width}x{picture.height}; MMMU's is doubled in size, to more "
+                         f"than the limit of {Limits().picture_pixels} pixels; make it smaller")
     return picture.resize((2 * picture.width, 2 * picture.height), Image.BILINEAR)
 
 
@@ -146,15 +155,42 @@ def load(path: Path) -> tuple[dict, dict[int, Answer]]:
 
     Raises InputError where a line is damaged.
     """
+    times = _beside(path)
+    seconds = dict(_parsed(times, _time, "which says how long each took") if times.exists() else ())
+    header, *found = _parsed(path, lambda one: one, "to ask anew") or [{}]
+    if not isinstance(header, dict):
+        raise InputError(f"{path} does not begin with what decides its answers; delete it to ask anew")
+    answers = _parsed(path, lambda one: _answer(one, seconds), "to ask anew", first=2)
+    return header, {answer.line: answer for answer in answers}
+
+
+def _parsed(path: Path, make: Callable[[dict], object], delete: str, first: int = 1) -> list:
+    """Read the whole lines of a file from number `first` on. Raises InputError, with its number, where one is damaged.
+    """
     with reading(path):
-        header, *lines = path.read_bytes().split(b"\n")[:-1] or [b"{}"]
-    try:
-        seconds = {one["line"]: one["seconds"] for one in _times(path)}
-        found = [json.loads(line) for line in lines]
-        return json.loads(header), {one["line"]: Answer(**{**one, "tiles": tuple(one["tiles"])},
-                                                        seconds=seconds.get(one["line"], 0.0)) for one in found}
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} has a damaged line ({error}); take it out, or delete the file to ask anew") from None
+        lines = path.read_bytes().split(b"\n")[:-1]
+    found = []
+    for number, line in enumerate(lines[first - 1:], start=first):
+        try:
+            found.append(make(json.loads(line)))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}, is damaged ({clip(error)}); take it out, or delete the file, "
+                             f"{delete}") from None
+    return found
+
+
+def _answer(one: dict, seconds: dict[int, float]) -> Answer:
+    """Make an answer of its line. Raises what `_parsed` knows for a damaged one."""
+    answer = Answer(**{**one, "tiles": tuple(one["tiles"])}, seconds=seconds.get(one["line"], 0.0))
+    texts = (answer.prediction, answer.said, answer.finish_reason, answer.refused)
+    if not all(isinstance(number, int) for number in (answer.line, answer.tokens, *answer.tiles)) or not all(
+            text is None or isinstance(text, str) for text in texts):
+        raise TypeError("a value of another kind")
+    return answer
+
+
+def _time(one: dict) -> tuple[int, float]:
+    return one["line"], float(one["seconds"])
 
 
 def known(path: Path, job: dict) -> dict[int, Answer]:
@@ -245,11 +281,3 @@ def _parts(path: Path) -> list[Path]:
 
 def _beside(path: Path) -> Path:
     return path.with_name(f"{path.stem}.seconds.jsonl")
-
-
-def _times(path: Path) -> list[dict]:
-    file = _beside(path)
-    if not file.exists():
-        return []
-    with reading(file):
-        return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]

@@ -178,8 +178,9 @@ def notes(found: Sequence[Difference], settings1: dict, settings2: dict) -> list
                     f"{100 * (1 - (1 - LIKELY) ** len(found)):.0f} of 100 cases though nothing changed.")
     few = [one.name for one in found if 0 < len(one.pair[0].pieces) < FEW]
     if few:
-        said.append(f"Fewer than {FEW} independent questions, or groups of them, in {'; '.join(few)}: these intervals "
-                    "are rough, and that of a mean with them is too narrow.")
+        mean = ", and that of the mean is too narrow" if average(found) else ""
+        said.append(f"Fewer than {FEW} independent questions, or groups of them, in {'; '.join(few)}: there the "
+                    f"interval is rough{mean}.")
     for one in found:
         if one.only_one_asked:
             said.append(f"{one.name}: {one.only_one_asked:,} rows were asked in one run only and are left out.")

@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from minivl.limits import clip
-from weights_tools.evaluate.benchmarks import BENCHMARKS
+from weights_tools.evaluate import prompts
+from weights_tools.evaluate.benchmarks import BENCHMARKS, Verdict
+from weights_tools.evaluate.prompts import is_of_mpo, model_name
 from weights_tools.evaluate.results import Result
 
 # Kind of a benchmark -> who judges there what no rule can tell: the defaults of VLMEvalKit's run.py.
@@ -21,32 +23,45 @@ NAMED = 5       # of what went wrong, each by its index
 def of_run(results: Sequence[Result], settings: dict) -> list[str]:
     """List what holds of the whole run."""
     if not any(result.benchmark.name in BENCHMARKS for result in results):
-        return ["The card has no number of these benchmarks.", *_of_settings(settings)]
+        return ["The card has no number of these benchmarks.", *_of_settings(settings), *_of_mean(results)]
     return ["The card does not say which of its numbers were made with reasoning before the answer (USE_COT=1).",
-            *_of_settings(settings)]
+            *_of_settings(settings), *_of_mean(results)]
+
+
+def _of_mean(results: Sequence[Result]) -> list[str]:
+    """Say where the interval of the mean of all eight is too narrow."""
+    few = []
+    for setting in dict.fromkeys(result.setting for result in results):
+        of = [result for result in results if result.setting == setting]
+        if len({result.benchmark.name for result in of}) == len(BENCHMARKS) and None not in [one.score for one in of]:
+            few += [result.name for result in of if len(result.pieces) < FEW]
+    return [f"The interval of the mean is too narrow, for fewer than {FEW} questions, or groups of them, are "
+            f"independent in {', '.join(few)}."] if few else []
 
 
 def _of_settings(settings: dict) -> list[str]:
     found = []
-    name = str(settings["checkpoint"]).rstrip("/").rpartition("/")[2]
-    if "awq" in name.lower():
+    name = model_name(settings["checkpoint"])
+    if settings.get("int4", "awq" in name.lower()):
         found.append(f"{name} is in int4 (AWQ); the numbers of the card are of the model in its own precision.")
+    if settings.get("lora") is not None:
+        found.append(f"With what --lora {settings['lora']} has learned, which the model of the card has not.")
     if settings["dtype"] != "bfloat16":
         found.append(f"It was computed in {settings['dtype'] or 'a precision not known'}; VLMEvalKit computes in "
                      "bfloat16.")
     if settings["precision"] != "exact":
         found.append(f"--precision {settings['precision']} may round where the exact path does not.")
-    if settings["mpo_prompt"] != ("mpo" in name.lower()):
+    if settings["mpo_prompt"] != is_of_mpo(name):
         given = "with" if settings["mpo_prompt"] else "without"
         found.append(f"It was asked {given} the prompt of MPO, which does not go with the name {name}.")
-    if settings["limit_tiles"] is not None:
+    if settings["limit_tiles"] is not None and settings["limit_tiles"] < max(prompts.TILES):
         found.append(f"Most tiles of a picture: {settings['limit_tiles']}; VLMEvalKit allows 24 for OCRBench, 12 for "
                      "MMMU and 6 for the others.")
     if settings["max_new_tokens"] != 4096:
         found.append(f"Answers had at most {settings['max_new_tokens']} tokens; VLMEvalKit allows 4096.")
     if settings["n"] is not None:
-        found.append(f"A first look: at most {settings['n']} questions of each benchmark, chosen with seed "
-                     f"{settings['seed']}.")
+        found.append(f"A first look: {settings['n']} questions of each benchmark, of HallusionBench about so many, in "
+                     f"whole sets, chosen with seed {settings['seed']}.")
     if settings["scorers"] != "2024":
         found.append(f"Scored with the rules of --scorers {settings['scorers']}; the card is older: those of 2024 are "
                      "its.")
@@ -98,14 +113,23 @@ def _unclear(result: Result, settings: dict) -> list[str]:
         found.append("No rule can tell how right an answer is, and no judge was given (--judge): there is no number"
                      f"{f'; VLMEvalKit asks {theirs}' if theirs else ''}.")
         return found
-    nobody = sum(one.by == "nobody" and one.right is not None and answer.refused is None
-                 for one, answer in zip(result.verdicts, result.answers))
+    nobody = unread(result)
     if nobody:
-        why = "the judge gave no verdict either" if settings["judge"] else "no judge was given (--judge)"
+        why = "no judge was given (--judge)"
+        if settings["judge"]:
+            named = "; ".join(f"{clip(one.index, 60)}: {clip(one.note)}" for one in nobody[:NAMED])
+            why = f"the judge gave no verdict either ({named}{_more(nobody)})"
         chance = ", and where that fails draws an option by chance" if result.benchmark.kind == "mcq" else ""
         asks = f"; VLMEvalKit asks {theirs}{chance}" if theirs else ""
-        found.append(f"Answers that no rule could read, which count as wrong: {nobody:,} of {total:,}; {why}{asks}.")
+        found.append(f"Answers that no rule could read, which count as wrong: {len(nobody):,} of {total:,}; "
+                     f"{why}{asks}.")
     return found
+
+
+def unread(result: Result) -> list[Verdict]:
+    """List the verdicts on answers that neither a rule nor the judge could read, and that count as wrong."""
+    return [one for one, answer in zip(result.verdicts, result.answers)
+            if one.by == "nobody" and one.right is not None and answer.refused is None]
 
 
 def _lost(result: Result) -> list[str]:
@@ -141,7 +165,8 @@ def _interval(result: Result) -> list[str]:
     found = []
     pieces = len(result.pieces)
     if pieces < FEW:
-        found.append(f"Only {pieces} questions, or groups of them, are independent: the interval is rough.")
+        of = "question, or group of them, is" if pieces == 1 else "questions, or groups of them, are"
+        found.append(f"Only {pieces} {of} independent: the interval is rough.")
     if result.benchmark.name == "AI2D":
         found.append("AI2D asks several questions of one diagram; the interval takes them as independent, so the true "
                      "one is somewhat wider.")

@@ -7,7 +7,9 @@ Source: VLMEvalKit vlmeval/vlm/internvl/internvl_chat.py:242-337, utils.py:117-3
 """
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from string import ascii_uppercase
 
 from minivl.limits import InputError
@@ -78,6 +80,18 @@ def _multiple_choice(row: dict, cot: bool) -> str:
 def _with_options(text: str, row: dict) -> str:
     """Add a line for each option that is there."""
     return "\n".join([text] + [f"{letter}. {row[letter]}" for letter in ascii_uppercase if row.get(letter) is not None])
+
+
+def model_name(checkpoint: str) -> str:
+    """Name a model by the last part of its folder or id; in the hub's cache models--WHO--NAME/snapshots/.. NAME."""
+    *before, name = Path(os.path.abspath(os.path.expanduser(checkpoint))).parts
+    cached = before[-2] if before[-1:] == ["snapshots"] else ""
+    return cached.rpartition("--")[2] if cached.startswith("models--") else name
+
+
+def is_of_mpo(name: str) -> bool:
+    """Tell whether a model's name says MPO, as a word: "tempo" does not."""
+    return re.search(r"(?<![a-z])mpo(?![a-z])", name.lower()) is not None
 
 
 def uses_mpo(dataset: str, mpo_prompt: bool, cot: bool) -> bool:

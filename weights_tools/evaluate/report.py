@@ -19,6 +19,7 @@ from minivl.family import VARIANTS
 from weights_tools.evaluate import differences, intervals, page
 from weights_tools.evaluate import results as files
 from weights_tools.evaluate.benchmarks import BENCHMARKS
+from weights_tools.evaluate.prompts import is_of_mpo, model_name
 from weights_tools.evaluate.results import SETTINGS, Result
 from weights_tools.files import write_text
 
@@ -47,13 +48,13 @@ def card_rows(checkpoint: str) -> tuple[str, ...]:
 
     Known are the released names, with what was added (-AWQ, -lora), and minivl's short names, 4b-mpo-awq.
     """
-    name = checkpoint.rstrip("/").rpartition("/")[2].lower()
+    name = model_name(checkpoint).lower()
     found = re.match(r"internvl2[_.-]5-(\d+b)(?![a-z0-9])(.*)", name)
     size, rest = found.groups() if found else name.partition("-")[::2] if name in VARIANTS else ("", "")
     plain = f"InternVL2-5-{size.upper()}"
     if plain not in CARD:
         return ()
-    return (f"{plain}-MPO", plain) if "mpo" in re.split(r"[-_]", rest) else (plain,)
+    return (f"{plain}-MPO", plain) if is_of_mpo(rest) else (plain,)
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------

@@ -122,11 +122,17 @@ def read(out: str | Path) -> tuple[list[Result], dict]:
     try:
         with reading(report):
             written = json.loads(report.read_bytes())
-        return [_read(path_of(out, one["name"])) for one in written["results"]], written["settings"]
+        settings = {name: written["settings"][name] for name in (*SETTINGS, *written["settings"])}
+        found = [(_read(path_of(out, one["name"])), one["numbers"]) for one in written["results"]]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise _strange(report, error) from None
+    for result, numbers in found:
+        if result.numbers != numbers:
+            raise InputError(f"{path_of(out, result.name)} is of a later scoring than {report}, which was not "
+                             "finished; run the evaluation again, which only scores what is answered")
+    return [result for result, _ in found], settings
 
 
 def _read(path: Path) -> Result:

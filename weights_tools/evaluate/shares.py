@@ -33,6 +33,12 @@ def world(args: argparse.Namespace) -> tuple[int, int]:
     return (int(os.environ["RANK"]), processes) if processes > 1 else (0, args.workers)
 
 
+def useful(tasks: Sequence[Task], workers: int) -> int:
+    """Return how many processes have something to ask: no more than there are chunks without answers."""
+    return max(1, min(workers, sum(answers.chunks(len(task.rows), task.how) for task in tasks
+                                   if not task.is_answered())))
+
+
 def device_of(device: str, share: int) -> str:
     """Give each process a device of its own, as far as there are."""
     if device != "cuda" or not torch.cuda.device_count():

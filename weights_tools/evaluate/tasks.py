@@ -45,14 +45,15 @@ def files(data: Path, names: Sequence[str]) -> list[tuple[Benchmark, Path]]:
     """Find the files of benchmarks, or of datasets by their own names; without names all that a folder has."""
     found = []
     known = BENCHMARKS | NANO
-    for name in names or known:
+    for name in dict.fromkeys(names) or known:
         benchmark = known.get(name) or of(name)
         paths = [data / f"{one}.tsv" for one in (benchmark.datasets if name in known else [name])]
         there = next((path for path in paths if is_there(path)), None)
         if there is None and names:
             raise InputError(f"{data} has no {' or '.join(path.name for path in paths)}, the questions of {name}; put "
                              "it there, or name its folder with --data")
-        found += [(benchmark, there)] if there else []
+        if there and there not in [path for _, path in found]:
+            found.append((benchmark, there))
     if not found:
         first = ", ".join(f"{benchmark.datasets[0]}.tsv" for benchmark in BENCHMARKS.values())
         raise InputError(f"{data} has none of the files {first}; name their folder with --data")
@@ -103,5 +104,5 @@ def same_questions(rows: Sequence[Row | Broken], a: How, b: How) -> bool:
 def is_mpo(args: argparse.Namespace) -> bool:
     """Tell whether the model is asked as one of MPO."""
     if args.mpo_prompt == "auto":
-        return "mpo" in Path(args.checkpoint).name.lower()
+        return prompts.is_of_mpo(prompts.model_name(args.checkpoint))
     return args.mpo_prompt == "yes"
