@@ -162,8 +162,9 @@ def test_judges_are_said():
 
 def test_which_file_is_said():
     of = result("AI2D", 40)
-    of = replace(of, benchmark=replace(of.benchmark, questions={"AI2D_TEST": 3088}))
-    assert "40 rows were asked; the file as released has 3,088" in said(of)
+    assert "40 questions were asked; of the released file it is 3,088" in said(of)
+    assert "3,088" not in said(of, n=40)        # which is said of all
+    assert "3,088" not in said(replace(of, dataset="AI2D_TEST_NO_MASK"))
     assert "MMBench_DEV_EN_V11; the card's number is of the test" in said(result("MMBench_V11"))
     assert "Only 8 questions, or groups of them, are" in said(result("AI2D"))
     assert "Only 1 question, or group of them, is" in said(result("AI2D", 1)) and "Only" not in said(result("AI2D", 40))

@@ -3,11 +3,13 @@
     tsv (rows) -> prompts (text, tiles) -> answers (an Answer each) -> score (a Verdict each, then numbers) -> report
 
 Source: VLMEvalKit @00e0cf87 (December 2024, the commit that added InternVL2.5-MPO): names, columns, scoring, tiles.
+Numbers of questions: the benchmarks' papers, MMStar arXiv:2403.20330, MMMU 2311.16502, MathVista 2310.02255, OCRBench
+2305.07895, MM-Vet 2308.02490; VLMEvalKit's issue 1037 (HallusionBench with pictures) and tables (AI2D).
 """
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from minivl.limits import InputError, clip
@@ -24,7 +26,7 @@ class Benchmark:
     circular: bool = False          # a question is right when it is right with its options in every order
     split: str | None = None        # only rows of this split make the number, where the file has several
     ruled: bool = False             # kind "vet" without a judge: score.named compares with the truth
-    questions: dict = field(default_factory=dict)       # dataset -> rows it has as released, for estimates
+    questions: int | None = None    # that the number is made of, in the first of `datasets`; None: not known here
 
 
 OPTIONS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXY")    # letters that can be columns of options; Z means "none of them"
@@ -37,15 +39,18 @@ BENCHMARKS = {b.name: b for b in (
     Benchmark("MMBench_V11", "MMBench v1.1",
               ("MMBench_DEV_EN_V11", "MMBench_TEST_EN_V11", "MMBench_TEST_CN_V11", "MMBench_DEV_CN_V11"), "mcq",
               ("A", "B", "category", "l2-category", "split"), circular=True),
-    Benchmark("MMStar", "MMStar", ("MMStar",), "mcq", ("A", "B", "answer", "category", "l2-category")),
+    Benchmark("MMStar", "MMStar", ("MMStar",), "mcq", ("A", "B", "answer", "category", "l2-category"),
+              questions=1500),
     Benchmark("MMMU", "MMMU", ("MMMU_DEV_VAL",), "mcq", ("A", "answer", "category", "l2-category", "split"),
-              split="validation"),
+              split="validation", questions=900),
     Benchmark("MathVista", "MathVista", ("MathVista_MINI",), "math",
-              ("answer", "question_type", "answer_type", "choices", "answer_option", "task", "skills")),
-    Benchmark("HallusionBench", "HallusionBench", ("HallusionBench",), "yes_no", ("answer", "category", "l2-category")),
-    Benchmark("AI2D", "AI2D", ("AI2D_TEST",), "mcq", ("A", "B", "answer")),
-    Benchmark("OCRBench", "OCRBench", ("OCRBench",), "ocr", ("answer", "category")),
-    Benchmark("MMVet", "MMVet", ("MMVet",), "vet", ("answer", "category")),
+              ("answer", "question_type", "answer_type", "choices", "answer_option", "task", "skills"),
+              questions=1000),
+    Benchmark("HallusionBench", "HallusionBench", ("HallusionBench",), "yes_no", ("answer", "category", "l2-category"),
+              questions=951),
+    Benchmark("AI2D", "AI2D", ("AI2D_TEST",), "mcq", ("A", "B", "answer"), questions=3088),
+    Benchmark("OCRBench", "OCRBench", ("OCRBench",), "ocr", ("answer", "category"), questions=1000),
+    Benchmark("MMVet", "MMVet", ("MMVet",), "vet", ("answer", "category"), questions=218),
 )}
 # Nano's own, each asked and scored as the one after which it is named: weights_tools.nano.eight writes their files.
 NANO = {name: replace(benchmark, name=name, datasets=(name,), ruled=benchmark.kind == "vet")

@@ -70,15 +70,16 @@ def _of_settings(settings: dict) -> list[str]:
 
 def of_result(result: Result, settings: dict) -> list[str]:
     """List what holds of one benchmark."""
-    return [*_file(result), *_unclear(result, settings), *_lost(result), *_interval(result), *result.differences]
+    return [*_file(result, settings["n"] is None), *_unclear(result, settings), *_lost(result), *_interval(result),
+            *result.differences]
 
 
-def _file(result: Result) -> list[str]:
+def _file(result: Result, whole: bool) -> list[str]:
     """Say which file it was, where the card's is another one, or not known."""
     found = []
-    released = result.benchmark.questions.get(result.dataset)
-    if released and len(result.rows) < released:
-        found.append(f"{len(result.rows):,} rows were asked; the file as released has {released:,}.")
+    released = result.benchmark.questions if result.dataset == result.benchmark.datasets[0] else None
+    if whole and released and len(result.rows) != released:
+        found.append(f"{len(result.rows):,} questions were asked; of the released file it is {released:,}.")
     if result.benchmark.name == "MMBench_V11":
         found.append(f"Asked was {result.dataset}; the card's number is of the test questions, whose answers are not "
                      "public, and whether only of the English ones is not known.")
