@@ -157,20 +157,21 @@ def load(path: Path) -> tuple[dict, dict[int, Answer]]:
     """
     times = _beside(path)
     seconds = dict(_parsed(times, _time, "which says how long each took") if times.exists() else ())
-    header, *found = _parsed(path, lambda one: one, "to ask anew") or [{}]
+    header = next(iter(_parsed(path, lambda one: one, "to ask anew", last=1)), {})
     if not isinstance(header, dict):
         raise InputError(f"{path} does not begin with what decides its answers; delete it to ask anew")
     answers = _parsed(path, lambda one: _answer(one, seconds), "to ask anew", first=2)
     return header, {answer.line: answer for answer in answers}
 
 
-def _parsed(path: Path, make: Callable[[dict], object], delete: str, first: int = 1) -> list:
-    """Read the whole lines of a file from number `first` on. Raises InputError, with its number, where one is damaged.
+def _parsed(path: Path, make: Callable[[dict], object], delete: str, first: int = 1,
+            last: int | None = None) -> list:
+    """Read the whole lines `first` to `last` of a file. Raises InputError, with its number, where one is damaged.
     """
     with reading(path):
         lines = path.read_bytes().split(b"\n")[:-1]
     found = []
-    for number, line in enumerate(lines[first - 1:], start=first):
+    for number, line in enumerate(lines[first - 1:last], start=first):
         try:
             found.append(make(json.loads(line)))
         except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -54,7 +54,7 @@ def apart(benchmark: Benchmark, rows: Sequence[Row]) -> list[list[int]]:
         return pieces
     sets = defaultdict(list)
     for piece in pieces:
-        sets[_key(rows[piece[0]])[:2]] += piece
+        sets[score.place(rows[piece[0]])[:2]] += piece
     return list(sets.values())
 
 
@@ -62,15 +62,9 @@ def groups(rows: Sequence[Row], piece: Sequence[int], by: str) -> list[list[int]
     """List the rows of a piece that are right or wrong together, by "figure" or by "question"."""
     found = defaultdict(list)
     for i in piece:
-        category, number, figure, question = _key(rows[i])
+        category, number, figure, question = score.place(rows[i])
         found[category, number, figure if by == "figure" else question].append(i)
     return list(found.values())
-
-
-def _key(row: Row) -> tuple:
-    """Give category, set, figure and question of a yes/no row, as score reads them from its index."""
-    parts = str(row.index).split("_")
-    return (row.fields.get("l2-category"), *(parts[3:6] if len(parts) > 5 else [row.index] * 3))
 
 
 def value(totals: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -20,8 +19,8 @@ from weights_tools.evaluate import differences
 from weights_tools.evaluate.benchmarks import OPTIONS, Answer, Row, Verdict
 from weights_tools.evaluate.results import Result, categories
 from weights_tools.files import new_file
+from weights_tools.mpo.show import small
 
-SIDE = 320      # of a picture on the page, at most
 MOST = 400      # questions on a page, with a picture 20 kB each
 READ_BY = {"rule": "read by a rule", "judge": "read by the judge", "nobody": "read by nobody"}
 HERE = Path(__file__).parent
@@ -202,19 +201,9 @@ def _said(who: str, answer: Answer, verdict: Verdict) -> str:
 def _pictures(row: Row) -> str:
     """Write the pictures of a row, or why there are none."""
     try:
-        return "".join(small(image, f"picture {k}") for k, image in enumerate(row.pictures(), start=1))
+        return "".join(small(image, f"picture {k}", quality=80) for k, image in enumerate(row.pictures(), start=1))
     except InputError as error:
         return f'<p class="faint words">{_text(error)}</p>'
-
-
-def small(image, name: str) -> str:
-    """Write a picture as an <img> that holds it, at most SIDE pixels wide and high."""
-    image = image.convert("RGB")
-    image.thumbnail((SIDE, SIDE))
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=80)
-    url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
-    return f'<img src="{url}" width="{image.width}" height="{image.height}" alt="{escape(name)}" decoding="async">'
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:

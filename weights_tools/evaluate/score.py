@@ -142,7 +142,7 @@ def _yes_no(benchmark: Benchmark, row: Row, prediction: str, version: str, judge
     return Verdict(row.index, found, right, by if found else "nobody", note)
 
 
-def _place(row: Row) -> tuple:
+def place(row: Row) -> tuple:
     """Give category, set, figure and question of a row of HallusionBench; Overall ignores `category`, VD and VS."""
     parts = str(row.index).split("_")
     return (row.fields.get("l2-category"), *(parts[3:6] if len(parts) > 5 else [row.index] * 3))
@@ -354,7 +354,7 @@ def units(benchmark: Benchmark, rows: Sequence[Row]) -> list[list[int]]:
                 key = row.fields.get("g_index") or (row.index % 10**6 if isinstance(row.index, int) else row.index)
                 together[str(key)].append(i)
             else:
-                together[_place(row)[:3] if benchmark.kind == "yes_no" else i].append(i)
+                together[place(row)[:3] if benchmark.kind == "yes_no" else i].append(i)
     return list(together.values())
 
 
@@ -415,7 +415,7 @@ def _accuracies(rows: Sequence[Row], right: list[float], some: list[int]) -> dic
     figures = defaultdict(list)
     questions = defaultdict(list)
     for i in some:
-        category, number, figure, question = _place(rows[i])
+        category, number, figure, question = place(rows[i])
         figures[category, number, figure].append(right[i])
         questions[category, number, question].append(right[i])
     return {"aAcc": _percent([right[i] for i in some]), "fAcc": _percent([float(all(x)) for x in figures.values()]),

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from minivl import options
@@ -64,20 +65,20 @@ def _marked(tag: str, text: str) -> str:
     return f"<{tag}>{escape(words)}</{tag}>{text[len(words):]}"
 
 
-def small(path: Path) -> str:
-    """Write a picture as an <img> that holds it, at most SIDE pixels wide and high."""
-    image = load_image(path)
+def small(image: Image.Image, name: str, quality: int = 85) -> str:
+    """Write a picture as an <img> that holds it as JPEG, at most SIDE pixels wide and high."""
+    image = image.convert("RGB")
     image.thumbnail((SIDE, SIDE))
     data = io.BytesIO()
-    image.save(data, "JPEG", quality=85)
+    image.save(data, "JPEG", quality=quality)
     url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
-    return f'<img src="{url}" width="{image.width}" height="{image.height}" alt="{escape(path.name)}">'
+    return f'<img src="{url}" width="{image.width}" height="{image.height}" alt="{escape(name)}" decoding="async">'
 
 
 def article(row: dict, where: str, root: Path) -> str:
     """Write one pair."""
     chosen, rejected = difference(row["chosen"], row["rejected"])
-    images = "".join(small(root / image) for image in pictures(row))
+    images = "".join(small(load_image(root / image), Path(image).name) for image in pictures(row))
     truth = f"<p>Known answer: {escape(str(row['answer_gt']))}</p>" if "answer_gt" in row else ""
     return (f"<article><h2>{escape(where)}</h2>{images}<pre>{escape(row['question'])}</pre>{truth}"
             f'<div class="both"><div class="chosen"><h3>chosen</h3><pre>{chosen}</pre></div>'
